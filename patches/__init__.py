@@ -1,0 +1,1 @@
+"""Where, in which versions of a host framework, a core call is put in."""
