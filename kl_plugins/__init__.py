@@ -1,0 +1,1 @@
+"""KL regularisers with the right gradient for RLHF frameworks."""
