@@ -1,0 +1,83 @@
+"""The words of the KL spec: placements, options and their values, in canonical order."""
+
+from __future__ import annotations
+
+import math
+import re
+
+MAX_LENGTH = 256
+"""A longer text is no spec but a mistake (a pasted file, a template that was not filled in)."""
+
+PLACEMENTS = ("loss", "reward", "advantage")
+
+OPTION_ORDER = (
+    "top",
+    "horizon",
+    "future",
+    "gamma",
+    "is",
+    "behaviour",
+    "cap",
+    "band",
+    "norm",
+    "clip",
+    "bound",
+    "beta",
+    "allow",
+)
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "horizon": ("token", "sequence"),
+    "future": ("k1", "k3", "exact", "own"),
+    "is": ("none", "token", "prefix", "sequence", "decision"),
+    "behaviour": ("sampler", "old"),
+    "allow": ("biased",),
+}
+"""Options whose value is one of a few words."""
+
+FLAGS = frozenset({"norm"})
+"""Options without a value."""
+
+DEFAULT_BOUND = 30.0
+
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
+
+BETA_ARITY = {"linear": 3, "cosine": 3, "adaptive": 2, "dual": 2}
+BETA_FORMS = ("linear-<b0>-<b1>-<n>", "cosine-<b0>-<b1>-<n>", "adaptive-<target>-<horizon>", "dual-<target>-<lr>")
+
+
+def parse_number(text: str) -> float | None:
+    """A decimal or ``1e-3`` number that is finite and >= 0; None for anything else."""
+    if not re.fullmatch(NUMBER, text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def parse_numbers(text: str) -> list[float] | None:
+    """Numbers joined by ``-`` (an exponent's minus sign is part of its number); None where that fails."""
+    if not re.fullmatch(rf"{NUMBER}(?:-{NUMBER})*", text):
+        return None
+    values = [float(part) for part in re.findall(NUMBER, text)]
+    # The greedy scan must have consumed the text exactly as the full match did.
+    return values if all(math.isfinite(value) for value in values) else None
+
+
+def format_number(value: float) -> str:
+    """The shortest text that :func:`parse_number` reads back as the same number."""
+    plain = repr(float(value))
+    if plain.endswith(".0"):
+        plain = plain[:-2]
+    mantissa, _, exponent = f"{value:.17e}".partition("e")
+    candidates = [plain]
+    for digits in range(18):
+        short = f"{value:.{digits}e}"
+        if float(short) == value:
+            mantissa, _, exponent = short.partition("e")
+            candidates.append(f"{mantissa}e{int(exponent)}")
+            break
+    if "e" in plain:
+        mantissa, _, exponent = plain.partition("e")
+        candidates[0] = f"{mantissa}e{int(exponent)}"
+    return min(candidates, key=len)

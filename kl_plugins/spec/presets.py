@@ -1,0 +1,28 @@
+"""Names for specs that papers and frameworks made known."""
+
+from __future__ import annotations
+
+PRESETS: dict[str, str] = {
+    "default": "k2@loss/is:token",
+    "ppo": "k1@reward",
+    "grpo": "k3@loss",
+    "deepseek-v3.2": "k3+@loss/is:token/behaviour:old",
+    "frpo": "k1@advantage",
+    "reinforce++": "k1@reward",
+    "reinforce++-baseline": "k2@loss",
+    "sequence": "k2@loss/horizon:sequence/is:decision",
+    "exact": "exact@loss",
+}
+
+NOTES: dict[str, str] = {
+    "default": "lowest gradient error at realistic sample sizes; the future-KL term is opt-in because of its variance",
+    "ppo": "Ziegler et al. 2019 (arXiv 1909.08593): KL in the reward",
+    "grpo": "Shao et al. 2024 (arXiv 2402.03300): k3 as loss",
+    "deepseek-v3.2": "DeepSeek-V3.2: k3 times the live token ratio, whose gradient is that of the weighted k2",
+    "frpo": "FRPO (arXiv 2601.10201): reward-to-go KL, added after normalisation",
+    "reinforce++": "REINFORCE++ (arXiv 2501.03262): KL in the reward",
+    "reinforce++-baseline": "REINFORCE++-baseline (arXiv 2501.03262): k2 as loss",
+    "sequence": "the sequence-level reverse-KL gradient, per-decision importance weights",
+    "exact": "full-vocabulary KL at every state, no token noise",
+}
+"""One line on where each preset comes from."""
