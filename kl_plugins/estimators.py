@@ -1,0 +1,281 @@
+"""The one table of sampled KL estimators: each row's value and gradient coefficient.
+
+Every function takes two views of the log-ratio ``u = logp - ref_logp`` (nats), elementwise:
+``u`` for linear and quadratic uses, ``x`` clamped to the spec's bound for uses inside an ``exp``;
+``delta = exp(-x)`` is ref/policy. Only tensor methods are used, so importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from kl_plugins.spec.grammar import ESTIMATOR_NAME, format_number, parse_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENTRY_POINT_GROUP = "kl_plugins.estimators"
+
+Elementwise: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
+Kind = Literal["reverse_kl", "forward_kl", "other_f", "none"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One row: a sampled estimator of a divergence between policy and reference.
+
+    Attributes:
+        name: the word in the spec.
+        value: k_t, in nats.
+        coefficient: what multiplies grad log pi(a_t|s_t) in the loss gradient.
+        kind: the divergence whose per-state gradient the coefficient has in expectation.
+        is_f_divergence: whether ``value`` is f(delta), so that it can serve as its own future term.
+        value_formula, coefficient_formula: for ``explain``.
+        source: where the row comes from.
+    """
+
+    name: str
+    value: Elementwise
+    coefficient: Elementwise
+    kind: Kind
+    value_formula: str
+    coefficient_formula: str
+    source: str
+    is_f_divergence: bool = False
+
+
+def k3_value(u: Tensor, x: Tensor) -> Tensor:
+    """delta - 1 - log delta >= 0. See Schulman 2020, "Approximating KL divergence"."""
+    # maximum: below -bound the linear part stops with the exponential one, so that the value stays >= 0.
+    return ((-x).expm1() + u.maximum(x)).clamp_min(0.0)
+
+
+def _one(u: Tensor, x: Tensor) -> Tensor:
+    return u * 0.0 + 1.0
+
+
+def _jsd_value(u: Tensor, x: Tensor) -> Tensor:
+    # (1+delta)/2 * (y tanh y - log cosh y), y = x/2: the textbook form cancels near u = 0.
+    y = x / 2
+    return ((-x).exp() + 1) / 2 * (y * y.tanh() - y.sinh().square().log1p() / 2).clamp_min(0.0)
+
+
+def _alpha_value(a: float, u: Tensor, x: Tensor) -> Tensor:
+    # (delta^a - a delta + a - 1) / (a (a - 1)), arranged so that a = 1 (forward KL) is not a hole.
+    h = -x if a == 1 else (-(a - 1) * x).expm1() / (a - 1)
+    return (((-x).exp() * h - (-x).expm1()) / a).clamp_min(0.0)
+
+
+def _alpha_coefficient(a: float, u: Tensor, x: Tensor) -> Tensor:
+    return -(-a * x).expm1() / a
+
+
+_SCHULMAN = "Schulman 2020, Approximating KL divergence"
+_GRADIENT = "arXiv 2510.01555"
+_FRPO = "arXiv 2601.10201, Theorem 4.1"
+
+_TABLE: dict[str, Estimator] = {
+    row.name: row
+    for row in (
+        Estimator("k1", lambda u, x: u, _one, "none", "u", "1", f"{_SCHULMAN}; {_GRADIENT}"),
+        Estimator(
+            "k2",
+            lambda u, x: u.square() / 2,
+            lambda u, x: u,
+            "reverse_kl",
+            "u^2/2",
+            "u",
+            f"{_SCHULMAN}; {_GRADIENT}, Theorem 5.1",
+        ),
+        Estimator(
+            "k3",
+            k3_value,
+            lambda u, x: -(-x).expm1(),
+            "forward_kl",
+            "delta - 1 + u",
+            "1 - delta",
+            f"{_SCHULMAN}; {_GRADIENT}",
+        ),
+        Estimator("k3+", k3_value, lambda u, x: u, "reverse_kl", "delta - 1 + u", "u", _GRADIENT),
+        Estimator("abs", lambda u, x: u.abs(), lambda u, x: u.sign(), "other_f", "|u|", "sign u", _FRPO),
+        Estimator(
+            "jeffreys",
+            lambda u, x: -u * (-x).expm1(),
+            lambda u, x: u - (-x).expm1(),
+            "other_f",
+            "u (1 - delta)",
+            "u + 1 - delta",
+            _FRPO,
+            is_f_divergence=True,
+        ),
+        Estimator(
+            "jsd",
+            _jsd_value,
+            lambda u, x: ((-x).expm1() / 2).log1p() / -2,
+            "other_f",
+            "(delta log(2 delta/(1+delta)) - log((1+delta)/2))/2",
+            "-log((1+delta)/2)/2",
+            _FRPO,
+            is_f_divergence=True,
+        ),
+        Estimator(
+            "hellinger",
+            lambda u, x: (-x / 2).expm1().square(),
+            lambda u, x: -(-x / 2).expm1(),
+            "other_f",
+            "(1 - sqrt delta)^2",
+            "1 - sqrt delta",
+            _FRPO,
+            is_f_divergence=True,
+        ),
+        Estimator(
+            "chi2",
+            lambda u, x: (-x).expm1().square() / 2,
+            lambda u, x: -(-2 * x).expm1() / 2,
+            "other_f",
+            "(delta - 1)^2/2",
+            "(1 - delta^2)/2",
+            _FRPO,
+            is_f_divergence=True,
+        ),
+        # Only its future term and its sampled stand-in live here; the full-vocabulary value is passed in.
+        Estimator(
+            "exact",
+            lambda u, x: u,
+            lambda u, x: u,
+            "reverse_kl",
+            "sum_a pi(a) log(pi(a)/ref(a))",
+            "exact gradient of KL_t",
+            "arXiv 2504.10637 (Rao-Blackwellised)",
+        ),
+    )
+}
+
+BUILT_IN = tuple(_TABLE)
+"""Names that ship with kl-plugins; ``alpha-<a>`` comes on top."""
+
+
+@cache
+def _alpha(name: str, a: float) -> Estimator:
+    return Estimator(
+        name,
+        partial(_alpha_value, a),
+        partial(_alpha_coefficient, a),
+        "forward_kl" if a == 1 else "other_f",
+        f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
+        f"(1 - delta^a)/a, a = {format_number(a)}",
+        _FRPO,
+        is_f_divergence=True,
+    )
+
+
+def derive_from_f(f: Callable[[Tensor], Tensor]) -> tuple[Elementwise, Elementwise]:
+    """Value and coefficient of an f-divergence from f alone: c = f - delta f', less its value at delta = 1.
+
+    See arXiv 2601.10201, Theorem 4.1.
+
+    Args:
+        f: convex, f(1) = 0, elementwise and differentiable in delta, written with torch operations.
+
+    Returns:
+        The ``value`` and ``coefficient`` functions of an :class:`Estimator`.
+    """
+
+    def value(u: Tensor, x: Tensor) -> Tensor:
+        return f((-x).exp())
+
+    def coefficient(u: Tensor, x: Tensor) -> Tensor:
+        from torch import ones_like, zeros_like
+        from torch.func import jvp
+
+        def own(x: Tensor) -> Tensor:
+            # delta f'(delta) = -dF/dx for F(x) = f(exp(-x)).
+            value_of_x, slope = jvp(lambda z: f((-z).exp()), (x,), (ones_like(x),))
+            result: Tensor = value_of_x + slope
+            return result
+
+        return own(x) - own(zeros_like(x))
+
+    return value, coefficient
+
+
+def register_estimator(
+    name: str,
+    *,
+    f: Callable[[Tensor], Tensor] | None = None,
+    value: Elementwise | None = None,
+    coefficient: Elementwise | None = None,
+    kind: Kind | None = None,
+    value_formula: str = "user-defined",
+    coefficient_formula: str = "user-defined",
+    source: str = "user-defined",
+) -> Estimator:
+    """Add one estimator row, so that ``name`` becomes a word of the KL spec.
+
+    See arXiv 2601.10201, Theorem 4.1, for the coefficient that follows from f.
+
+    Args:
+        name: matches ``[a-z][a-z0-9.+_-]*`` and is not taken.
+        f: an f-divergence as a function of delta = ref/policy; value and coefficient follow from it.
+        value: k_t from (u, x), in nats; instead of ``f``.
+        coefficient: what multiplies grad log pi, from (u, x); instead of ``f``.
+        kind: the divergence whose gradient this is; ``other_f`` with ``f``, else ``none`` unless you say so.
+        value_formula, coefficient_formula, source: shown by ``kl-plugins explain``.
+
+    Returns:
+        The new row.
+
+    Raises:
+        ValueError: a bad or taken name, or not exactly one of ``f`` and (``value`` and ``coefficient``).
+    """
+    if not ESTIMATOR_NAME.fullmatch(name) or re.fullmatch(r"alpha-.*", name):
+        raise ValueError(f"estimator name {name!r} must match {ESTIMATOR_NAME.pattern} and not start with 'alpha-'")
+    if name in _TABLE:
+        raise ValueError(f"estimator {name!r} is already registered; choose another name")
+    if f is not None:
+        if value is not None or coefficient is not None:
+            raise ValueError(f"estimator {name!r}: give f, or value and coefficient, not both")
+        value, coefficient = derive_from_f(f)
+    if value is None or coefficient is None:
+        raise ValueError(f"estimator {name!r}: give f, or both value and coefficient")
+    row = Estimator(
+        name,
+        value,
+        coefficient,
+        kind or ("other_f" if f is not None else "none"),
+        value_formula,
+        coefficient_formula,
+        source,
+        is_f_divergence=f is not None,
+    )
+    _TABLE[name] = row
+    return row
+
+
+@cache
+def _load_entry_points() -> None:
+    # Each entry point names a callable without arguments that calls register_estimator.
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        point.load()()
+
+
+def find_estimator(name: str) -> Estimator | None:
+    """The row called ``name`` (``alpha-<a>`` included), or None. Third-party entry points are loaded only on a miss."""
+    if name in _TABLE:
+        return _TABLE[name]
+    if name.startswith("alpha-"):
+        a = parse_number(name.removeprefix("alpha-"))
+        return _alpha(f"alpha-{format_number(a)}", a) if a else None
+    _load_entry_points()
+    return _TABLE.get(name)
+
+
+def all_estimators() -> Iterator[Estimator]:
+    """Every registered row, built-in ones first."""
+    _load_entry_points()
+    yield from _TABLE.values()

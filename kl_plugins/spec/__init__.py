@@ -1,0 +1,132 @@
+"""The KL spec: one string that names a KL regulariser, parsed, checked and explained without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kl_plugins.controllers import BetaSchedule
+from kl_plugins.spec.errors import KLSpecError
+from kl_plugins.spec.grammar import DEFAULT_BOUND, OPTION_ORDER, format_number
+from kl_plugins.spec.presets import PRESETS
+
+__all__ = ["PRESETS", "BetaSchedule", "KLSpec", "KLSpecError", "looks_like_spec"]
+
+
+def looks_like_spec(text: object) -> bool:
+    """Whether a host's KL setting holds one of our specs; a bare ``k2`` is the host's native value."""
+    return isinstance(text, str) and ("@" in text or text.strip() in PRESETS)
+
+
+@dataclass(frozen=True)
+class KLSpec:
+    """A KL regulariser, named completely. Build it with :meth:`parse`; ``str()`` gives the canonical text.
+
+    Attributes:
+        estimator: row of the estimator table (``k2``, ``alpha-0.5``, ``exact``).
+        placement: ``loss``, ``reward`` or ``advantage``.
+        horizon: ``token`` or ``sequence`` (adds the future-KL term); ``token`` for reward, where it means nothing.
+        future: estimator of the future term, None without one.
+        gamma: discount of the future term, per response token.
+        correction: the ``is:`` option: importance weight on the KL term.
+        behaviour: which log-probs are the behaviour policy's; None = the sampler's if there, else the old ones.
+        cap, band, norm: treatment of the weight, in this order.
+        clip: half-width of the clipped KL head, or None.
+        bound: largest absolute log-ratio that enters an ``exp``, nats.
+        beta: schedule or controller of beta; None = the host's constant.
+        top: number of tokens that ``exact`` treats exactly, None = all.
+        allow_biased: the user knows that the target is ``none``.
+    """
+
+    estimator: str
+    placement: str
+    horizon: str = "token"
+    future: str | None = None
+    gamma: float = 1.0
+    correction: str = "none"
+    behaviour: str | None = None
+    cap: float | None = None
+    band: tuple[float, float] | None = None
+    norm: bool = False
+    clip: float | None = None
+    bound: float = DEFAULT_BOUND
+    beta: BetaSchedule | None = None
+    top: int | None = None
+    allow_biased: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> KLSpec:
+        """Read a spec or the name of a preset.
+
+        See README, "Specs", for the grammar.
+
+        Args:
+            text: ``<estimator>@<placement>[/<option>[:<value>]]...`` or a preset.
+
+        Returns:
+            The spec; ``KLSpec.parse(str(spec)) == spec``.
+
+        Raises:
+            KLSpecError: which part is wrong, what was expected, the nearest valid word.
+        """
+        from kl_plugins.spec.parse import parse_spec
+
+        return parse_spec(text)
+
+    @property
+    def target(self) -> str:
+        """Which gradient the expectation estimates: a key of :data:`kl_plugins.spec.target.TARGETS`."""
+        from kl_plugins.spec.target import target_of
+
+        return target_of(self)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """Sentences on what bends the estimate although the target stays."""
+        from kl_plugins.spec.target import caveats_of
+
+        return caveats_of(self)
+
+    @property
+    def needs_behaviour(self) -> bool:
+        """Whether an importance weight enters the KL term, so that behaviour log-probs are required."""
+        return self.correction != "none" or self.clip is not None
+
+    @property
+    def needs_exact(self) -> bool:
+        """Whether full-vocabulary KL values are required beside the sampled log-probs."""
+        return self.estimator == "exact" or self.future == "exact"
+
+    def __str__(self) -> str:
+        return f"{self.estimator}@{self.placement}" + "".join(
+            f"/{name}" if value is True else f"/{name}:{value}"
+            for name in OPTION_ORDER
+            if (value := self._option_text(name)) is not None
+        )
+
+    def _option_text(self, name: str) -> str | bool | None:
+        from kl_plugins.spec.rules import default_future, default_horizon
+
+        match name:
+            case "horizon":
+                return self.horizon if self.horizon != default_horizon(self.placement) else None
+            case "future":
+                return self.future if self.future != default_future(self.estimator, self.horizon) else None
+            case "gamma":
+                return format_number(self.gamma) if self.gamma != 1 else None
+            case "is":
+                return self.correction if self.correction != "none" else None
+            case "behaviour":
+                return self.behaviour
+            case "band":
+                return None if self.band is None else "-".join(map(format_number, self.band))
+            case "norm":
+                return True if self.norm else None
+            case "bound":
+                return format_number(self.bound) if self.bound != DEFAULT_BOUND else None
+            case "beta":
+                return self.beta and "-".join([self.beta.kind, *map(format_number, self.beta.numbers)])
+            case "allow":
+                return "biased" if self.allow_biased else None
+            case _:  # top, cap, clip: a number or nothing
+                number = getattr(self, name)
+                return None if number is None else format_number(number)
