@@ -1,0 +1,85 @@
+"""Importance weights on the KL term: token, prefix, sequence, with cap, band and norm.
+
+See theory in arXiv 2512.21852 and 2412.19437 (DeepSeek-V3.2's token ratio); which gradient each
+level estimates is stated by :mod:`kl_plugins.spec.target` and proved by enumeration.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kl_plugins.numerics import Limits
+from kl_plugins.spec import KLSpec
+
+
+class Weight(NamedTuple):
+    """An importance weight and where cap or band changed it.
+
+    Attributes:
+        value: (B, T), 0 outside the mask.
+        altered: (B, T) bool.
+    """
+
+    value: Tensor
+    altered: Tensor
+
+
+def importance_weight(
+    spec: KLSpec, log_rho: Tensor, mask: Tensor, limits: Limits, *, one_earlier: bool = False
+) -> Weight:
+    """The spec's weight for each token.
+
+    Args:
+        spec: names the level (``is:``), ``cap``, ``band``, ``norm``.
+        log_rho: (B, T) log(policy/behaviour) per token, nats, 0 outside the mask.
+        mask: (B, T) bool, True on response tokens.
+        limits: bounds of this computation.
+        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it.
+
+    Returns:
+        The weight: ``rho_t``, ``rho_{1:t}`` (``prefix``, ``decision``) or ``rho_{1:T}``, 1 for ``none``.
+    """
+    level = "token" if spec.clip is not None else spec.correction
+    if level == "none":
+        exponent = log_rho * 0.0
+    elif level == "token":
+        exponent = log_rho
+    elif level == "sequence":
+        exponent = log_rho.sum(-1, keepdim=True).expand_as(log_rho)
+    else:
+        exponent = log_rho.cumsum(-1) - (log_rho if one_earlier else 0.0)
+    return _treat(spec, limits.exponent(exponent).exp().masked_fill(~mask, 0.0), mask)
+
+
+def _treat(spec: KLSpec, weight: Tensor, mask: Tensor) -> Weight:
+    altered = mask & False
+    if spec.cap is not None:
+        altered = altered | (weight > spec.cap)
+        weight = weight.clamp_max(spec.cap)
+    if spec.band is not None:
+        low, high = spec.band
+        outside = mask & ((weight < low) | (weight > high))
+        altered, weight = altered | outside, weight.masked_fill(outside, 0.0)
+    if spec.norm:
+        count = mask.sum().clamp_min(1)
+        # The floor only matters where a band left nothing: 0 stays 0.
+        weight = weight / (weight.sum() / count).clamp_min(1e-30)
+    return Weight(weight, altered)
+
+
+def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) over response tokens: 1 for equal weights, 1/n where one token has all; 0 without tokens.
+
+    See Kong 1992; Owen 2013, "Monte Carlo theory, methods and examples", chapter 9.
+
+    Args:
+        weight: (B, T), 0 outside the mask.
+        mask: (B, T) bool.
+
+    Returns:
+        0-d tensor in [0, 1].
+    """
+    scaled = weight / weight.amax().clamp_min(1e-30)  # squares of large weights must not overflow
+    return scaled.sum().square() / (mask.sum() * scaled.square().sum()).clamp_min(1e-30)

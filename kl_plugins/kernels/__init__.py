@@ -1,0 +1,1 @@
+"""Kernels: how the closed forms are computed, apart from what they mean."""

@@ -1,0 +1,92 @@
+"""Diagnostics of a KL term: the same keys on every rank, zeros where there are no tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kl_plugins.corrections import effective_sample_size
+from kl_plugins.estimators import k3_value
+from kl_plugins.kernels.sampled import SampledTerms
+from kl_plugins.numerics import Limits
+from kl_plugins.spec.grammar import DEFAULT_BOUND
+
+REDUCTIONS: dict[str, Literal["mean", "max"]] = {
+    "kl/value": "mean",
+    "kl/exact": "mean",
+    "kl/reverse_k1": "mean",
+    "kl/reverse_k1_is": "mean",
+    "kl/log_ratio/mean": "mean",
+    "kl/log_ratio/max": "max",
+    "kl/coef/mean": "mean",
+    "kl/coef/std": "mean",
+    "kl/coef/max": "max",
+    "kl/ess": "mean",
+    "kl/weight/max": "max",
+    "kl/cap_frac": "mean",
+    "kl/dead_frac": "mean",
+    "kl/disagree": "mean",
+    "kl/trust_region": "mean",
+    "kl/active": "mean",
+}
+"""Every key, and how a host joins it over micro-batches and ranks. ``kl/exact`` only where exact values are given."""
+
+ALIVE = 1e-6
+"""A token whose log-ratio is smaller than this (nats) may have a zero coefficient without being dead."""
+
+
+def term_metrics(
+    terms: SampledTerms, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Diagnostics of one ``kl_term`` call.
+
+    Args:
+        terms: the term's closed forms.
+        u: (B, T) log(policy/reference), nats, 0 outside the mask.
+        log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
+        mask: (B, T) bool.
+        exact: (B, T) full-vocabulary KL, nats, or None.
+
+    Returns:
+        0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
+        KL(behaviour || policy) from ``rho - 1 - log rho``; ``ess`` is that of the weight in use.
+    """
+    limits = Limits.of(u.dtype, DEFAULT_BOUND)
+    count = mask.sum().clamp_min(1)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.masked_fill(~mask, 0).sum() / count
+
+    coefficient, weight = terms.coefficient, terms.weight
+    coefficient_mean = mean(coefficient)
+    k1_mean, k3_mean = mean(u), mean(k3_value(limits.linear(u), limits.exponent(u)))
+    trust_region = k3_value(limits.linear(-log_rho), limits.exponent(-log_rho))
+    spread = (coefficient - coefficient_mean).masked_fill(~mask, 0)
+    # Scaling keeps the squares of huge coefficients finite.
+    scale = spread.abs().amax().clamp_min(1e-30) if spread.numel() else torch.ones_like(count, dtype=u.dtype)
+    found = {
+        "kl/value": k3_mean,
+        "kl/reverse_k1": k1_mean,
+        "kl/reverse_k1_is": mean(limits.saturate(weight * u)),
+        "kl/log_ratio/mean": mean(u.abs()),
+        "kl/log_ratio/max": _largest(u),
+        "kl/coef/mean": coefficient_mean,
+        "kl/coef/std": (spread / scale).square().sum().div(count).sqrt() * scale,
+        "kl/coef/max": _largest(coefficient),
+        "kl/ess": effective_sample_size(weight, mask),
+        "kl/weight/max": _largest(weight),
+        "kl/cap_frac": mean(terms.altered.to(u.dtype)),
+        "kl/dead_frac": mean(((coefficient == 0) & (u.abs() > ALIVE)).to(u.dtype)),
+        "kl/disagree": (k1_mean - k3_mean).abs() / k3_mean.clamp_min(1e-8),
+        "kl/trust_region": mean(trust_region),
+        "kl/active": mask.any().to(u.dtype) * 0 + 1,
+    }
+    if exact is not None:
+        found["kl/exact"] = mean(exact.detach().to(u.dtype))
+    return found
+
+
+def _largest(x: Tensor) -> Tensor:
+    return x.abs().amax() if x.numel() else x.sum()

@@ -1,0 +1,55 @@
+"""The KL penalty that a host subtracts from a score: ``kl_penalty`` for ``@reward`` and ``@advantage`` specs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kl_plugins.horizon import future_sum
+from kl_plugins.kernels import backend
+from kl_plugins.kernels.sampled import score_terms
+from kl_plugins.numerics import Limits, cast_saturating, check_shapes, compute_dtype, masked_difference
+from kl_plugins.term import require_exact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kl_plugins.spec import KLSpec
+
+
+def kl_penalty(
+    spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, exact: Tensor | None = None
+) -> Tensor:
+    """Detached per-token penalty, per unit beta.
+
+    See arXiv 2601.10201 (FRPO) for ``@advantage``, 1909.08593 for ``@reward``.
+
+    Args:
+        spec: a parsed ``@reward`` or ``@advantage`` spec.
+        logp: (B, T) the trainer's own log-probs of the rollout, never the engine's, nats.
+        ref_logp: (B, T) log-probs of the reference at the same temperature, nats.
+        mask: (B, T), True on response tokens.
+        exact: (B, T) full-vocabulary KL per state, nats; for an exact future term.
+
+    Returns:
+        (B, T) in the dtype of ``logp``, 0 outside the mask. ``reward``: k_t of each token.
+        ``advantage``: the own term plus, for ``horizon:sequence``, the discounted future terms.
+
+    Raises:
+        ValueError: a ``@loss`` spec, a shape differs, or exact values that the spec needs are missing.
+    """
+    if spec.placement == "loss":
+        raise ValueError(f"kl_penalty is for @reward and @advantage specs; {spec} is a loss: use kl_term")
+    check_shapes(mask, logp=logp, ref_logp=ref_logp, exact=exact)
+    require_exact(spec, exact)
+    mask = mask.bool()
+    u = masked_difference(logp.detach(), ref_logp.detach(), mask, compute_dtype(logp, ref_logp))
+    penalty = backend.run(_penalty, spec, u, mask, None if exact is None else exact.detach(), like=u)
+    return cast_saturating(penalty, logp.dtype)
+
+
+def _penalty(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> Tensor:
+    limits = Limits.of(u.dtype, spec.bound)
+    value, future = score_terms(spec, u, mask, exact)
+    if spec.horizon == "sequence":
+        value = value + future_sum(future, mask, spec.gamma)
+    return limits.saturate(value)

@@ -1,0 +1,115 @@
+"""The KL term beside the policy loss: ``kl_term`` for ``@loss`` specs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kl_plugins.kernels import backend
+from kl_plugins.kernels.sampled import SampledLoss, SampledTerms, log_ratios, loss_terms
+from kl_plugins.metrics import term_metrics
+from kl_plugins.numerics import cast_saturating, check_shapes, compute_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kl_plugins.spec import KLSpec
+
+
+@dataclass(frozen=True)
+class KLTerm:
+    """What :func:`kl_term` returns; all (B, T), 0 outside the mask, in the dtype of ``logp``.
+
+    Attributes:
+        value: detached: the estimator's own k_t, unweighted, without future terms, nats.
+        coefficient: detached, weight included; what multiplies grad log pi. For an exact own term: the future part.
+        loss: value + coefficient * (logp - logp.detach()); multiply by beta, then aggregate as the host does.
+        weight: detached importance weight, 1 where there is none.
+        metrics: 0-d tensors by key; see :mod:`kl_plugins.metrics`.
+    """
+
+    value: Tensor
+    coefficient: Tensor
+    loss: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor]
+
+
+def kl_term(
+    spec: KLSpec,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    old_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    exact: Tensor | None = None,
+) -> KLTerm:
+    """Per-token KL regulariser whose gradient is exactly the spec's.
+
+    See arXiv 2510.01555 for why the coefficient counts and not the value; README, "Specs", for each formula.
+
+    Args:
+        spec: a parsed ``@loss`` spec.
+        logp: (B, T) log-probs of the policy being trained, nats, with its autograd graph.
+        ref_logp: (B, T) log-probs of the reference, nats.
+        mask: (B, T), True on response tokens.
+        old_logp: (B, T) log-probs of the trainer's own policy at rollout time.
+        sampler_logp: (B, T) log-probs that the inference engine sampled with. Beside ``is:none`` it feeds metrics only.
+        exact: (B, T) full-vocabulary KL(policy || reference) per state, nats, with its graph; for ``exact`` specs.
+
+    Returns:
+        The term; see :class:`KLTerm`.
+
+    Raises:
+        ValueError: not a ``@loss`` spec, a shape differs, or log-probs that the spec needs are missing.
+    """
+    if spec.placement != "loss":
+        raise ValueError(f"kl_term is for @loss specs; {spec} is a score: use kl_penalty")
+    check_shapes(mask, logp=logp, ref_logp=ref_logp, old_logp=old_logp, sampler_logp=sampler_logp, exact=exact)
+    require_exact(spec, exact)
+    mask = mask.bool()
+    dtype = compute_dtype(logp, ref_logp)
+    behaviour = behaviour_log_probs(spec, old_logp, sampler_logp)
+    u, log_rho = log_ratios(logp, ref_logp, behaviour, mask, dtype)
+    exact_value = None if exact is None else exact.detach().masked_fill(~mask, 0.0)
+    terms: SampledTerms = backend.run(loss_terms, spec, u, log_rho, mask, exact_value, like=u)
+    loss = SampledLoss.apply(logp, terms.value, terms.coefficient, mask)
+    if spec.estimator == "exact" and exact is not None:
+        own = (terms.weight * torch.where(mask, exact, 0.0).to(dtype)).to(loss.dtype)
+        loss = loss + own - own.detach()
+    return KLTerm(
+        value=cast_saturating(terms.value, logp.dtype),
+        coefficient=cast_saturating(terms.coefficient, logp.dtype),
+        loss=loss,
+        weight=cast_saturating(terms.weight, logp.dtype),
+        metrics=term_metrics(terms, u, log_rho, mask, exact_value),
+    )
+
+
+def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:
+    """The log-probs that the importance weight divides by: as the spec says, else the sampler's, else the old ones.
+
+    Raises:
+        ValueError: a weight is asked for and the log-probs for it are missing.
+    """
+    given = {"sampler": sampler_logp, "old": old_logp}
+    if spec.behaviour is not None:
+        if given[spec.behaviour] is None:
+            raise ValueError(f"{spec} needs {spec.behaviour}_logp, which was not given")
+        return given[spec.behaviour]
+    behaviour = sampler_logp if sampler_logp is not None else old_logp
+    if behaviour is None and spec.needs_behaviour:
+        raise ValueError(
+            f"{spec} weights by policy/behaviour, but neither sampler_logp nor old_logp was given; "
+            "pass logp.detach() as old_logp if the data are on-policy"
+        )
+    return behaviour
+
+
+def require_exact(spec: KLSpec, exact: Tensor | None) -> None:
+    """Raise where the spec needs full-vocabulary KL values that were not given, or got values it has no use for."""
+    if spec.needs_exact and exact is None:
+        raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")
