@@ -1,0 +1,236 @@
+"""Generic patch engine: a patch is data plus one wrapper function; the guards, ``apply`` and ``undo`` are here.
+
+It knows no host. ``kl_plugins.patches.<host>`` lists the patches, ``kl_plugins.adapters.<host>`` what they compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from packaging.specifiers import SpecifierSet
+
+from kl_plugins.patches.fingerprint import fingerprint
+
+ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"
+"""Environment variable: set to 1, an unknown host version or changed source is a warning instead of an error."""
+
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Called as ``wrapper(wrapped, instance, args, kwargs)``; ``wrapped`` is bound."""
+
+_MISSING: Any = object()
+
+
+class UnsupportedHostError(RuntimeError):
+    """The installed host is not one whose sources were checked: version out of range, or code changed."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Where one wrapper goes.
+
+    Attributes:
+        module: dotted path of the host's module.
+        qualname: ``Class.method`` or ``function`` in it.
+        wrapper: what runs instead; it gets the original as ``wrapped``.
+        fingerprints: digest of the source it was written for, by the first host version that has it. Empty: the wrapper
+            depends on nothing but the call signature, and the source is not looked at.
+    """
+
+    module: str
+    qualname: str
+    wrapper: Wrapper
+    fingerprints: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def attribute(self) -> str:
+        """Name of the attribute that is replaced."""
+        return self.qualname.rpartition(".")[2]
+
+    def owner(self) -> Any:
+        """The host's class or module that holds the function; imports the module."""
+        owner: Any = importlib.import_module(self.module)
+        for name in self.qualname.split(".")[:-1]:
+            owner = getattr(owner, name)
+        return owner
+
+
+class Hook(wrapt.FunctionWrapper):  # type: ignore[misc]
+    """A wrapper that this engine put in; it remembers which patch it belongs to."""
+
+    def __init__(self, wrapped: Callable[..., Any], patch: Patch) -> None:
+        super().__init__(wrapped, patch.wrapper)
+        self._self_patch = patch
+
+
+@dataclass
+class PatchSet:
+    """The patches of one host, applied and undone together.
+
+    Attributes:
+        distribution: the host's name on the package index.
+        supported: versions whose sources were checked.
+        patches: what to wrap.
+        owner: a subclass of the host's class to put the hooks on instead of the class itself; None = in place.
+    """
+
+    distribution: str
+    supported: SpecifierSet
+    patches: Sequence[Patch]
+    owner: type | None = None
+    _applied: list[tuple[Patch, Any, Any, Hook]] = field(default_factory=list, init=False, repr=False)
+    _deferred: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def active(self) -> bool:
+        """Whether any hook is in."""
+        return bool(self._applied)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Qualified names of the wrapped functions."""
+        return tuple(patch.qualname for patch in self.patches)
+
+    def apply(self) -> None:
+        """Check every guard, then put every hook in; nothing is changed unless all guards hold. Safe to call twice.
+
+        Raises:
+            UnsupportedHostError: unknown version or changed source.
+            ModuleNotFoundError: the host is not installed.
+        """
+        self._apply(self.patches)
+
+    def apply_on_import(self) -> None:
+        """Put the hooks of each module in as soon as the host imports it; now, where it has been imported already.
+
+        The version is checked at once, sources on import.
+
+        Raises:
+            UnsupportedHostError: unknown version, or changed source of a module that is already imported.
+        """
+        check_version(self.distribution, self.supported)
+        self._deferred = True
+        for module in dict.fromkeys(patch.module for patch in self.patches):
+            wrapt.register_post_import_hook(self._imported, module)
+
+    def _imported(self, module: ModuleType) -> None:
+        if self._deferred:
+            self._apply([patch for patch in self.patches if patch.module == module.__name__])
+
+    def _apply(self, patches: Sequence[Patch]) -> None:
+        done = {patch for patch, *_ in self._applied}
+        todo = [patch for patch in patches if patch not in done]
+        if todo:
+            self.check(todo)
+        for patch in todo:
+            owner = self.owner or patch.owner()
+            own = vars(owner).get(patch.attribute, _MISSING)
+            hook = Hook(_original(owner, patch.attribute), patch)
+            setattr(owner, patch.attribute, hook)
+            self._applied.append((patch, owner, own, hook))
+
+    def undo(self) -> None:
+        """Put the original objects back. Safe to call twice.
+
+        Raises:
+            RuntimeError: somebody wrapped a hook again; undoing would remove theirs as well.
+        """
+        self._deferred = False
+        for patch, owner, _, hook in self._applied:
+            if vars(owner).get(patch.attribute) is not hook:
+                raise RuntimeError(
+                    f"kl-plugins: {patch.module}.{patch.qualname} was wrapped again after kl-plugins attached to it. "
+                    "Undo that wrapper first, then detach."
+                )
+        while self._applied:
+            patch, owner, own, _ = self._applied.pop()
+            if own is _MISSING:
+                delattr(owner, patch.attribute)
+            else:
+                setattr(owner, patch.attribute, own)
+
+    def check(self, patches: Sequence[Patch] | None = None) -> None:
+        """Raise unless the installed host is one that the patches were written for.
+
+        Raises:
+            UnsupportedHostError: unknown version or changed source.
+        """
+        version = check_version(self.distribution, self.supported)
+        for patch in self.patches if patches is None else patches:
+            check_source(patch, _original(self.owner or patch.owner(), patch.attribute), self, version)
+
+    def fingerprint(self) -> str:
+        """Digest of all the sources that are wrapped, for receipts."""
+        digest = hashlib.sha256()
+        for patch in self.patches:
+            if patch.fingerprints:
+                digest.update(fingerprint(_original(self.owner or patch.owner(), patch.attribute)).encode())
+        return digest.hexdigest()
+
+
+def check_version(distribution: str, supported: SpecifierSet) -> str:
+    """The installed version of a host.
+
+    Raises:
+        UnsupportedHostError: it is outside ``supported``.
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"kl-plugins: {distribution} is not installed here; it supports {supported}") from None
+    if not supported.contains(version, prereleases=True):
+        _refuse(f"{distribution} {version} is not among the versions that were checked ({supported})", supported)
+    return version
+
+
+def check_source(patch: Patch, function: Callable[..., Any], patches: PatchSet, version: str) -> None:
+    """Raise where a host function is not the code that the patch was written for.
+
+    Raises:
+        UnsupportedHostError: the fingerprint is none of the known ones.
+    """
+    if not patch.fingerprints:
+        return
+    try:
+        found = fingerprint(function)
+    except (OSError, TypeError) as error:
+        found = f"unreadable ({error})"
+    if found not in patch.fingerprints.values():
+        _refuse(
+            f"{patch.module}.{patch.qualname} of {patches.distribution} {version} is not the code that kl-plugins was "
+            f"checked with (fingerprint {found}); it was edited, or another package has replaced it",
+            patches.supported,
+        )
+
+
+def hooked(owner: type, attribute: str) -> bool:
+    """Whether a class's attribute resolves to one of our hooks, that is, no subclass has overridden it."""
+    return isinstance(inspect.getattr_static(owner, attribute, None), Hook)
+
+
+def _original(owner: Any, attribute: str) -> Callable[..., Any]:
+    """The host's own function behind an attribute, looking through our hooks: a subclass must not hook twice."""
+    function = inspect.getattr_static(owner, attribute)
+    while isinstance(function, Hook):
+        function = function.__wrapped__
+    return function  # type: ignore[no-any-return]
+
+
+def _refuse(problem: str, supported: SpecifierSet) -> None:
+    if os.environ.get(ALLOW_UNTESTED) == "1":
+        warnings.warn(f"kl-plugins: {problem}; going on because {ALLOW_UNTESTED}=1", RuntimeWarning, stacklevel=3)
+        return
+    raise UnsupportedHostError(
+        f"kl-plugins: {problem}. Install a version in {supported}, or set {ALLOW_UNTESTED}=1 and check the run's "
+        "kl/ metrics yourself."
+    )
