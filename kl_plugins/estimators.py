@@ -160,8 +160,18 @@ BUILT_IN = tuple(_TABLE)
 """Names that ship with kl-plugins; ``alpha-<a>`` comes on top."""
 
 
-@cache
-def _alpha(name: str, a: float) -> Estimator:
+_ALPHAS: dict[str, Estimator] = {}
+
+
+def _alpha(a: float) -> Estimator:
+    # A dict rather than functools.cache: torch.compile traces through lookups, and warns at cached functions.
+    name = f"alpha-{format_number(a)}"
+    if name not in _ALPHAS:
+        _ALPHAS[name] = _alpha_row(name, a)
+    return _ALPHAS[name]
+
+
+def _alpha_row(name: str, a: float) -> Estimator:
     return Estimator(
         name,
         partial(_alpha_value, a),
@@ -266,11 +276,11 @@ def _load_entry_points() -> None:
 
 def find_estimator(name: str) -> Estimator | None:
     """The row called ``name`` (``alpha-<a>`` included), or None. Third-party entry points are loaded only on a miss."""
-    if name in _TABLE:
-        return _TABLE[name]
+    if row := _TABLE.get(name) or _ALPHAS.get(name):
+        return row
     if name.startswith("alpha-"):
         a = parse_number(name.removeprefix("alpha-"))
-        return _alpha(f"alpha-{format_number(a)}", a) if a else None
+        return _alpha(a) if a else None
     _load_entry_points()
     return _TABLE.get(name)
 
