@@ -1,0 +1,42 @@
+# Everything sets itself up: python3 with venv, git and make are enough; a C++ compiler makes it faster.
+# PYTHON picks the interpreter; ARGS replaces what a session runs, for example
+#   make test-trl ARGS="-m pytest tests/trl -k resume"
+PYTHON ?= python3
+nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full test-core test-trl lint typecheck bench-variance clean
+
+help:  ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/complete  ## train under five regularisers, draw the curves into out/demo (10 min on 2 cores)
+	$(call nox,demo)
+
+test: .venv/complete  ## lint, and every test that CI runs
+	$(call nox,lint core trl)
+
+test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
+	$(call nox,lint core_full trl_full trl_vllm)
+
+test-core: .venv/complete  ## tests that need no host framework
+	$(call nox,core)
+
+test-trl: .venv/complete  ## tests against the newest TRL
+	$(call nox,trl)
+
+lint: .venv/complete  ## ruff and mypy
+	$(call nox,lint)
+
+bench-variance: .venv/complete  ## bias and variance of every estimator, against exact enumeration
+	$(call nox,bench_variance)
+
+clean:  ## remove environments, builds and outputs
+	rm -rf .venv .nox build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The stamp comes last, so that an interrupted installation is never taken for a complete one.
+.venv/complete: constraints.txt
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt nox
+	touch $@

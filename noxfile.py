@@ -1,0 +1,136 @@
+"""The sessions behind the Makefile: environments, checks, tests and runs.
+
+``nox -s NAME -- ARGS`` runs ``python ARGS`` in the environment of the session instead of its own commands, for example
+``nox -s trl -- -m pytest tests/trl -k resume``.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "tests" / "constraints"
+# Nothing here needs a model hub, and one thread per process is fastest for models of this size.
+RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+nox.options.sessions = ["lint", "core", "trl"]
+nox.options.default_venv_backend = "none"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment that sessions share: made once, and made anew when what it was made from changed."""
+
+    name: str
+    extras: str
+    constraints: Path
+    packages: tuple[str, ...] = ()
+    locked: bool = False  # the constraints file is the whole list, installed without resolution
+
+    @property
+    def python(self) -> str:
+        """Path of the interpreter."""
+        return str(self.folder / "bin" / "python")
+
+    @property
+    def folder(self) -> Path:
+        """Where the environment lives."""
+        return ROOT / ".nox" / self.name
+
+    def key(self) -> str:
+        """Hash of everything the environment is made from."""
+        digest = hashlib.sha256(f"{ROOT}{sys.version}{self!r}".encode())
+        for path in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", self.constraints, __file__):
+            digest.update(Path(path).read_bytes())
+        return digest.hexdigest()
+
+    def ensure(self, session: nox.Session) -> None:
+        """Make the environment unless a complete and current one is there."""
+        stamp, key = self.folder / ".complete", self.key()
+        if stamp.exists() and stamp.read_text() == key:
+            return
+        session.log(f"making the environment {self.name}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+        session.run(sys.executable, "-m", "venv", str(self.folder), external=True)
+        if self.locked:
+            self._pip(session, "--no-deps", "-r", str(self.constraints))
+            self._pip(session, "--no-deps", "--no-build-isolation", "-e", ".")
+        else:
+            self._pip(session, "setuptools")  # isolated builds would fetch an unpinned one
+            self._pip(session, "--no-build-isolation", "-e", f".[{self.extras}]", *self.packages)
+        stamp.write_text(key)  # last: an interrupted installation leaves none
+
+    def _pip(self, session: nox.Session, *arguments: str) -> None:
+        pins = () if self.locked else ("-c", str(self.constraints))
+        session.run(self.python, "-m", "pip", "install", *pins, *arguments, external=True)
+
+    def run(self, session: nox.Session, *default: str) -> None:
+        """Run ``python`` with the session's own arguments, or with `default` where there are none."""
+        self.ensure(session)
+        session.run(self.python, *(session.posargs or default), external=True, env=RUN_ENV)
+
+
+CORE = Environment("core", "test,lint,bench", ROOT / "constraints.txt")
+TRL = Environment("trl-1.16", "trl,test,bench", CONSTRAINTS / "trl-1.16.txt", ("peft",))
+TRL_OLDER = [
+    Environment(f"trl-{version}", "trl,test,bench", CONSTRAINTS / f"trl-{version}.txt", ("peft",))
+    for version in ("1.0", "0.28")
+]
+TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's checks and formatting, then strict mypy."""
+    CORE.ensure(session)
+    for command in (["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], [".ci/typecheck.py"]):
+        session.run(CORE.python, *command, external=True)
+
+
+@nox.session
+def core(session: nox.Session) -> None:
+    """Test everything that needs no host framework."""
+    CORE.run(session, "-m", "pytest", "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
+
+
+@nox.session
+def core_full(session: nox.Session) -> None:
+    """Test the same, slow tests included."""
+    CORE.run(session, "-m", "pytest", "--full", "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
+
+
+@nox.session
+def trl(session: nox.Session) -> None:
+    """Test the TRL adapter against the newest TRL."""
+    TRL.run(session, "-m", "pytest", "tests/trl")
+
+
+@nox.session
+@nox.parametrize("environment", [TRL, *TRL_OLDER], ids=["1.16", "1.0", "0.28"])
+def trl_full(session: nox.Session, environment: Environment) -> None:
+    """Test the TRL adapter, slow tests included, against each TRL of the supported range."""
+    environment.run(session, "-m", "pytest", "--full", "tests/trl")
+
+
+@nox.session
+def trl_vllm(session: nox.Session) -> None:
+    """Test the TRL adapter with a real vLLM sampler on the CPU."""
+    TRL_VLLM.run(session, "-m", "pytest", "--full", "tests/trl", "-m", "vllm")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train under five regularisers and draw what each of them does; writes out/demo."""
+    TRL.run(session, "-m", "benchmarks.demo")
+
+
+@nox.session
+def bench_variance(session: nox.Session) -> None:
+    """Measure bias and variance of each estimator's gradient against exact enumeration."""
+    CORE.run(session, "-m", "benchmarks.variance")
