@@ -50,7 +50,7 @@ class Estimator:
 
 
 def k3_value(u: Tensor, x: Tensor) -> Tensor:
-    """delta - 1 - log delta >= 0. See Schulman 2020, "Approximating KL divergence"."""
+    """Value of k3: delta - 1 - log delta >= 0. See Schulman 2020, "Approximating KL divergence"."""
     # maximum: below -bound the linear part stops with the exponential one, so that the value stays >= 0.
     return ((-x).expm1() + u.maximum(x)).clamp_min(0.0)
 
@@ -205,7 +205,7 @@ def derive_from_f(f: Callable[[Tensor], Tensor]) -> tuple[Elementwise, Elementwi
 
         def own(x: Tensor) -> Tensor:
             # delta f'(delta) = -dF/dx for F(x) = f(exp(-x)).
-            value_of_x, slope = jvp(lambda z: f((-z).exp()), (x,), (ones_like(x),))
+            value_of_x, slope = jvp(lambda z: f((-z).exp()), (x,), (ones_like(x),))[:2]
             result: Tensor = value_of_x + slope
             return result
 
@@ -235,7 +235,9 @@ def register_estimator(
         value: k_t from (u, x), in nats; instead of ``f``.
         coefficient: what multiplies grad log pi, from (u, x); instead of ``f``.
         kind: the divergence whose gradient this is; ``other_f`` with ``f``, else ``none`` unless you say so.
-        value_formula, coefficient_formula, source: shown by ``kl-plugins explain``.
+        value_formula: shown by ``kl-plugins explain``.
+        coefficient_formula: shown by ``kl-plugins explain``.
+        source: paper or page, shown by ``kl-plugins explain``.
 
     Returns:
         The new row.

@@ -17,7 +17,7 @@ class ExactKL(NamedTuple):
 
 
 class ExactKLUnavailableError(RuntimeError):
-    """This version parses and explains exact specs but cannot compute them."""
+    """An exact spec was to be computed: this version parses and explains exact specs but cannot compute them."""
 
 
 def _unavailable(name: str) -> NoReturn:

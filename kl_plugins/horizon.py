@@ -19,10 +19,7 @@ def future_sum(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
     Returns:
         (B, T), 0 outside the mask.
     """
-    if gamma == 1.0:
-        to_go = terms.flip(-1).cumsum(-1).flip(-1)
-    else:
-        to_go = _discounted_to_go(terms, mask, gamma)
+    to_go = terms.flip(-1).cumsum(-1).flip(-1) if gamma == 1.0 else _discounted_to_go(terms, mask, gamma)
     # Shifting, rather than subtracting the own term, keeps the rest exact where the own term is huge.
     later = torch.nn.functional.pad(to_go[..., 1:], (0, 1))
     return (gamma * later).masked_fill(~mask, 0.0)
@@ -32,7 +29,7 @@ def _discounted_to_go(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
     # y_t = terms_t + a_t y_{t+1} with a_t = gamma on response tokens and 1 in holes: an affine recurrence,
     # composed by doubling in log2(T) steps (no division, no T x T matrix).
     to_go = terms
-    step = torch.where(mask, gamma, 1.0).to(terms.dtype)
+    step = torch.ones_like(terms).masked_fill(mask, gamma)  # torch.where would round a float64 gamma to float32
     length, shift = terms.shape[-1], 1
     while shift < length:
         to_go = to_go + step * torch.nn.functional.pad(to_go[..., shift:], (0, shift))

@@ -53,7 +53,8 @@ def masked_difference(a: Tensor, b: Tensor, mask: Tensor, dtype: torch.dtype | N
     """``a - b`` on response tokens, 0 elsewhere, whatever stands there.
 
     Args:
-        a, b: (B, T) log-probs, nats, any float dtype.
+        a: (B, T) log-probs, nats, any float dtype.
+        b: (B, T) log-probs, nats, any float dtype.
         mask: (B, T), True on response tokens.
         dtype: compute dtype; default :func:`compute_dtype`.
 

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 
-def kl_penalty(
-    spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, exact: Tensor | None = None
-) -> Tensor:
+def kl_penalty(spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
     """Detached per-token penalty, per unit beta.
 
     See arXiv 2601.10201 (FRPO) for ``@advantage``, 1909.08593 for ``@reward``.

@@ -81,7 +81,9 @@ def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
             "Install kl-plugins there and attach it in every process, then start again."
         )
     if len(receipts) != world_size:
-        raise MissingReceiptError(f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank.")
+        raise MissingReceiptError(
+            f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank."
+        )
     for name in ("host_version", "fingerprint", "spec"):
         seen = {getattr(receipt, name): receipt for receipt in receipts}
         if len(seen) > 1:

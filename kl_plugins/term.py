@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kl_plugins.kernels import backend
-from kl_plugins.kernels.sampled import SampledLoss, SampledTerms, log_ratios, loss_terms
+from kl_plugins.kernels.sampled import SampledTerms, log_ratios, loss_terms, sampled_loss
 from kl_plugins.metrics import term_metrics
 from kl_plugins.numerics import cast_saturating, check_shapes, compute_dtype
 
@@ -76,7 +76,7 @@ def kl_term(
     u, log_rho = log_ratios(logp, ref_logp, behaviour, mask, dtype)
     exact_value = None if exact is None else exact.detach().masked_fill(~mask, 0.0)
     terms: SampledTerms = backend.run(loss_terms, spec, u, log_rho, mask, exact_value, like=u)
-    loss = SampledLoss.apply(logp, terms.value, terms.coefficient, mask)
+    loss = sampled_loss(logp, terms.value, terms.coefficient, mask)
     if spec.estimator == "exact" and exact is not None:
         own = (terms.weight * torch.where(mask, exact, 0.0).to(dtype)).to(loss.dtype)
         loss = loss + own - own.detach()

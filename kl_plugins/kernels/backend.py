@@ -71,7 +71,9 @@ def chosen_backend(elements: int, device_type: str) -> str:
     if status.compiled:
         return "compiled"
     if asked == "compiled":
-        raise BackendError(f"{ENVIRONMENT_VARIABLE}=compiled on {device_type}: {status.reason}. Install it, or use auto.")
+        raise BackendError(
+            f"{ENVIRONMENT_VARIABLE}=compiled on {device_type}: {status.reason}. Install it, or use auto."
+        )
     _say_once(f"kl-plugins: eager path on {device_type}: {status.reason}; results are the same, large batches slower")
     return "eager"
 

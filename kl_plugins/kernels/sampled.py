@@ -6,6 +6,7 @@ and no clamp of a value can reach the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,9 @@ def row_of(spec: KLSpec) -> Estimator:
     """The table row that a parsed spec names."""
     row = find_estimator(spec.estimator)
     if row is None:
-        raise LookupError(f"estimator {spec.estimator!r} is not registered in this process; import the module that does")
+        raise LookupError(
+            f"estimator {spec.estimator!r} is not registered in this process; import the module that does"
+        )
     return row
 
 
@@ -62,9 +65,7 @@ def score_terms(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> 
     return value.masked_fill(~mask, 0.0), future.masked_fill(~mask, 0.0)
 
 
-def loss_terms(
-    spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None
-) -> SampledTerms:
+def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None) -> SampledTerms:
     """Closed forms of a ``@loss`` spec.
 
     See README, "Specs", for the coefficient of each horizon and correction.
@@ -109,26 +110,33 @@ class SampledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(logp: Tensor, value: Tensor, coefficient: Tensor, mask: Tensor) -> Tensor:
+        """Return the value, in the dtype of ``logp``."""
         return cast_saturating(value, logp.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the coefficient and the mask, nothing else."""
         logp, _, coefficient, mask = inputs
         ctx.logp_dtype = logp.dtype
         ctx.save_for_backward(coefficient, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Multiply by the coefficient on response tokens; 0 elsewhere."""
         coefficient, mask = ctx.saved_tensors
         # masked_fill, not a product: an upstream NaN at padding must not come back as NaN * 0.
         flow = (grad.to(coefficient.dtype) * coefficient).masked_fill(~mask, 0.0)
         return cast_saturating(flow, ctx.logp_dtype), None, None, None
 
 
+sampled_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = SampledLoss.apply
+""":class:`SampledLoss` as the function it is: (logp, value, coefficient, mask) -> loss, all (B, T)."""
+
+
 def log_ratios(
     logp: Tensor, ref_logp: Tensor, behaviour_logp: Tensor | None, mask: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """u = logp - ref_logp and log rho = logp - behaviour_logp, nats, detached, 0 outside the mask."""
+    """Log-ratios u = logp - ref_logp and log rho = logp - behaviour_logp, nats, detached, 0 outside the mask."""
     u = masked_difference(logp.detach(), ref_logp.detach(), mask, dtype)
     if behaviour_logp is None:
         return u, u * 0.0

@@ -124,7 +124,7 @@ class KLSpec:
             case "bound":
                 return format_number(self.bound) if self.bound != DEFAULT_BOUND else None
             case "beta":
-                return self.beta and "-".join([self.beta.kind, *map(format_number, self.beta.numbers)])
+                return None if self.beta is None else "-".join([self.beta.kind, *map(format_number, self.beta.numbers)])
             case "allow":
                 return "biased" if self.allow_biased else None
             case _:  # top, cap, clip: a number or nothing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,11 @@ class Part:
 
     @property
     def end(self) -> int:
+        """Index behind the last character."""
         return self.start + len(self.text)
 
     def error(self, spec: str, problem: str, expected: str = "", nearest: str | None = None) -> KLSpecError:
+        """Build the error that points at this part."""
         return KLSpecError(spec, self.start, self.end, problem, expected, nearest)
 
 
@@ -98,7 +100,10 @@ def _read_head(text: str, head: Part, *, has_options: bool) -> tuple[str, str]:
     if placement not in PLACEMENTS:
         part = Part(placement, head.start + len(name) + 1)
         raise part.error(
-            text, f"unknown placement {placement!r}", "one of " + ", ".join(PLACEMENTS), nearest_word(placement, PLACEMENTS)
+            text,
+            f"unknown placement {placement!r}",
+            "one of " + ", ".join(PLACEMENTS),
+            nearest_word(placement, PLACEMENTS),
         )
     return name, placement
 
@@ -109,7 +114,9 @@ def _read_options(text: str, options: list[Part]) -> tuple[dict[str, Any], dict[
     for part in options:
         name, colon, value = part.text.partition(":")
         if name not in OPTION_ORDER:
-            raise part.error(text, f"unknown option {name!r}", "one of " + ", ".join(OPTION_ORDER), nearest_word(name, OPTION_ORDER))
+            raise part.error(
+                text, f"unknown option {name!r}", "one of " + ", ".join(OPTION_ORDER), nearest_word(name, OPTION_ORDER)
+            )
         if name in parts:
             raise part.error(text, f"option {name!r} is given twice", "each option once")
         if name in FLAGS and colon:
@@ -128,12 +135,14 @@ def _read_value(text: str, name: str, part: Part) -> Any:
     if name == "band":
         interval = parse_numbers(part.text)
         if interval is None or len(interval) != 2 or interval[0] > interval[1] or interval[1] == 0:
-            raise part.error(text, f"band: {part.text!r} is no interval", "<lo>-<hi> with 0 <= lo <= hi, hi > 0, e.g. 0.5-2")
+            raise part.error(
+                text, f"band: {part.text!r} is no interval", "<lo>-<hi> with 0 <= lo <= hi, hi > 0, e.g. 0.5-2"
+            )
         return interval[0], interval[1]
     if name == "beta":
         return _read_beta(text, part)
     number = parse_number(part.text)
-    ranges = {
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
         "gamma": ("a number in [0, 1]", lambda x: x <= 1),
         "top": ("a whole number >= 1", lambda x: x >= 1 and x == int(x)),
     }

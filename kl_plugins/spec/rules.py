@@ -19,10 +19,13 @@ FUTURE_ONLY = ("future", "gamma")
 class HasPosition(Protocol):
     """Where a part stands in the text."""
 
-    start: int
+    @property
+    def start(self) -> int:
+        """Index of the first character."""
 
     @property
-    def end(self) -> int: ...
+    def end(self) -> int:
+        """Index behind the last character."""
 
 
 def default_horizon(placement: str) -> str:
@@ -76,7 +79,7 @@ def _placement_rules(spec: KLSpec, parts: Mapping[str, HasPosition]) -> Iterator
             if name in parts:
                 yield (
                     name,
-                    f"{name!r} has no meaning for @reward: the host's return decides over how many tokens a reward counts",
+                    f"{name!r} has no meaning for @reward: the host's return decides how far a reward reaches",
                     "@advantage or @loss with this option, or @reward without it",
                 )
 
@@ -95,7 +98,7 @@ def _exact_rules(spec: KLSpec, parts: Mapping[str, HasPosition]) -> Iterator[tup
     if spec.placement == "advantage" and spec.future != "exact":
         yield (
             "horizon" if spec.horizon == "token" else "future",
-            "exact@advantage means a sampled own term and an exact future one; without the future nothing exact is left",
+            "exact@advantage means a sampled own term and an exact future one; here nothing exact is left",
             "exact@advantage, or k1@advantage with this option",
         )
     if spec.correction == "token":
@@ -112,9 +115,17 @@ def _horizon_rules(spec: KLSpec, parts: Mapping[str, HasPosition]) -> Iterator[t
     if spec.horizon == "token" and spec.placement != "reward":
         for name in FUTURE_ONLY:
             if name in parts:
-                yield name, f"{name!r} belongs to the future-KL term, which horizon:token leaves out", "horizon:sequence"
+                yield (
+                    name,
+                    f"{name!r} belongs to the future-KL term, which horizon:token leaves out",
+                    "horizon:sequence",
+                )
     if spec.correction == "decision" and spec.horizon == "token":
-        yield "is", "is:decision weights each future term by its own product", "horizon:sequence beside it, or is:prefix"
+        yield (
+            "is",
+            "is:decision weights each future term by its own product",
+            "horizon:sequence beside it, or is:prefix",
+        )
     row = find_estimator(spec.estimator)
     own_possible = row is not None and row.is_f_divergence
     if spec.future == "own" and not own_possible:
@@ -127,11 +138,19 @@ def _weight_rules(spec: KLSpec, parts: Mapping[str, HasPosition]) -> Iterator[tu
     if spec.clip is not None:
         for name in ("is", *WEIGHT_OPTIONS):
             if name in parts:
-                yield name, f"clip already implies the token weight, so {name!r} beside it contradicts it", "one of the two"
+                yield (
+                    name,
+                    f"clip already implies the token weight, so {name!r} beside it contradicts it",
+                    "one of the two",
+                )
     elif spec.correction == "none":
         for name in (*WEIGHT_OPTIONS, "behaviour"):
             if name in parts:
-                yield name, f"{name!r} acts on an importance weight, and there is none", "is:token, prefix, sequence or decision"
+                yield (
+                    name,
+                    f"{name!r} acts on an importance weight, and there is none",
+                    "is:token, prefix, sequence or decision",
+                )
 
 
 def _bias_rules(spec: KLSpec) -> Iterator[tuple[str, str, str]]:

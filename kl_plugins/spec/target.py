@@ -71,7 +71,9 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
     if spec.norm:
         found.append("norm divides by the mean weight of the tokens passed, so the result depends on micro-batching")
     if spec.clip is not None:
-        found.append("clip drops the KL gradient of tokens whose importance weight left the interval on the clipped side")
+        found.append(
+            "clip drops the KL gradient of tokens whose importance weight left the interval on the clipped side"
+        )
     if spec.horizon == "sequence" and spec.gamma < 1:
         found.append("gamma < 1 discounts the future KL: lower variance, biased towards the token-local gradient")
     if spec.horizon == "token" and spec.target != "none":
@@ -81,5 +83,7 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
     if spec.placement == "reward":
         found.append("what the host does with a KL in the reward differs (normalisation, clipping): see its receipt")
     if spec.placement == "advantage" and spec.horizon == "sequence" and spec.future == "k3":
-        found.append("a k3 future term has the same mean as k1, less variance near the reference, a heavy tail far from it")
+        found.append(
+            "a k3 future term has the same mean as k1, less variance near the reference, a heavy tail far from it"
+        )
     return tuple(found)
