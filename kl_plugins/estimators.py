@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
+from kl_plugins.f_divergences import Elementwise, alpha_coefficient, alpha_value, derive_from_f, jsd_value
 from kl_plugins.spec.grammar import ESTIMATOR_NAME, format_number, parse_number
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "kl_plugins.estimators"
 
-Elementwise: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 Kind = Literal["reverse_kl", "forward_kl", "other_f", "none"]
 
 
@@ -57,22 +57,6 @@ def k3_value(u: Tensor, x: Tensor) -> Tensor:
 
 def _one(u: Tensor, x: Tensor) -> Tensor:
     return u * 0.0 + 1.0
-
-
-def _jsd_value(u: Tensor, x: Tensor) -> Tensor:
-    # (1+delta)/2 * (y tanh y - log cosh y), y = x/2: the textbook form cancels near u = 0.
-    y = x / 2
-    return ((-x).exp() + 1) / 2 * (y * y.tanh() - y.sinh().square().log1p() / 2).clamp_min(0.0)
-
-
-def _alpha_value(a: float, u: Tensor, x: Tensor) -> Tensor:
-    # (delta^a - a delta + a - 1) / (a (a - 1)), arranged so that a = 1 (forward KL) is not a hole.
-    h = -x if a == 1 else (-(a - 1) * x).expm1() / (a - 1)
-    return (((-x).exp() * h - (-x).expm1()) / a).clamp_min(0.0)
-
-
-def _alpha_coefficient(a: float, u: Tensor, x: Tensor) -> Tensor:
-    return -(-a * x).expm1() / a
 
 
 _SCHULMAN = "Schulman 2020, Approximating KL divergence"
@@ -115,7 +99,7 @@ _TABLE: dict[str, Estimator] = {
         ),
         Estimator(
             "jsd",
-            _jsd_value,
+            jsd_value,
             lambda u, x: ((-x).expm1() / 2).log1p() / -2,
             "other_f",
             "(delta log(2 delta/(1+delta)) - log((1+delta)/2))/2",
@@ -174,44 +158,14 @@ def _alpha(a: float) -> Estimator:
 def _alpha_row(name: str, a: float) -> Estimator:
     return Estimator(
         name,
-        partial(_alpha_value, a),
-        partial(_alpha_coefficient, a),
+        partial(alpha_value, a),
+        partial(alpha_coefficient, a),
         "forward_kl" if a == 1 else "other_f",
         f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
         f"(1 - delta^a)/a, a = {format_number(a)}",
         _FRPO,
         is_f_divergence=True,
     )
-
-
-def derive_from_f(f: Callable[[Tensor], Tensor]) -> tuple[Elementwise, Elementwise]:
-    """Value and coefficient of an f-divergence from f alone: c = f - delta f', less its value at delta = 1.
-
-    See arXiv 2601.10201, Theorem 4.1.
-
-    Args:
-        f: convex, f(1) = 0, elementwise and differentiable in delta, written with torch operations.
-
-    Returns:
-        The ``value`` and ``coefficient`` functions of an :class:`Estimator`.
-    """
-
-    def value(u: Tensor, x: Tensor) -> Tensor:
-        return f((-x).exp())
-
-    def coefficient(u: Tensor, x: Tensor) -> Tensor:
-        from torch import ones_like, zeros_like
-        from torch.func import jvp
-
-        def own(x: Tensor) -> Tensor:
-            # delta f'(delta) = -dF/dx for F(x) = f(exp(-x)).
-            value_of_x, slope = jvp(lambda z: f((-z).exp()), (x,), (ones_like(x),))[:2]
-            result: Tensor = value_of_x + slope
-            return result
-
-        return own(x) - own(zeros_like(x))
-
-    return value, coefficient
 
 
 def register_estimator(
