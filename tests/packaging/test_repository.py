@@ -1,0 +1,51 @@
+"""The shape of the repository: its folders, and that no file names a machine or a package index."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED = {"build", "dist", "out", "__pycache__"}
+TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".cfg", ".sh", ".json", ""}
+# Written in parts, so that this file does not match itself.
+PLACES = re.compile(
+    r"(?<![\w.~])/(?:" + "|".join(["home", "root", "opt", "work", "Users", "mnt"]) + r")/\w"
+    "|" + r"(?:py" + r"pi|python" + r"hosted|py" + r"torch)\.org/(?:sim" + r"ple|wh" + r"l)"
+    "|" + "--(?:extra-)?index" + "-url|--find" + "-links"
+)
+
+
+def generated(name: str) -> bool:
+    return name in GENERATED or name.endswith(".egg-info") or (name.startswith(".") and name != ".ci")
+
+
+def text_files() -> Iterator[Path]:
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        if path.is_file() and path.suffix in TEXT and not any(map(generated, parts[:-1])):
+            yield path
+
+
+def test_top_level_folders_are_the_agreed_ones() -> None:
+    folders = {entry.name for entry in ROOT.iterdir() if entry.is_dir() and not generated(entry.name)}
+    assert folders == {"kl_plugins", "adapters", "patches", "tests", "benchmarks", ".ci"}
+
+
+def test_no_file_names_a_machine_or_an_index() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if PLACES.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cd /" + "home/me/kl", 'open("/' + 'opt/data")', "pip install --index" + "-url x", "https://py" + "pi.org/simple"],
+)
+def test_places_are_seen(line: str) -> None:
+    assert PLACES.search(line)
