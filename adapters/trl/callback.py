@@ -1,0 +1,59 @@
+"""The trainer's public events: receipts at the start, a check before every update, beta after it, state in checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from kl_plugins.adapters.trl.receipts import announce, exchange
+from kl_plugins.adapters.trl.session import Session
+
+STATE_KEY = "kl_plugins"
+"""Where the controller lies in ``trainer_state.json``, among the states of callbacks."""
+
+
+class KLCallback(TrainerCallback):  # type: ignore[misc]
+    """Drives one :class:`Session` from the trainer's events."""
+
+    def __init__(self, session: Session) -> None:
+        """Take over a session."""
+        self.session = session
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log and exchange receipts, and go on from the checkpoint's beta."""
+        receipt = self.session.receipt()
+        announce(receipt)
+        exchange(receipt)
+        if state.global_step > 0:
+            self.session.beta.restore(state.stateful_callbacks.get(STATE_KEY))
+        else:
+            self.session.beta.restart()
+        self._save(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before an update that would go without the regulariser.
+
+        Raises:
+            RuntimeError: the host went around a seam.
+        """
+        needed = {"loss", "rollout"} if self.session.is_score else {"loss"}
+        missing = needed - self.session.applied
+        if missing:
+            raise RuntimeError(
+                f"kl-plugins: {self.session.spec} was not applied before update {state.global_step + 1}: the trainer never "
+                f"went through TRL's own {' and '.join(sorted(missing))} code. Attach before training and detach after it; "
+                "a subclass has to call super() in the methods it overrides"
+            )
+        self.session.applied.discard("loss")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One controller update per optimizer step."""
+        self.session.beta.step(self.session.accelerator)
+        self._save(state)
+
+    def _save(self, state: Any) -> None:
+        # The trainer writes this dict into every checkpoint. Restoring through transformers' own callback mechanism
+        # would need a flag that is off by default, so on_train_begin reads it back itself.
+        if self.session.beta.schedule is not None:
+            state.stateful_callbacks[STATE_KEY] = dict(self.session.beta.state)

@@ -1,0 +1,35 @@
+"""``@loss``: the term that takes the place of TRL's own per-token KL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kl_plugins.adapters.trl.log_probs import behaviour_log_probs
+from kl_plugins.spec import KLSpec
+from kl_plugins.term import KLTerm, kl_term
+
+
+def response_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T) bool: tokens that the policy wrote; tool output and truncated completions are left out, as TRL does."""
+    mask: Tensor = inputs["completion_mask"]
+    tool_mask = inputs.get("tool_mask")
+    return mask.bool() if tool_mask is None else (mask * tool_mask).bool()
+
+
+def loss_term(spec: KLSpec, source: str, inputs: Mapping[str, Any], logp: Tensor) -> KLTerm:
+    """The spec's term on one of TRL's micro-batches.
+
+    Args:
+        spec: a ``@loss`` spec.
+        source: where the behaviour policy's log-probs come from.
+        inputs: TRL's micro-batch.
+        logp: (B, T) the policy's log-probs, nats, with their graph.
+
+    Returns:
+        The term; (B, T) like the host's own KL.
+    """
+    mask = response_mask(inputs)
+    return kl_term(spec, logp, inputs["ref_per_token_logps"], mask, **behaviour_log_probs(source, inputs, logp, mask))
