@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from typing import Literal, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 ENTRY_POINT_GROUP = "kl_plugins.hosts"
 
@@ -73,6 +73,42 @@ class Host:
         return cast(HostModule, importlib.import_module(self.module))
 
 
+@dataclass(frozen=True)
+class BrokenHost:
+    """An entry point that gives no usable host descriptor: name, what it points to, whose it is, what went wrong."""
+
+    name: str
+    value: str
+    distribution: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"entry point {self.name!r} = {self.value!r} of package {self.distribution!r}: {self.error}"
+
+
+class HostRegistry(NamedTuple):
+    """What the entry-point group holds; one broken package must not hide the others."""
+
+    hosts: dict[str, Host]
+    broken: tuple[BrokenHost, ...]
+
+
+def discover_hosts() -> HostRegistry:
+    """Load every host descriptor registered under the entry-point group, by name. Imports no host."""
+    hosts: dict[str, Host] = {}
+    broken = []
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP)):
+        try:
+            host = point.load()
+            if not isinstance(host, Host):
+                raise TypeError(f"it is a {type(host).__name__}, not a {Host.__qualname__}")
+            hosts[point.name] = host
+        except Exception as error:  # whatever a third-party module raises belongs into the report
+            owner = point.dist.name if point.dist else "unknown"
+            broken.append(BrokenHost(point.name, point.value, owner, f"{type(error).__name__}: {error}"))
+    return HostRegistry(hosts, tuple(broken))
+
+
 def installed_hosts() -> dict[str, Host]:
-    """Every host descriptor registered under the entry-point group, by name."""
-    return {point.name: cast(Host, point.load()) for point in sorted(entry_points(group=ENTRY_POINT_GROUP))}
+    """Every usable host descriptor, by name; :func:`discover_hosts` also tells which ones are broken."""
+    return discover_hosts().hosts

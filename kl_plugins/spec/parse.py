@@ -21,7 +21,7 @@ from kl_plugins.spec.grammar import (
     parse_number,
     parse_numbers,
 )
-from kl_plugins.spec.presets import PRESETS
+from kl_plugins.spec.presets import NATIVE_VALUES, PRESETS
 from kl_plugins.spec.rules import check, default_future, default_horizon
 
 
@@ -81,18 +81,20 @@ def _split(text: str) -> list[Part]:
 
 def _read_head(text: str, head: Part, *, has_options: bool) -> tuple[str, str]:
     name, at, placement = head.text.partition("@")
-    known = {*BUILT_IN, "alpha-<a>", *(row.name for row in all_estimators())} - {""}
     if not at:
+        known = _known_estimators()
         if name in PRESETS and has_options:
             raise head.error(text, f"preset {name!r} takes no options", f"the preset alone, or {PRESETS[name]}/...")
         near = nearest_word(name, [*PRESETS, *known])
-        if find_estimator(name):
-            problem, near = f"{name!r} alone is the host's own value, not a spec", f"{name}@loss"
+        if name in NATIVE_VALUES or find_estimator(name):
+            problem = f"{name!r} alone is the host's own value, not a spec"
+            near = NATIVE_VALUES.get(name, f"{name}@loss")
         else:
             problem = f"no '@' in {name!r}" if name else "empty spec"
         raise head.error(text, problem, "<estimator>@<placement>, or a preset: " + ", ".join(PRESETS), near)
     part = Part(name, head.start)
     if find_estimator(name) is None:
+        known = _known_estimators()
         expected = "one of " + ", ".join(sorted(known))
         if name.startswith("alpha-"):
             expected = "alpha-<a> with a number a > 0"
@@ -106,6 +108,11 @@ def _read_head(text: str, head: Part, *, has_options: bool) -> tuple[str, str]:
             nearest_word(placement, PLACEMENTS),
         )
     return name, placement
+
+
+def _known_estimators() -> set[str]:
+    # Only for messages: the names of third-party rows cost the import of every package that registers some.
+    return {*BUILT_IN, "alpha-<a>", *(row.name for row in all_estimators())}
 
 
 def _read_options(text: str, options: list[Part]) -> tuple[dict[str, Any], dict[str, Part]]:

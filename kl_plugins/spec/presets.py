@@ -26,3 +26,12 @@ NOTES: dict[str, str] = {
     "exact": "full-vocabulary KL at every state, no token noise",
 }
 """One line on where each preset comes from."""
+
+NATIVE_VALUES: dict[str, str] = {
+    "k1": "k1@reward",
+    "kl": "k1@reward",
+    "mse": "k2@loss",
+    "low_var_kl": "k3@loss",
+    "full": "exact@loss",
+}
+"""Bare values of the KL settings that frameworks have, and the spec nearest to each; never specs themselves."""
