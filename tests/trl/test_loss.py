@@ -1,0 +1,138 @@
+"""``@loss``: the spec's gradient goes through TRL's own masking, aggregation and accumulation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+
+from kl_plugins import KLSpec, kl_term
+from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+from tests.trl import support
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+OFF_POLICY = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 1e-2}
+
+
+def known(loss_type: str) -> bool:
+    from trl.trainer import grpo_trainer
+
+    return f'"{loss_type}"' in Path(grpo_trainer.__file__).read_text()
+
+
+def trained(trainer: type, config: type, model: str, folder: Path, **changes: object) -> list[float]:
+    changes = {"max_steps": 4, **changes}
+    built = support.build(trainer, config, model, folder, **changes)
+    built.train()
+    return support.log_of(built, "loss") + support.log_of(built, "grad_norm")
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_k3_is_the_hosts_k3(loss_type, model, tmp_path):
+    if not known(loss_type):
+        pytest.skip(f"this TRL has no loss_type {loss_type}")
+    settings = {"loss_type": loss_type, "use_bias_correction_kl": False, **OFF_POLICY}
+    host = trained(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
+    ours = trained(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", **settings)
+    assert ours == pytest.approx(host, rel=1e-4, abs=2e-6)
+
+
+def test_k3_differs_from_another_estimator(model, tmp_path):
+    # The comparison above can fail: k2 in the place of k3 shows.
+    settings = {"use_bias_correction_kl": False, **OFF_POLICY}
+    host = trained(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
+    other = trained(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", **settings)
+    assert other != pytest.approx(host, rel=1e-4, abs=2e-6)
+
+
+def off_policy_gradient(trainer: type, config: type, model: str, folder: Path, **changes: object):
+    """Gradient of one loss after the policy moved on since the rollout, and since the reference."""
+    built = support.build(
+        trainer, config, model, folder, reward=support.zero_reward, num_iterations=2, scale_rewards="none", **changes
+    )
+    support.shift(built, 0.05)
+    inputs, _, _ = support.rollout_and_gradient(built)
+    support.shift(built, 0.03, seed=9)
+    built.model.zero_grad()
+    built.compute_loss(built.model, inputs).backward()
+    return support.gradient(built), inputs, built
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_k2_with_token_weight_has_the_gradient_of_the_hosts_corrected_k3(loss_type, model, tmp_path):
+    settings = {"loss_type": loss_type, "use_bias_correction_kl": True}
+    host, _, _ = off_policy_gradient(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
+    spec = "k2@loss/is:token/behaviour:old"
+    ours, _, _ = off_policy_gradient(GRPOTrainer, GRPOConfig, model, tmp_path, kl=spec, **settings)
+    plain, _, _ = off_policy_gradient(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", **settings)
+    assert (ours - host).norm() / host.norm() < 1e-5
+    assert (plain - host).norm() / host.norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "k2@loss/is:token",
+        "k2@loss/is:prefix/cap:2",
+        "k2@loss/is:sequence",
+        "k3@loss/is:token/band:0.5-2",
+        "k3+@loss/clip:0.2",
+        "sequence",
+        "jeffreys@loss/is:token/norm",
+        "k1@loss/allow:biased",
+    ],
+)
+def test_term_is_cores_on_the_same_tensors(spec, model, tmp_path):
+    ours, inputs, built = off_policy_gradient(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl=spec, loss_type="dapo", use_bias_correction_kl=False
+    )
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    mask = inputs["completion_mask"].bool()
+    assert 0 < mask.sum() < mask.numel(), "completions should end at different lengths"
+    logp = built._get_per_token_logps_and_entropies(built.model, ids, attention, mask.shape[1])[0]
+    term = kl_term(
+        KLSpec.parse(spec), logp, inputs["ref_per_token_logps"], mask, old_logp=inputs["old_per_token_logps"]
+    )
+    # dapo: the sum over tokens divided by the tokens of the batch; no task reward, so this is all there is.
+    built.model.zero_grad()
+    (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
+    expected = support.gradient(built)
+    assert expected.norm() > 0
+    assert (ours - expected).norm() / expected.norm() < 1e-5
+
+
+def test_metrics_stand_beside_the_hosts_own(model, tmp_path):
+    from kl_plugins.metrics import REDUCTIONS
+
+    settings = {"use_bias_correction_kl": False, **OFF_POLICY}
+    host = support.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
+    host.train()
+    ours = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", **settings)
+    ours.train()
+    assert support.log_of(ours, "kl") == pytest.approx(support.log_of(host, "kl"), rel=1e-5)
+    # Its value is the same k3; the token counts of micro-batches are what TRL weighs by as well.
+    assert support.log_of(ours, "kl/value") == pytest.approx(support.log_of(ours, "kl"), rel=1e-3)
+    for key in set(REDUCTIONS) - {"kl/exact"}:
+        assert len(support.log_of(ours, key)) == 2, key
+    assert support.log_of(ours, "kl/active") == [1.0, 1.0]
+    assert not support.log_of(host, "kl/active")
+
+
+def test_evaluation_regularises_and_logs(model, tmp_path):
+    built = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", per_device_eval_batch_size=8)
+    built.eval_dataset = support.prompts(4)
+    assert built.evaluate()["eval_kl/active"] == 1.0
+
+
+def test_schedule_of_beta_scales_the_term(model, tmp_path):
+    # From 0: TRL still scores the reference, and the first step has no KL gradient.
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, reward=support.zero_reward, max_steps=3, kl="k2@loss/beta:linear-0-0.4-2"
+    )
+    support.shift(built)
+    built.train()
+    assert support.log_of(built, "kl/beta") == pytest.approx([0.0, 0.2, 0.4])
+    gradients = support.log_of(built, "grad_norm")
+    assert gradients[0] == 0
+    assert min(gradients[1:]) > 0
