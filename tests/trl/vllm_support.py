@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +22,35 @@ COLOCATED: dict[str, Any] = {
 """The engine in the trainer's own process; the trainer in float32, the engine in the bfloat16 that it picks."""
 
 
-def prepare_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make vLLM on a CPU usable for colocated training.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within the block, vLLM works on this CPU and its weights can be loaded again; after it, nothing of it is left.
 
     vLLM prepacks linear weights on CPUs and forgets how to load them, so that TRL's weight sync fails. Here they stay
     as they are and are multiplied by torch.
     """
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.model_executor.layers import utils
 
     def keep_weights(layer: torch.nn.Module, remove_weight: bool = False) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weights)
-    for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_LOGGING_LEVEL", "WARNING")):
-        monkeypatch.setenv(name, value)
-    # TRL sets these for the engine and leaves them behind; the tests after us must not take themselves for a launcher's.
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # TRL sets the launcher's variables for the engine; the next trainer would take itself for one of several.
+    before = {name: os.environ.pop(name, None) for name in LAUNCHER}
+    try:
+        yield
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def build_model(folder: Path) -> str:

@@ -1,0 +1,151 @@
+"""What cannot be regularised as named is refused, before training, with the reason."""
+
+import importlib
+
+import pytest
+import trl
+from packaging.version import Version
+
+from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from tests.trl import support
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "reason"),
+    [
+        (GRPOConfig, {"kl": "k2@loss", "beta": 0.0}, "no reference model"),
+        (GRPOConfig, {"kl": "k2@loss/beta:dual-0.1-0.1", "beta": 0.0}, "no reference model"),
+        (RLOOConfig, {"kl": "k1@reward", "beta": 0.0}, "no reference model"),
+        (GRPOConfig, {"kl": "k2@loss", "beta": -0.1}, "negative"),
+        (GRPOConfig, {"kl": "exact@loss"}, "sampled estimator"),
+        (RLOOConfig, {"kl": "k2@loss"}, "k1@reward"),
+        (GRPOConfig, {"kl": "k1@reward", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
+        (GRPOConfig, {"kl": "k1@advantage", "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
+        (GRPOConfig, {"kl": "k1@advantage", "loss_type": "vespo"}, "vespo"),
+    ],
+)
+def test_contradictions_in_the_config(cls, changes, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        cls(**support.settings(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "reason"),
+    [
+        ("1.13.0", {"use_liger_kernel": True}, "Liger"),
+        ("1.14.0", {"use_liger_kernel": True}, None),
+        ("1.9.0", {"loss_type": "luspo", "kl": "k1@advantage"}, "luspo"),
+        ("1.10.0", {"loss_type": "luspo", "kl": "k1@advantage"}, None),
+    ],
+)
+def test_contradictions_of_old_versions(version, changes, reason, tmp_path):
+    from types import SimpleNamespace
+
+    from kl_plugins import KLSpec
+    from kl_plugins.adapters.trl.guards import _contradictions
+
+    spec = changes.pop("kl", "k2@loss") if "kl" in changes else "k2@loss"
+    settings = SimpleNamespace(**{"beta": 0.1, "loss_type": "dapo", **changes})
+    found = list(_contradictions(KLSpec.parse(spec), settings, "GRPO", Version(version)))
+    assert [reason in problem for problem in found] == ([True] if reason else [])
+
+
+def test_sampler_log_probs_that_nobody_gives(model, tmp_path):
+    with pytest.raises(ValueError, match="use_vllm"):
+        support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token/behaviour:sampler")
+
+
+def test_reward_with_tokens_that_the_policy_did_not_write(model, tmp_path):
+    def search(query: str) -> str:
+        """Look something up.
+
+        Args:
+            query: words.
+        """
+        return query
+
+    args = GRPOConfig(**support.settings(tmp_path, kl="k1@reward"))
+    with pytest.raises(ValueError, match="tools"):
+        GRPOTrainer(model, support.even_reward, args=args, train_dataset=support.prompts(), tools=[search])
+
+
+def test_gmpo_keeps_its_own_kl_and_is_refused(model, tmp_path):
+    try:
+        gmpo = importlib.import_module("trl.experimental.gmpo")
+    except ImportError:
+        pytest.skip("this TRL has no GMPO")
+    from kl_plugins.adapters.trl import attach
+
+    attach()
+    cls = gmpo.GMPOTrainer
+    args = GRPOConfig(**support.settings(tmp_path, kl="k2@loss"))
+    with pytest.raises(ValueError, match="_compute_loss"):
+        cls(model, support.even_reward, args=args, train_dataset=support.prompts())
+
+
+class GoesAround(GRPOTrainer):
+    """Mentions super() and does not use it: no look at the code can tell."""
+
+    def _compute_loss(self, model, inputs):
+        if inputs is None:
+            return super()._compute_loss(model, inputs)
+        return model(inputs["completion_ids"]).logits.sum() * 0.0
+
+
+def test_a_trainer_that_goes_around_the_seam_stops_before_the_first_update(model, tmp_path):
+    built = support.build(GoesAround, GRPOConfig, model, tmp_path, kl="k2@loss")
+    before = support.shift, [p.detach().clone() for p in built.model.parameters()]
+    with pytest.raises(RuntimeError, match="not applied before update 1"):
+        built.train()
+    for old, new in zip(before[1], built.model.parameters(), strict=True):
+        assert old.equal(new)
+
+
+class CallsSuper(GRPOTrainer):
+    """What TRL documents for its users."""
+
+    def _compute_loss(self, model, inputs):
+        return 2 * super()._compute_loss(model, inputs)
+
+
+def test_a_subclass_that_calls_super_is_welcome(model, tmp_path):
+    built = support.build(CallsSuper, GRPOConfig, model, tmp_path, kl="k2@loss")
+    built.train()
+    assert support.log_of(built, "kl/active") == [1.0, 1.0]
+
+
+def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):
+    from kl_plugins.adapters.trl import attach, detach
+
+    attach()
+    built = support.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, kl="k2@loss")
+    detach()
+    with pytest.raises(RuntimeError, match="not applied"):
+        built.train()
+
+
+def test_unknown_version_is_refused(monkeypatch):
+    from kl_plugins.adapters.trl import attach
+    from kl_plugins.patches import patch
+
+    monkeypatch.setattr(patch.importlib.metadata, "version", lambda name: "1.17.0")
+    with pytest.raises(patch.UnsupportedHostError, match=r"1\.17\.0"):
+        attach()
+
+
+def test_changed_source_is_refused(monkeypatch):
+    from kl_plugins.adapters.trl import attach
+    from kl_plugins.patches.patch import UnsupportedHostError
+
+    def _compute_loss(self, model, inputs):
+        return 0
+
+    monkeypatch.setattr(trl.RLOOTrainer, "_compute_loss", _compute_loss)
+    with pytest.raises(UnsupportedHostError, match=r"RLOOTrainer\._compute_loss"):
+        attach()
+    assert "kl" not in trl.GRPOConfig.__dataclass_fields__
+
+
+def test_rloo_trainer_takes_both_scores(model, tmp_path):
+    for spec in ("k1@reward", "k1@advantage"):
+        support.build(RLOOTrainer, RLOOConfig, model, tmp_path, kl=spec)
