@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,11 @@ class Hook(wrapt.FunctionWrapper):  # type: ignore[misc]
         super().__init__(wrapped, patch.wrapper)
         self._self_patch = patch
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # By reference, as the function it stands for: a process without kl-plugins then gets the host's own.
+        patch: Patch = self._self_patch
+        return pkgutil.resolve_name, (f"{patch.module}:{patch.qualname}",)
+
 
 @dataclass
 class PatchSet:
@@ -81,12 +87,15 @@ class PatchSet:
         supported: versions whose sources were checked.
         patches: what to wrap.
         owner: a subclass of the host's class to put the hooks on instead of the class itself; None = in place.
+        check_on_use: hooks go in unchecked, because they pass everything through until the plugin is used, and whoever
+            uses it calls :meth:`check` first. For hosts that import plugins in processes that may never use them.
     """
 
     distribution: str
     supported: SpecifierSet
     patches: Sequence[Patch]
     owner: type | None = None
+    check_on_use: bool = False
     _applied: list[tuple[Patch, Any, Any, Hook]] = field(default_factory=list, init=False, repr=False)
     _deferred: bool = field(default=False, init=False, repr=False)
 
@@ -117,26 +126,43 @@ class PatchSet:
         Raises:
             UnsupportedHostError: unknown version, or changed source of a module that is already imported.
         """
-        check_version(self.distribution, self.supported)
+        if not self.check_on_use:
+            check_version(self.distribution, self.supported)
         self._deferred = True
         for module in dict.fromkeys(patch.module for patch in self.patches):
             wrapt.register_post_import_hook(self._imported, module)
 
+    def apply_to(self, module: str) -> None:
+        """Put in the hooks of one module that has been imported. Safe to call twice.
+
+        Raises:
+            UnsupportedHostError: unknown version or changed source.
+            AttributeError: the module lacks a function.
+        """
+        self._apply([patch for patch in self.patches if patch.module == module])
+
     def _imported(self, module: ModuleType) -> None:
         if self._deferred:
-            self._apply([patch for patch in self.patches if patch.module == module.__name__])
+            self.apply_to(module.__name__)
 
     def _apply(self, patches: Sequence[Patch]) -> None:
         done = {patch for patch, *_ in self._applied}
         todo = [patch for patch in patches if patch not in done]
-        if todo:
+        if todo and not self.check_on_use:
             self.check(todo)
         for patch in todo:
             owner = self.owner or patch.owner()
-            own = vars(owner).get(patch.attribute, _MISSING)
-            hook = Hook(_original(owner, patch.attribute), patch)
+            own, original = vars(owner).get(patch.attribute, _MISSING), _original(owner, patch.attribute)
+            if isinstance(own, Hook) and isinstance(owner, ModuleType):
+                own = original  # imported by name after that name was hooked at its home
+            hook = self._hook_of(original, patch) or Hook(original, patch)
             setattr(owner, patch.attribute, hook)
             self._applied.append((patch, owner, own, hook))
+
+    def _hook_of(self, original: Callable[..., Any], patch: Patch) -> Hook | None:
+        # One hook for a function and for the names by which other modules imported it: pickle looks for identity.
+        hooks = (hook for other, _, _, hook in self._applied if other.wrapper is patch.wrapper)
+        return next((hook for hook in hooks if hook.__wrapped__ is original), None)
 
     def undo(self) -> None:
         """Put the original objects back. Safe to call twice.
@@ -168,10 +194,10 @@ class PatchSet:
         for patch in self.patches if patches is None else patches:
             check_source(patch, _original(self.owner or patch.owner(), patch.attribute), self, version)
 
-    def fingerprint(self) -> str:
-        """Digest of all the sources that are wrapped, for receipts."""
+    def fingerprint(self, patches: Sequence[Patch] | None = None) -> str:
+        """Digest of all the sources that are wrapped, or of those of some patches, for receipts."""
         digest = hashlib.sha256()
-        for patch in self.patches:
+        for patch in self.patches if patches is None else patches:
             if patch.fingerprints:
                 digest.update(fingerprint(_original(self.owner or patch.owner(), patch.attribute)).encode())
         return digest.hexdigest()
@@ -187,7 +213,9 @@ def check_version(distribution: str, supported: SpecifierSet) -> str:
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"kl-plugins: {distribution} is not installed here; it supports {supported}") from None
+        raise ModuleNotFoundError(
+            f"kl-plugins: {distribution} is not installed here; it supports {supported}"
+        ) from None
     if not supported.contains(version, prereleases=True):
         _refuse(f"{distribution} {version} is not among the versions that were checked ({supported})", supported)
     return version

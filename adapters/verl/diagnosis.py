@@ -1,0 +1,71 @@
+"""``kl-plugins doctor`` for veRL: version, sources and entry points, read from disk without importing veRL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from packaging.specifiers import SpecifierSet
+
+from kl_plugins.adapters.verl.host import HOST
+from kl_plugins.hosts import Finding
+
+GROUP, NAME = "verl.plugins", "kl_plugins"
+"""Where veRL looks for plugins, and what ours is called there."""
+
+
+def diagnose() -> Sequence[Finding]:
+    """Findings on the installed veRL; see :class:`kl_plugins.hosts.Finding`."""
+    return list(_findings())
+
+
+def _findings() -> Iterator[Finding]:
+    try:
+        found = version(HOST.distribution)
+    except PackageNotFoundError:
+        yield Finding("absent", "verl", "not installed", "pip install 'kl-plugins[verl]' if you train with veRL")
+        return
+    remedy = f"install verl{HOST.supported}, or set KL_PLUGINS_ALLOW_UNTESTED=1 and check the kl/ metrics yourself"
+    if not SpecifierSet(HOST.supported).contains(found, prereleases=True):
+        yield Finding("fault", f"verl {found}", f"outside the checked versions {HOST.supported}", remedy)
+        return
+    tested = (
+        "tested version" if found in HOST.tested else f"sources checked; the test-suite runs {', '.join(HOST.tested)}"
+    )
+    yield Finding("ok", f"verl {found}", tested)
+    yield from _source_findings(found, remedy)
+    yield _entry_finding()
+
+
+def _source_findings(found: str, remedy: str) -> Iterator[Finding]:
+    from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, read_fingerprints
+    from kl_plugins.patches.verl.support import installed_folder
+
+    try:
+        digests = read_fingerprints(installed_folder())
+    except ModuleNotFoundError as error:
+        yield Finding("fault", f"verl {found}", str(error), "reinstall verl")
+        return
+    changed = [name for name, digest in digests.items() if digest not in FINGERPRINTS[name].values()]
+    for name in changed:
+        yield Finding(
+            "fault", f"verl {found} {name}", f"its source is not one that was checked ({digests[name]})", remedy
+        )
+    if not changed:
+        yield Finding("ok", f"verl {found} sources", f"{len(digests)} wrapped functions have known fingerprints")
+
+
+def _entry_finding() -> Finding:
+    points = [point for point in entry_points(group=GROUP) if point.name == NAME]
+    if not points:
+        return Finding("fault", f"entry point {GROUP}", "veRL would not find kl-plugins", "reinstall kl-plugins")
+    policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    if policy != "auto" and NAME not in (name.strip() for name in policy.split(",")):
+        return Finding(
+            "fault",
+            "VERL_USE_EXTERNAL_PLUGINS",
+            f"it is {policy!r}, so veRL imports no kl-plugins",
+            f"unset it, or add {NAME} to it, in every process",
+        )
+    return Finding("ok", f"entry point {GROUP}", points[0].value)

@@ -1,0 +1,112 @@
+"""Refusals: settings under which the regulariser would not be the one named, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kl_plugins.adapters.verl.host import LOSS_KEY, SCORE_KEY
+from kl_plugins.adapters.verl.settings import Specs
+from kl_plugins.spec import KLSpec
+
+ADVANTAGE_ESTIMATORS = ("grpo", "gae", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+"""Estimators whose advantages are per token and final, so that a per-token penalty may be subtracted from them."""
+
+PER_TOKEN_LOSSES = ("vanilla", "gspo", "gpg", "cispo")
+"""Policy losses that are linear in each token's own advantage, up to clipping by its sign."""
+
+
+def check_config(specs: Specs, config: Any) -> None:
+    """Raise where the specs and the rest of the config contradict each other; before any model is loaded.
+
+    Args:
+        specs: what :func:`kl_plugins.adapters.verl.settings.specs_of` found.
+        config: veRL's ``DictConfig``.
+
+    Raises:
+        ValueError: the first contradiction, with what to do.
+    """
+    if specs.loss is not None:
+        _raise_first(specs.loss, LOSS_KEY, _loss_contradictions(specs.loss, config))
+    if specs.score is not None:
+        _raise_first(specs.score, SCORE_KEY, _score_contradictions(specs.score, config))
+
+
+def _raise_first(spec: KLSpec, key: str, problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise ValueError(f"kl-plugins: {key}={spec} cannot be used here: {problem}")
+
+
+def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if not actor.use_kl_loss:
+        yield "actor_rollout_ref.actor.use_kl_loss is False, so veRL would ignore it; set it to True"
+    yield from _exact_problem(spec)
+    yield from _beta_problems(spec, "actor_rollout_ref.actor.kl_loss_coef", actor.kl_loss_coef)
+    if spec.behaviour == "sampler" and not rollout.calculate_log_probs:
+        yield (
+            "behaviour:sampler needs the sampler's log-probs; set actor_rollout_ref.rollout.calculate_log_probs=True, "
+            "or leave behaviour out (the weight then divides by the trainer's old log-probs)"
+        )
+
+
+def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    if not algorithm.use_kl_in_reward:
+        yield "algorithm.use_kl_in_reward is False, so veRL would ignore it; set it to True"
+    yield from _exact_problem(spec)
+    yield from _beta_problems(spec, "algorithm.kl_ctrl.kl_coef", algorithm.kl_ctrl.kl_coef)
+    if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
+        yield (
+            f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both control beta; "
+            "set algorithm.kl_ctrl.type=fixed or leave beta out of the spec"
+        )
+    if bypasses(config):
+        yield (
+            "algorithm.rollout_correction.bypass_mode=True puts the engine's log-probs in place of the trainer's, so the KL "
+            "would hold their mismatch; set bypass_mode=False, or use a @loss spec"
+        )
+    if spec.placement == "advantage":
+        yield from _advantage_problems(algorithm, actor)
+
+
+def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
+    estimator = str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))
+    if estimator not in ADVANTAGE_ESTIMATORS:
+        yield f"@advantage was checked with {', '.join(ADVANTAGE_ESTIMATORS)}, not with algorithm.adv_estimator={estimator}"
+    if algorithm.get("use_pf_ppo", False):
+        yield "algorithm.use_pf_ppo resamples the batch while advantages are computed; set it to False, or use @reward"
+    mode = str(actor.policy_loss.get("loss_mode", "vanilla"))
+    if mode not in PER_TOKEN_LOSSES:
+        yield (
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode} does not use each token's own advantage linearly; use "
+            f"one of {', '.join(PER_TOKEN_LOSSES)}, or a @loss spec"
+        )
+
+
+def _exact_problem(spec: KLSpec) -> Iterator[str]:
+    if spec.needs_exact:
+        yield "exact terms need the logits of every token, which this adapter does not compute; use a sampled estimator"
+
+
+def _beta_problems(spec: KLSpec, key: str, value: float) -> Iterator[str]:
+    if value < 0:
+        yield f"{key} is {value}; a negative coefficient drives the policy away from the reference"
+    if value == 0 and (spec.beta is None or spec.beta.kind == "adaptive"):
+        yield f"{key} is 0, so nothing would be regularised; set it to the coefficient"
+
+
+def bypasses(config: Any) -> bool:
+    """Whether veRL takes the sampler's log-probs as the old ones instead of computing its own."""
+    correction = config.algorithm.get("rollout_correction", None)
+    return bool(correction and correction.get("bypass_mode", False))
+
+
+def behaviour_source(spec: KLSpec, config: Any) -> str:
+    """Where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
+    if not spec.needs_behaviour:
+        return "unused"
+    if bypasses(config):
+        return "sampler"  # also under behaviour:old, because old equals rollout then
+    sampled = bool(config.actor_rollout_ref.rollout.calculate_log_probs)
+    return "sampler" if sampled and spec.behaviour != "old" else "old"

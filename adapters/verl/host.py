@@ -1,0 +1,24 @@
+"""veRL's entry in the group ``kl_plugins.hosts``: strings only, so that the command line stays quick."""
+
+from __future__ import annotations
+
+from kl_plugins.hosts import Host
+
+SUPPORTED = ">=0.9,<0.10"
+
+LOSS_KEY = "actor_rollout_ref.actor.kl_loss_type"
+SCORE_KEY = "algorithm.kl_penalty"
+
+HOST = Host(
+    name="verl",
+    distribution="verl",
+    packages=("verl",),
+    supported=SUPPORTED,
+    tested=("0.9.1",),
+    keys={
+        "loss": f"{LOSS_KEY}, with actor_rollout_ref.actor.use_kl_loss=True (beta: kl_loss_coef)",
+        "reward": f"{SCORE_KEY}, with algorithm.use_kl_in_reward=True (beta: algorithm.kl_ctrl)",
+        "advantage": f"{SCORE_KEY}, with algorithm.use_kl_in_reward=True (beta: algorithm.kl_ctrl)",
+    },
+    module="kl_plugins.adapters.verl",
+)

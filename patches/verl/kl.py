@@ -1,0 +1,78 @@
+"""Hooks around veRL's KL function and around what shapes rewards and advantages; all pass native names through."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kl_plugins.adapters.verl import loss, score
+from kl_plugins.adapters.verl.beta import ScoreBeta
+from kl_plugins.adapters.verl.host import SCORE_KEY
+from kl_plugins.adapters.verl.settings import spec_in
+from kl_plugins.spec import looks_like_spec
+
+Function = Callable[..., Any]
+
+
+def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """What a function is called with, by name, defaults included."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around ``kl_penalty(logprob, ref_logprob, kl_penalty)``: a spec gets its own term."""
+    named = arguments(wrapped, args, kwargs)
+    text = named["kl_penalty"]
+    if not looks_like_spec(text):
+        return wrapped(*args, **kwargs)
+    batch = loss.current()
+    if batch is not None:
+        return batch.term(named["logprob"], named["ref_logprob"])
+    penalty = score.current.get()
+    if penalty is not None:
+        return penalty
+    from kl_plugins.patches.verl.support import check_process
+
+    check_process()
+    raise RuntimeError(
+        f"kl-plugins: {text} reached veRL's KL function from a place that kl-plugins does not know; a @loss spec works in "
+        "veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
+    )
+
+
+def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around ``apply_kl_penalty(data, kl_ctrl, kl_penalty)``: the penalty, into the rewards or on its way to advantages."""
+    named = arguments(wrapped, args, kwargs)
+    spec = spec_in(SCORE_KEY, named["kl_penalty"])
+    if spec is None:
+        return wrapped(*args, **kwargs)
+    data, control = named["data"], named["kl_ctrl"]
+    if not isinstance(control, ScoreBeta):
+        raise RuntimeError(
+            f"kl-plugins: {spec} is used by a trainer that kl-plugins has not checked; use one of veRL's own PPO trainers"
+        )
+    penalty, found, control.observed = score.penalty_of(spec, data.batch)
+    beta = control.value
+    in_reward = spec.placement == "reward"
+    token = score.current.set(penalty)
+    try:
+        data, metrics = wrapped(data, control if in_reward else score.NoSubtraction(control), named["kl_penalty"])
+    finally:
+        score.current.reset(token)
+    if not in_reward:
+        score.hand_on(data.batch, beta * penalty, control)
+        metrics["actor/reward_kl_penalty_coeff"] = beta
+    return data, {**metrics, **{key: value.item() for key, value in found.items()}, "kl/beta": beta}
+
+
+def compute_advantage(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the functions that end in final advantages; the outermost of them subtracts the penalty."""
+    penalty = score.take_penalty(arguments(wrapped, args, kwargs)["data"].batch)
+    data = wrapped(*args, **kwargs)
+    if penalty is not None:
+        advantages = data.batch["advantages"]
+        data.batch["advantages"] = advantages - penalty.to(advantages)
+    return data

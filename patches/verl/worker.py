@@ -1,0 +1,151 @@
+"""Hooks in veRL's training workers: the loss, one optimizer step, checkpoints; and the worker's receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kl_plugins.adapters.verl.beta import LossBeta, read_state, restored, write_state
+from kl_plugins.adapters.verl.loss import MicroBatch, carried
+from kl_plugins.adapters.verl.session import Session
+from kl_plugins.adapters.verl.settings import loss_spec
+from kl_plugins.patches.patch import Hook
+from kl_plugins.patches.verl.kl import arguments
+from kl_plugins.receipts import Receipt
+
+Function = Callable[..., Any]
+
+ATTRIBUTE = "_kl_plugins"
+"""Attribute of a training worker that holds its session; absent on stock workers."""
+
+_active: ContextVar[Session | None] = ContextVar("kl_plugins_verl_session", default=None)
+
+
+def session_of(worker: Any) -> Session | None:
+    """The session of a worker's present loss function, or None where it trains as stock veRL."""
+    loss_fn = getattr(worker, "loss_fn", None)
+    config = getattr(loss_fn, "keywords", {}).get("config")
+    spec = loss_spec(config)
+    if config is None or spec is None:
+        return None
+    session: Session | None = vars(worker).get(ATTRIBUTE)
+    if session is None or session.loss_fn is not loss_fn:
+        session = Session(spec, loss_fn, LossBeta(spec.beta, float(config.kl_loss_coef)))
+        setattr(worker, ATTRIBUTE, session)
+    return session
+
+
+def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around ``ppo_loss(config, model_output, data, dp_group)``: its batch is carried to the KL function."""
+    named = dict(arguments(wrapped, args, kwargs))
+    spec = loss_spec(named["config"])
+    if spec is None:
+        return wrapped(*args, **kwargs)
+    session = _active.get()
+    if session is None:
+        raise RuntimeError(
+            f"kl-plugins: veRL's PPO loss was called with {spec} outside of TrainingWorker.train_batch; this engine or trainer "
+            "is not one that kl-plugins was tested with"
+        )
+    batch = MicroBatch.read(spec, named["data"], session.behaviour)
+    named["config"] = session.config_with_beta(named["config"])
+    with carried(batch):
+        loss, metrics = wrapped(**named)
+    metrics.update(session.finish(batch, _metric))
+    return loss, metrics
+
+
+def _metric(aggregation: str, value: float) -> Any:
+    from verl.utils.metric import Metric
+
+    return Metric(aggregation=aggregation, value=value)
+
+
+def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around one optimizer step of a worker."""
+    session = session_of(worker)
+    if session is None:
+        return wrapped(*args, **kwargs)
+    session.require_confirmed()
+    token = _active.set(session)
+    try:
+        output = wrapped(*args, **kwargs)
+    finally:
+        _active.reset(token)
+    session.beta.step(worker.engine.get_data_parallel_group())
+    return output
+
+
+def save_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a worker's checkpoint: the controller's state goes beside its shard."""
+    result = wrapped(*args, **kwargs)
+    session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
+    if session is not None and session.beta.schedule is not None and folder:
+        write_state(_state_file(folder, worker), session.beta.state)
+    return result
+
+
+def load_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a worker's resume."""
+    session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
+    if session is not None and session.beta.schedule is not None and folder:
+        # Read first: veRL may delete the folder after loading.
+        saved = read_state(_state_file(folder, worker))
+        session.beta.state = restored(session.beta.state, saved, session.beta.schedule)
+    return wrapped(*args, **kwargs)
+
+
+def _state_file(folder: str, worker: Any) -> Path:
+    return Path(folder) / f"kl_plugins_rank_{worker.rank}.json"
+
+
+def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
+    """The receipt of a Ray worker, and with it the leave to train.
+
+    Args:
+        process: the Ray actor's object: a training worker, or one that holds training workers.
+        spec: the canonical spec that the trainer expects.
+        behaviour: where the trainer says that the behaviour policy's log-probs come from.
+
+    Raises:
+        RuntimeError: the worker's loss would not go through the hooks, or holds another spec.
+        UnsupportedHostError: this veRL is not one that was checked.
+    """
+    from kl_plugins.patches.verl.support import check_process
+    from kl_plugins.patches.verl.targets import PATCHES
+
+    check_process()
+    worker, session = next(_sessions(process), (None, None))
+    if worker is None or session is None:
+        raise RuntimeError("its loss function holds no KL spec; was it started with another config?")
+    if not isinstance(getattr(session.loss_fn, "func", None), Hook):
+        raise RuntimeError(f"its loss function {session.loss_fn} is not veRL's hooked ppo_loss")
+    if str(session.spec) != spec:
+        raise RuntimeError(f"its loss function holds {session.spec}, not {spec}")
+    session.confirmed, session.behaviour = True, behaviour
+    used = [patch for patch in PATCHES.patches if patch.module.startswith("verl.workers")]
+    return Receipt(
+        rank=int(process.rank),
+        world_size=int(process.world_size),
+        host="veRL",
+        host_version=version("verl"),
+        patches=tuple(dict.fromkeys(patch.qualname for patch in used)),
+        fingerprint=PATCHES.fingerprint(used),
+        spec=str(session.spec),
+        target=session.spec.target,
+        behaviour=behaviour,
+    )
+
+
+def _sessions(process: Any) -> Iterator[tuple[Any, Session]]:
+    held = [process]
+    for name in ("worker_dict", "fused_worker_dict"):  # roles that share one process
+        held += list((getattr(process, name, None) or {}).values())
+    for role in held:
+        for worker in (role, getattr(role, "actor", None)):
+            session = session_of(worker) if worker is not None else None
+            if session is not None:
+                yield worker, session
