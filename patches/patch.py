@@ -72,6 +72,18 @@ class Hook(wrapt.FunctionWrapper):  # type: ignore[misc]
         super().__init__(wrapped, patch.wrapper)
         self._self_patch = patch
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """The bound hook, or on the class the hook itself."""
+        # Looked up on its class a plain function is itself; Ray and pickle rely on it.
+        return self if instance is None else super().__get__(instance, owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapper; a method called through its class gets its instance from the arguments."""
+        patch: Patch = self._self_patch
+        if args and "." in patch.qualname:
+            return self.__get__(args[0], type(args[0]))(*args[1:], **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # By reference, as the function it stands for: a process without kl-plugins then gets the host's own.
         patch: Patch = self._self_patch

@@ -24,7 +24,7 @@ def attach() -> None:
 
 
 def detach() -> None:
-    """Restore veRL's original functions. Safe to call twice. Runs under a spec then fail as with an unknown estimator."""
+    """Restore veRL's original functions. Safe to call twice. Specs then are unknown estimators."""
     from kl_plugins.patches import verl
 
     verl.detach()

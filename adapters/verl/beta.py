@@ -1,4 +1,4 @@
-"""Beta over the run: the spec's controller in the workers (``@loss``) or where rewards are shaped; both checkpointed."""
+"""Beta over the run: the spec's controller in the workers (``@loss``) or where rewards are shaped; checkpointed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class LossBeta:
 
 
 class ScoreBeta:
-    """Stands in for veRL's controller of the KL in reward: the spec's schedule if it has one, else veRL's controller."""
+    """Stands in for veRL's controller of the KL in reward: the spec's schedule, else veRL's own."""
 
     def __init__(self, spec: KLSpec, host: Any, adaptive: bool = False) -> None:
         """Take over from veRL's controller.

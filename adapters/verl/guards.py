@@ -58,12 +58,14 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     yield from _beta_problems(spec, "algorithm.kl_ctrl.kl_coef", algorithm.kl_ctrl.kl_coef)
     if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
         yield (
-            f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both control beta; "
+            f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both "
+            "control beta; "
             "set algorithm.kl_ctrl.type=fixed or leave beta out of the spec"
         )
     if bypasses(config):
         yield (
-            "algorithm.rollout_correction.bypass_mode=True puts the engine's log-probs in place of the trainer's, so the KL "
+            "algorithm.rollout_correction.bypass_mode=True puts the engine's log-probs in place of the "
+            "trainer's, so the KL "
             "would hold their mismatch; set bypass_mode=False, or use a @loss spec"
         )
     if spec.placement == "advantage":
@@ -73,13 +75,17 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
 def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
     estimator = str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))
     if estimator not in ADVANTAGE_ESTIMATORS:
-        yield f"@advantage was checked with {', '.join(ADVANTAGE_ESTIMATORS)}, not with algorithm.adv_estimator={estimator}"
+        yield (
+            f"@advantage was checked with {', '.join(ADVANTAGE_ESTIMATORS)}, not with "
+            f"algorithm.adv_estimator={estimator}"
+        )
     if algorithm.get("use_pf_ppo", False):
         yield "algorithm.use_pf_ppo resamples the batch while advantages are computed; set it to False, or use @reward"
     mode = str(actor.policy_loss.get("loss_mode", "vanilla"))
     if mode not in PER_TOKEN_LOSSES:
         yield (
-            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode} does not use each token's own advantage linearly; use "
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={mode} does not use each token's own advantage "
+            "linearly; use "
             f"one of {', '.join(PER_TOKEN_LOSSES)}, or a @loss spec"
         )
 

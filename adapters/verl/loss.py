@@ -91,7 +91,8 @@ def carried(batch: MicroBatch) -> Iterator[None]:
         _current.reset(token)
     if batch.metrics is None:
         raise RuntimeError(
-            f"kl-plugins: veRL's loss never asked for the KL of {batch.spec}; it takes a path that kl-plugins does not know, "
+            f"kl-plugins: veRL's loss never asked for the KL of {batch.spec}; it takes a path that kl-plugins "
+            "does not know, "
             "and would train without the regulariser"
         )
 
@@ -123,6 +124,7 @@ def _checked_sampler(spec: KLSpec, source: str, sampler: Tensor | None, mask: Te
         return None  # for metrics only: not worth stopping for
     raise ValueError(
         f"kl-plugins: the sampler gave no finite log-prob for {unknown} of {int(mask.sum())} response tokens, so their "
-        f"importance weight under {spec} is unknown. Check the rollout engine's log-probs, or say behaviour:old in the spec. "
+        f"importance weight under {spec} is unknown. Check the rollout engine's log-probs, or say behaviour:old "
+        "in the spec. "
         "The last checkpoint is not affected."
     )

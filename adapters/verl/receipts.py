@@ -48,7 +48,8 @@ def collect(worker_group: Any, spec: KLSpec, behaviour: str = "automatic") -> li
         raise MissingReceiptError(
             f"kl-plugins: no receipt from {len(problems)} of {worker_group.world_size} workers:\n  "
             + "\n  ".join(problems)
-            + f"\nThey would train without {spec}. Install the same kl-plugins on every node, in the environment that veRL's "
+            + f"\nThey would train without {spec}. Install the same kl-plugins on every node, in the environment "
+            "that veRL's "
             "workers run in, and start again."
         )
     check_receipts(receipts, worker_group.world_size)

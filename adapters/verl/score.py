@@ -56,7 +56,8 @@ def penalty_of(spec: KLSpec, batch: Any) -> tuple[Tensor, dict[str, Tensor], tup
         unknown = int((~torch.isfinite(values) & mask).sum())
         if unknown:
             raise ValueError(
-                f"kl-plugins: {name} is not finite on {unknown} of {int(mask.sum())} response tokens, so {spec} has no value "
+                f"kl-plugins: {name} is not finite on {unknown} of {int(mask.sum())} response tokens, so {spec} "
+                "has no value "
                 "there. Resume from the last checkpoint, with a smaller learning rate if the policy diverged."
             )
     penalty = kl_penalty(spec, logp, ref, mask)

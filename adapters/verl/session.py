@@ -41,9 +41,12 @@ class Session:
         """
         if not self.confirmed:
             raise RuntimeError(
-                f"kl-plugins: this worker should train under {self.spec}, but its trainer never asked for receipts, so other "
-                "workers may train without it. Either kl-plugins is missing where the trainer runs (install it on every node), "
-                "or the trainer is not one of veRL's own: call kl_plugins.adapters.verl.require_receipts(worker_group, spec) "
+                f"kl-plugins: this worker should train under {self.spec}, but its trainer never asked for "
+                "receipts, so other "
+                "workers may train without it. Either kl-plugins is missing where the trainer runs (install it "
+                "on every node), "
+                "or the trainer is not one of veRL's own: call "
+                "kl_plugins.adapters.verl.require_receipts(worker_group, spec) "
                 "before its first update"
             )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from types import ModuleType
 from typing import Any
 
 import wrapt
@@ -55,12 +54,12 @@ def detach() -> None:
     from kl_plugins.patches.verl.targets import PATCHES
 
     PATCHES.undo()
-    config = sys.modules.get(CONFIG)
+    config: Any = sys.modules.get(CONFIG)
     if config is not None and isinstance(config.validate_config, wrapt.FunctionWrapper):
         config.validate_config = config.validate_config.__wrapped__
 
 
-def _imported(module: ModuleType) -> None:
+def _imported(module: Any) -> None:
     if not _attached:
         return
     try:

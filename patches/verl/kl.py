@@ -38,13 +38,14 @@ def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: 
 
     check_process()
     raise RuntimeError(
-        f"kl-plugins: {text} reached veRL's KL function from a place that kl-plugins does not know; a @loss spec works in "
+        f"kl-plugins: {text} reached veRL's KL function from a place that kl-plugins does not know; a @loss spec "
+        "works in "
         "veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
     )
 
 
 def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around ``apply_kl_penalty(data, kl_ctrl, kl_penalty)``: the penalty, into the rewards or on its way to advantages."""
+    """Around ``apply_kl_penalty(data, kl_ctrl, kl_penalty)``: the penalty, into rewards or towards advantages."""
     named = arguments(wrapped, args, kwargs)
     spec = spec_in(SCORE_KEY, named["kl_penalty"])
     if spec is None:
@@ -52,7 +53,8 @@ def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kw
     data, control = named["data"], named["kl_ctrl"]
     if not isinstance(control, ScoreBeta):
         raise RuntimeError(
-            f"kl-plugins: {spec} is used by a trainer that kl-plugins has not checked; use one of veRL's own PPO trainers"
+            f"kl-plugins: {spec} is used by a trainer that kl-plugins has not checked; use one of veRL's own PPO "
+            "trainers"
         )
     penalty, found, control.observed = score.penalty_of(spec, data.batch)
     beta = control.value

@@ -63,7 +63,8 @@ def check_sources() -> None:
     for name, digest in read_fingerprints(installed_folder()).items():
         if digest not in FINGERPRINTS[name].values():
             _refuse(
-                f"{name} of veRL {version('verl')} is not the code that kl-plugins was checked with (fingerprint {digest}); "
+                f"{name} of veRL {version('verl')} is not the code that kl-plugins was checked with (fingerprint "
+                f"{digest}); "
                 "it was edited, or this is another version"
             )
 
@@ -104,9 +105,15 @@ def check_trainer(trainer: type) -> None:
 def _untested(config: Any) -> Iterator[str]:
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     if actor.strategy not in ENGINES:
-        yield f"the engine actor_rollout_ref.actor.strategy={actor.strategy} was not tested (tested: {', '.join(ENGINES)})"
+        yield (
+            f"the engine actor_rollout_ref.actor.strategy={actor.strategy} was not tested "
+            f"(tested: {', '.join(ENGINES)})"
+        )
     if model.get("use_fused_kernels", False):
-        yield "actor_rollout_ref.model.use_fused_kernels=True computes log-probs in a kernel that was not tested; set it to False"
+        yield (
+            "actor_rollout_ref.model.use_fused_kernels=True computes log-probs in a kernel that was not tested; "
+            "set it to False"
+        )
     if actor.get("use_prefix_grouper", False):
         yield "actor_rollout_ref.actor.use_prefix_grouper=True was not tested; set it to False"
     if actor.get("ulysses_sequence_parallel_size", 1) > 1:

@@ -120,7 +120,8 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     session = session_of(trainer)
     if session is not None and session.score is not None and session.score.pending:
         raise RuntimeError(
-            f"kl-plugins: the penalty of {session.specs.score} was computed, but never reached the advantages; this trainer "
+            f"kl-plugins: the penalty of {session.specs.score} was computed, but never reached the advantages; "
+            "this trainer "
             "takes a path that kl-plugins does not know, and would train without the regulariser"
         )
     output = wrapped(*args, **kwargs)
@@ -130,7 +131,8 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
         found: MutableMapping[str, Any] = output.meta_info["metrics"] if given is None else given
         if not metrics.finish(found, prefix="actor/"):
             raise RuntimeError(
-                f"kl-plugins: the workers' update returned no kl/ metrics, so {session.specs.loss} was not applied in it"
+                f"kl-plugins: the workers' update returned no kl/ metrics, so {session.specs.loss} was not "
+                "applied in it"
             )
     return output
 

@@ -47,7 +47,8 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
     session = _active.get()
     if session is None:
         raise RuntimeError(
-            f"kl-plugins: veRL's PPO loss was called with {spec} outside of TrainingWorker.train_batch; this engine or trainer "
+            f"kl-plugins: veRL's PPO loss was called with {spec} outside of TrainingWorker.train_batch; this "
+            "engine or trainer "
             "is not one that kl-plugins was tested with"
         )
     batch = MicroBatch.read(spec, named["data"], session.behaviour)

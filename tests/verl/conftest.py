@@ -1,0 +1,62 @@
+"""Environment of the veRL tests: CPU platform, offline, one Ray cluster of their own."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.verl.ray_support import CPU_HOST, ENVIRONMENT
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("veRL is not installed", allow_module_level=True)
+os.environ.update(ENVIRONMENT)
+sys.path.append(str(CPU_HOST))
+with warnings.catch_warnings():
+    # Imported here, where the host may warn, and not while tests are collected, where a warning is an error.
+    warnings.simplefilter("ignore")
+    importlib.import_module("verl")
+    importlib.import_module("verl.workers.engine_workers")
+    importlib.import_module("verl.trainer.ppo.v1")
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            # The host's own warnings are the host's business; ours stay errors.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+            item.add_marker(pytest.mark.filterwarnings("error:kl-plugins"))
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.verl.assets import build
+
+    return build(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    import ray
+
+    from tests.verl import remote
+
+    folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        _temp_dir=folder,
+        log_to_driver=False,
+    )
+    ray.cloudpickle.register_pickle_by_value(remote)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

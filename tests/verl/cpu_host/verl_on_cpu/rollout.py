@@ -1,0 +1,118 @@
+"""The rollout engine ``transformers_cpu``: one Ray actor per replica that samples from a transformers model.
+
+Environment: ``SAMPLER_SHARPNESS`` scales the sampler's logits, so that it differs from the trainer's policy;
+``SAMPLER_NAN=1`` makes the first log-prob of every response NaN.
+"""
+
+import os
+
+import ray
+import torch
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY, BaseRollout
+from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
+
+NAME = "transformers_cpu"
+
+
+def register():
+    _ROLLOUT_REGISTRY[NAME, "async"] = "verl_on_cpu.rollout.WeightSender"
+    RolloutReplicaRegistry.register(NAME, lambda: Replica)
+
+
+def actor_name(rank):
+    return f"{NAME}_{rank}"
+
+
+class Sampler:
+    """Samples token by token; veRL's server methods that have nothing to do on a CPU are accepted and ignored."""
+
+    def __init__(self, path, response_length, rank):
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.response_length, self.global_steps = response_length, None
+        self.generator = torch.Generator().manual_seed(rank + 1)
+        self.sharpness = float(os.environ.get("SAMPLER_SHARPNESS", "1"))
+        self.broken = os.environ.get("SAMPLER_NAN") == "1"
+
+    async def node_address(self):
+        return ray.util.get_node_ip_address()
+
+    async def update_weights(self, weights, global_steps=None):
+        _, unknown = self.model.load_state_dict(weights, strict=False)
+        if unknown:
+            raise ValueError(f"weights of another model: {unknown}")
+        self.global_steps = self.global_steps if global_steps is None else global_steps
+
+    async def set_global_steps(self, global_steps):
+        self.global_steps = global_steps
+
+    async def _ignored(self, *args, **kwargs):
+        return None
+
+    wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = _ignored
+    abort_all_requests = resume_generation = start_profile = stop_profile = _ignored
+
+    async def generate(self, prompt_ids, sampling_params, request_id, **unused):
+        tokens, log_probs = self._sample(torch.tensor([list(prompt_ids)]), sampling_params)
+        return TokenOutput(
+            token_ids=tokens,
+            log_probs=log_probs if sampling_params.get("logprobs") else None,
+            stop_reason="completed",
+            num_preempted=0,
+            extra_fields={"global_steps": self.global_steps},
+        )
+
+    @torch.no_grad()
+    def _sample(self, ids, params):
+        temperature = float(params.get("temperature", 1.0))
+        limit = int(params.get("max_tokens") or self.response_length)
+        tokens, log_probs, cache = [], [], None
+        while len(tokens) < limit:
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits = output.logits[0, -1].double() * self.sharpness / (temperature or 1.0)
+            logp = logits.log_softmax(-1)
+            greedy = logp.argmax().view(1)
+            token = torch.multinomial(logp.exp(), 1, generator=self.generator) if temperature else greedy
+            tokens.append(token.item())
+            log_probs.append(float("nan") if self.broken and not log_probs else logp[token].item())
+            if token.item() == self.model.config.eos_token_id:
+                break
+            ids = token.view(1, 1)
+        return tokens, log_probs
+
+
+class Replica(RolloutReplica):
+    async def launch_servers(self):
+        server = (
+            ray.remote(Sampler)
+            .options(num_cpus=0, name=actor_name(self.replica_rank), max_concurrency=64)
+            .remote(self.model_config.path, self.config.response_length, self.replica_rank)
+        )
+        self.servers, self._server_handle = [server], server
+        self._server_address = f"{await server.node_address.remote()}:{9000 + self.replica_rank}"
+
+
+class WeightSender(BaseRollout):
+    """Lives in the training worker and sends its weights to the sampler through Ray's object store."""
+
+    def __init__(self, config, model_config, device_mesh, replica_rank=-1):
+        super().__init__(config, model_config, device_mesh)
+        self.rank = int(os.environ["RANK"]) if replica_rank == -1 else replica_rank
+        self.sleep_level = 1
+
+    @property
+    def sampler(self):
+        return ray.get_actor(actor_name(self.rank))
+
+    async def resume(self, tags):
+        await self.sampler.wake_up.remote(tags)
+
+    async def release(self):
+        await self.sampler.sleep.remote()
+
+    async def update_weights(self, weights, global_steps=None, **unused):
+        named = {name: weight.detach().float().cpu().clone() for name, weight in weights}
+        await self.sampler.update_weights.remote(named, global_steps)

@@ -1,0 +1,45 @@
+"""Places where veRL assumes an accelerator and offers no setting."""
+
+import functools
+
+import torch.distributed
+import torch.distributed.fsdp
+from transformers import AutoModelForTokenClassification
+
+
+def install():
+    _one_backend_for_one_device()
+    _no_pinned_memory()
+    _critic_without_flash_attention()
+
+
+def _one_backend_for_one_device():
+    # veRL asks for "cpu:gloo,<device>:gloo", which names the CPU twice here.
+    original = torch.distributed.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(backend=None, *args, **kwargs):
+        return original("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = init_process_group
+
+
+def _no_pinned_memory():
+    # The reference model is offloaded to pinned memory, which needs an accelerator's driver.
+    class Unpinned(torch.distributed.fsdp.CPUOffloadPolicy):
+        def __init__(self, pin_memory=False):
+            super().__init__(pin_memory=False)
+
+    torch.distributed.fsdp.CPUOffloadPolicy = Unpinned
+
+
+def _critic_without_flash_attention():
+    # The critic's attention is fixed in veRL's source.
+    original = AutoModelForTokenClassification.from_pretrained
+
+    def from_pretrained(*args, **kwargs):
+        if kwargs.get("attn_implementation") == "flash_attention_2":
+            kwargs["attn_implementation"] = "sdpa"
+        return original(*args, **kwargs)
+
+    AutoModelForTokenClassification.from_pretrained = from_pretrained

@@ -1,0 +1,131 @@
+"""The loss in real training workers, against veRL's own KL losses and against the core called by hand."""
+
+import math
+
+import pytest
+import torch
+
+from kl_plugins import KLSpec, kl_term
+from kl_plugins.adapters.verl import metrics as kl_metrics
+from kl_plugins.metrics import REDUCTIONS
+from tests.verl.workers import BETA, Group, make_batch, policy_log_probs
+
+
+@pytest.fixture(scope="module")
+def model(assets):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return make_batch(model)
+
+
+@pytest.fixture(scope="module")
+def group(assets, cluster):
+    return Group(str(assets / "model"), 1, packed=True)
+
+
+def by_hand(model, batch, text):
+    """Aggregated value and gradient of beta times the spec's term, from the core alone."""
+    model.zero_grad()
+    logp = batch.padded(policy_log_probs(model, batch.prompts, batch.responses))
+    old, rollout, ref = (
+        batch.padded(batch.log_probs[key]) for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")
+    )
+    mask = batch.padded(batch.masks).bool()
+    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout)
+    value = term.loss[mask].sum() / mask.sum()
+    (BETA * value).backward()
+    return value.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, term.metrics
+
+
+def distance(ours, theirs):
+    assert ours.keys() == theirs.keys() != set()
+    gap = sum((ours[name] - theirs[name]).square().sum() for name in ours)
+    return (gap / sum(value.square().sum() for value in theirs.values())).sqrt().item()
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() != set() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_k2_is_verls_k2_bit_by_bit(group, batch):
+    host, ours = group.run("k2", batch), group.run("k2@loss", batch)
+    assert same(ours.gradient, host.gradient)
+    assert ours.metrics["kl_loss"] == host.metrics["kl_loss"] > 0
+    assert ours.metrics["grad_norm"] == host.metrics["grad_norm"] > 0
+
+
+def test_k3_is_verls_low_var_kl_inside_its_clamp(group, batch):
+    host, ours = group.run("low_var_kl", batch), group.run("k3@loss", batch)
+    assert ours.metrics["kl_loss"] == pytest.approx(host.metrics["kl_loss"], rel=1e-6)
+    assert distance(ours.gradient, host.gradient) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k2@loss/is:token",
+        "k2@loss/is:token/behaviour:old/cap:1.1",
+        "k3@loss/is:token/band:0.8-1.2",
+        "k3+@loss/is:token/norm",
+        "k2@loss/is:prefix",
+        "jeffreys@loss/is:sequence/cap:3",
+        "k2@loss/horizon:sequence/is:decision",
+        "k2@loss/clip:0.1",
+    ],
+)
+def test_every_correction_is_the_core_called_by_hand(text, group, batch, model):
+    value, gradient, found = by_hand(model, batch, text)
+    ours = group.run(text, batch)
+    assert ours.metrics["kl_loss"] == pytest.approx(value, rel=1e-5)
+    assert distance(ours.gradient, gradient) < 2e-5
+    logged = dict(ours.metrics)
+    assert kl_metrics.finish(logged, prefix="")
+    assert logged.keys() >= found.keys() | {"kl/beta"}
+    for key, number in found.items():
+        assert logged[key] == pytest.approx(number.item(), rel=1e-4, abs=1e-6), key
+    assert logged["kl/beta"] == BETA
+
+
+def test_off_policy_weights_change_the_gradient(group, batch):
+    assert distance(group.run("k2@loss/is:token", batch).gradient, group.run("k2@loss", batch).gradient) > 0.05
+
+
+def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch):
+    two = Group(str(assets / "model"), 2, packed=False)
+    for text in ("k2@loss/is:token/cap:1.2", "k2@loss/horizon:sequence/is:decision"):
+        one, both = group.run(text, batch), two.run(text, batch)
+        assert distance(both.gradient, one.gradient) < 2e-5
+        logged = [dict(one.metrics), dict(both.metrics)]
+        for metrics in logged:
+            assert kl_metrics.finish(metrics, prefix="")
+        for key in REDUCTIONS.keys() - {"kl/exact", "kl/ess", "kl/coef/std", "kl/disagree"}:  # no means over tokens
+            assert logged[1][key] == pytest.approx(logged[0][key], rel=1e-4, abs=1e-6), key
+
+
+def test_an_unused_plugin_changes_no_bit(assets, cluster, group, model):
+    stock = Group(str(assets / "model"), 1, packed=True, environment={"VERL_USE_EXTERNAL_PLUGINS": "none"})
+    batch = make_batch(model, advantages=True)
+    for kl in (None, "low_var_kl", "k2"):
+        with_plugin, without = group.run(kl, batch), stock.run(kl, batch)
+        assert same(with_plugin.gradient, without.gradient)
+        assert same(with_plugin.parameters, without.parameters)
+        assert with_plugin.metrics["loss"] == without.metrics["loss"]
+
+
+def test_an_empty_mask_gives_the_same_keys_and_no_gradient(group, batch):
+    full = group.run("k2@loss/is:token", batch)
+    masks = list(batch.masks)
+    batch.masks[:] = [torch.zeros_like(mask) for mask in masks]
+    try:
+        empty = group.run("k2@loss/is:token", batch)
+    finally:
+        batch.masks[:] = masks
+    assert empty.metrics.keys() == full.metrics.keys()
+    assert all(math.isfinite(value) for key, value in empty.metrics.items() if key.startswith("kl/"))
+    assert empty.metrics["kl/active"] == 1
+    assert all(value.abs().max() == 0 for value in empty.gradient.values())

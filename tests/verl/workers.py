@@ -1,0 +1,192 @@
+"""Real groups of veRL's Ray training workers on one fixed batch, without rollout and trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.verl import remote
+
+BETA = 0.5
+PROMPTS = (3, 5, 2, 4, 3, 2, 6, 4)
+RESPONSES = (6, 4, 7, 5, 3, 8, 4, 6)
+KEYS = ("old_log_probs", "rollout_log_probs", "ref_log_prob")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids and log-probs, one tensor per sequence; the log-probs lie around the initial policy's own."""
+
+    prompts: list[Tensor]
+    responses: list[Tensor]
+    log_probs: dict[str, list[Tensor]]
+    masks: list[Tensor]
+    advantages: list[Tensor]
+
+    def padded(self, tensors: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    def tensordict(self) -> Any:
+        """What veRL's trainer sends to its workers."""
+        from tensordict import TensorDict
+        from verl.utils import tensordict_utils
+
+        def nested(tensors: list[Tensor]) -> Tensor:
+            return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+
+        lengths = [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        count = len(lengths)
+        data = TensorDict(
+            {
+                "prompts": nested(self.prompts),
+                "responses": nested(self.responses),
+                "input_ids": nested([torch.cat(pair) for pair in zip(self.prompts, self.responses, strict=True)]),
+                "position_ids": nested([torch.arange(length) for length in lengths]),
+                "response_mask": nested(self.masks),
+                "loss_mask": nested(self.masks),
+                "advantages": nested(self.advantages),
+                **{key: nested(values) for key, values in self.log_probs.items()},
+            },
+            batch_size=count,
+        )
+        tensordict_utils.assign_non_tensor(
+            data,
+            temperature=1.0,
+            calculate_entropy=False,
+            global_batch_size=count,
+            mini_batch_size=count,
+            epochs=1,
+            seed=1,
+            dataloader_kwargs={"shuffle": False},
+            compute_loss=True,
+            distillation_use_topk=False,
+            distillation_only=False,
+        )
+        return data
+
+
+def policy_log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
+    """Log-probs of the response tokens, with their graph."""
+    found = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1))
+    return found
+
+
+def make_batch(model: Any, *, advantages: bool = False) -> Batch:
+    """A fixed batch; without advantages the policy-gradient loss and its gradient are zero."""
+    random = torch.Generator().manual_seed(7)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(4, model.config.vocab_size, (length,), generator=random)
+
+    prompts, responses = [tokens(n) for n in PROMPTS], [tokens(n) for n in RESPONSES]
+    with torch.no_grad():
+        own = policy_log_probs(model, prompts, responses)
+    # The rollout differs more from the policy than the old policy does, and the reference most.
+    noise = zip(KEYS, (0.1, 0.3, 0.7), strict=True)
+    log_probs = {k: [x + scale * torch.randn(x.shape, generator=random) for x in own] for k, scale in noise}
+    score = [torch.randn(1, generator=random) * advantages for _ in RESPONSES]
+    return Batch(
+        prompts,
+        responses,
+        log_probs,
+        [torch.ones(n, dtype=torch.long) for n in RESPONSES],
+        [value.expand(n).contiguous() for value, n in zip(score, RESPONSES, strict=True)],
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: veRL's metrics, the gradient, the parameters after it."""
+
+    metrics: dict[str, float]
+    gradient: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+
+
+class Group:
+    """A worker group of `ranks` processes."""
+
+    def __init__(self, path: str, ranks: int, *, packed: bool, environment: dict[str, str] | None = None) -> None:
+        import ray
+        from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+        from verl.trainer.config import CheckpointConfig
+        from verl.workers.config import FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+        from verl.workers.engine_workers import TrainingWorker
+
+        model = HFModelConfig(
+            path=path,
+            use_remove_padding=packed,
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        )
+        config = TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model,
+            engine_config=self.engine(ranks),
+            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9),
+            checkpoint_config=CheckpointConfig(),
+        )
+        self.ranks = ranks
+        self.workers = RayWorkerGroup(
+            resource_pool=RayResourcePool([ranks], use_gpu=False, max_colocate_count=1),
+            ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TrainingWorker), config=config),
+            device_name="cpu",
+            worker_env=environment or {},
+        )
+
+    def engine(self, ranks: int) -> Any:
+        from verl.workers.config import FSDPEngineConfig
+
+        return FSDPEngineConfig(
+            strategy="fsdp2",
+            model_dtype="fp32",
+            mixed_precision={"param_dtype": "fp32"},
+            use_torch_compile=False,
+            use_dynamic_bsz=False,
+            # One micro-batch on one rank; on several, micro-batches of two.
+            micro_batch_size_per_gpu=8 if ranks == 1 else 2,
+            infer_micro_batch_size_per_gpu=8,
+        )
+
+    def use(self, kl: str | None, *, receipts: bool = True, **changes: Any) -> None:
+        """Set the loss function and start again from the initial weights; None: no KL loss."""
+        from verl.workers.config import FSDPActorConfig
+        from verl.workers.utils.losses import ppo_loss
+
+        from kl_plugins.adapters.verl import require_receipts
+
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=1,
+            ppo_micro_batch_size_per_gpu=2,
+            fsdp_config=self.engine(self.ranks),
+            use_kl_loss=kl is not None,
+            **{"kl_loss_type": kl or "low_var_kl", "kl_loss_coef": BETA, **changes},
+        )
+        self.workers.reset()
+        self.workers.set_loss_fn(partial(ppo_loss, config=config))
+        if kl is not None and "@" in kl and receipts:
+            require_receipts(self.workers, kl)
+
+    def step(self, batch: Batch) -> Step:
+        """One optimizer step on the batch."""
+        import ray
+        from verl.utils import tensordict_utils
+        from verl.utils.metric import reduce_metrics
+
+        output = self.workers.train_mini_batch(batch.tensordict()).get()
+        metrics = reduce_metrics(tensordict_utils.get(output, "metrics"))
+        states = ray.get([worker.__ray_call__.remote(remote.state) for worker in self.workers.workers])
+        return Step(metrics, *states[0])
+
+    def run(self, kl: str | None, batch: Batch, **changes: Any) -> Step:
+        """One step from the initial weights."""
+        self.use(kl, **changes)
+        return self.step(batch)
