@@ -34,7 +34,7 @@ def penalty_metrics(
     dtype = compute_dtype(logp, ref_logp)
     u, log_rho = log_ratios(logp, ref_logp, sampler_logp, mask, dtype)
     penalty = penalty.to(dtype).masked_fill(~mask, 0.0)
-    terms = SampledTerms(penalty, penalty, torch.ones_like(u), torch.zeros_like(mask))
+    terms = SampledTerms(penalty, penalty, mask.to(dtype), torch.zeros_like(mask))
     return term_metrics(terms, u, log_rho, mask)
 
 

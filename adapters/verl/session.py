@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kl_plugins.adapters.verl.beta import LossBeta
-from kl_plugins.adapters.verl.loss import MicroBatch
+from kl_plugins.adapters.verl.loss import MicroBatch, refuse_unknown, unknown_tokens, weighs_by_sampler
 from kl_plugins.adapters.verl.metrics import worker_metrics
 from kl_plugins.spec import KLSpec
 
@@ -25,6 +25,7 @@ class Session:
         beta: current coefficient.
         confirmed: the trainer has asked for this worker's receipt.
         behaviour: where the receipt says that the behaviour policy's log-probs come from.
+        sampler_usable: all of the sampler's log-probs in the present optimizer step are finite, on every rank.
     """
 
     spec: KLSpec
@@ -32,6 +33,7 @@ class Session:
     beta: LossBeta
     confirmed: bool = False
     behaviour: str = "automatic"
+    sampler_usable: bool = True
 
     def require_confirmed(self) -> None:
         """Raise before an update that no trainer has vouched for.
@@ -49,6 +51,21 @@ class Session:
                 "kl_plugins.adapters.verl.require_receipts(worker_group, spec) "
                 "before its first update"
             )
+
+    def check_sampler(self, data: Any, total: Callable[[list[int]], list[int]]) -> None:
+        """Look at the sampler's log-probs of an optimizer step; one rank alone must not stop, or the others would hang.
+
+        Args:
+            data: this rank's mini-batch.
+            total: sums numbers over all ranks; a collective.
+
+        Raises:
+            ValueError: weights are asked for that are unknown on some rank.
+        """
+        unknown, tokens = total(list(unknown_tokens(data)))
+        self.sampler_usable = unknown == 0
+        if weighs_by_sampler(self.spec, self.behaviour):
+            refuse_unknown(self.spec, unknown, tokens)
 
     def config_with_beta(self, config: Any) -> Any:
         """veRL's actor config with the current beta as its coefficient; the very same object where beta is constant."""

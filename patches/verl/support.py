@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import version
 from pathlib import Path
@@ -58,15 +59,21 @@ def check_sources() -> None:
     Raises:
         UnsupportedHostError: a function that is wrapped in some process has changed.
     """
-    from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, read_fingerprints
+    from kl_plugins.patches.verl.fingerprints import FINGERPRINTS
 
-    for name, digest in read_fingerprints(installed_folder()).items():
+    for name, digest in _digests().items():
         if digest not in FINGERPRINTS[name].values():
             _refuse(
-                f"{name} of veRL {version('verl')} is not the code that kl-plugins was checked with (fingerprint "
-                f"{digest}); "
-                "it was edited, or this is another version"
+                f"{name.replace(':', '.')} of verl {version('verl')} is not the code that kl-plugins was checked with "
+                f"(fingerprint {digest}); it was edited, or this is another version"
             )
+
+
+@cache
+def _digests() -> dict[str, str | None]:
+    from kl_plugins.patches.verl.fingerprints import read_fingerprints
+
+    return read_fingerprints(installed_folder())
 
 
 def installed_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
             "engine or trainer "
             "is not one that kl-plugins was tested with"
         )
-    batch = MicroBatch.read(spec, named["data"], session.behaviour)
+    batch = MicroBatch.read(spec, named["data"], session.behaviour, session.sampler_usable)
     named["config"] = session.config_with_beta(named["config"])
     with carried(batch):
         loss, metrics = wrapped(**named)
@@ -71,13 +72,25 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     if session is None:
         return wrapped(*args, **kwargs)
     session.require_confirmed()
+    group = worker.engine.get_data_parallel_group()
+    session.check_sampler(arguments(wrapped, args, kwargs)["data"], partial(_total, group))
     token = _active.set(session)
     try:
         output = wrapped(*args, **kwargs)
     finally:
         _active.reset(token)
-    session.beta.step(worker.engine.get_data_parallel_group())
+    session.beta.step(group)
     return output
+
+
+def _total(group: Any, numbers: list[int]) -> list[int]:
+    import torch.distributed
+    from verl.utils.device import get_device_id
+
+    sums = torch.tensor(numbers, device=get_device_id())
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    return [int(number) for number in sums.tolist()]
 
 
 def save_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -146,7 +159,8 @@ def _sessions(process: Any) -> Iterator[tuple[Any, Session]]:
     for name in ("worker_dict", "fused_worker_dict"):  # roles that share one process
         held += list((getattr(process, name, None) or {}).values())
     for role in held:
-        for worker in (role, getattr(role, "actor", None)):
-            session = session_of(worker) if worker is not None else None
-            if session is not None:
-                yield worker, session
+        # A role that has an inner actor trains through that one.
+        worker = getattr(role, "actor", None) or role
+        session = session_of(worker)
+        if session is not None:
+            yield worker, session

@@ -28,3 +28,10 @@ def end(process):
     import signal
 
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def node_id(process):
+    """Ray's id of the node."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()

@@ -113,7 +113,15 @@ class Step:
 class Group:
     """A worker group of `ranks` processes."""
 
-    def __init__(self, path: str, ranks: int, *, packed: bool, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        ranks: int,
+        *,
+        packed: bool,
+        environment: dict[str, str] | None = None,
+        nodes: int = 1,
+    ) -> None:
         import ray
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
         from verl.trainer.config import CheckpointConfig
@@ -135,7 +143,7 @@ class Group:
         )
         self.ranks = ranks
         self.workers = RayWorkerGroup(
-            resource_pool=RayResourcePool([ranks], use_gpu=False, max_colocate_count=1),
+            resource_pool=RayResourcePool([ranks // nodes] * nodes, use_gpu=False, max_colocate_count=1),
             ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TrainingWorker), config=config),
             device_name="cpu",
             worker_env=environment or {},

@@ -1,0 +1,180 @@
+"""What is refused, with its reason: at the config, before a model loads or Ray starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import verl
+from hydra import compose, initialize_config_dir
+
+from kl_plugins.adapters.verl import guards
+from kl_plugins.adapters.verl.settings import specs_of
+from kl_plugins.patches.patch import UnsupportedHostError
+from kl_plugins.patches.verl import support
+from kl_plugins.patches.verl.trainer import checked
+from kl_plugins.spec import KLSpec, KLSpecError
+from tests.verl.ray_support import ENVIRONMENT
+
+LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
+REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
+ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
+NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
+BYPASS = "algorithm.rollout_correction.bypass_mode=True"
+
+
+@cache
+def config(*overrides):
+    folder = str(Path(verl.__file__).parent / "trainer" / "config")
+    with initialize_config_dir(folder, version_base=None):
+        return compose("ppo_trainer", overrides=list(overrides))
+
+
+def test_verls_defaults_hold_no_spec():
+    assert not specs_of(config())
+    assert not checked(config())
+
+
+@pytest.mark.parametrize("overrides", [LOSS, REWARD, ADVANTAGE, (*LOSS, *REWARD)])
+def test_good_configs_pass(overrides):
+    assert checked(config(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("actor_rollout_ref.actor.kl_loss_type=k2@los",), "did you mean: loss"),
+        (("algorithm.kl_penalty=k9@reward",), "k9"),
+        (("actor_rollout_ref.actor.kl_loss_type=k1@reward",), r"put it into algorithm\.kl_penalty"),
+        (("actor_rollout_ref.actor.kl_loss_type=frpo",), r"put it into algorithm\.kl_penalty"),
+        (("algorithm.kl_penalty=k2@loss",), r"put it into actor_rollout_ref\.actor\.kl_loss_type"),
+        (LOSS[1:], r"use_kl_loss is False"),
+        (REWARD[1:], r"use_kl_in_reward is False"),
+        ((*LOSS, "actor_rollout_ref.actor.kl_loss_coef=0"), "nothing would be regularised"),
+        ((*LOSS, "actor_rollout_ref.actor.kl_loss_coef=-1"), "drives the policy away"),
+        ((*REWARD, "algorithm.kl_ctrl.kl_coef=0"), "nothing would be regularised"),
+        ((*LOSS, "actor_rollout_ref.actor.kl_loss_type=exact@loss"), "logits of every token"),
+        (
+            (*LOSS, "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token/behaviour:sampler", NO_LOG_PROBS),
+            "calculate_log_probs=True",
+        ),
+        ((*REWARD, BYPASS), "bypass_mode"),
+        ((*ADVANTAGE, BYPASS), "bypass_mode"),
+        (
+            (REWARD[0], "algorithm.kl_penalty=k1@reward/beta:dual-0.1-0.01", "algorithm.kl_ctrl.type=adaptive"),
+            "both control beta",
+        ),
+        ((*ADVANTAGE, "algorithm.adv_estimator=opo"), "algorithm.adv_estimator=opo"),
+        ((*ADVANTAGE, "algorithm.use_pf_ppo=True"), "resamples"),
+        ((*ADVANTAGE, "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"), "geo_mean"),
+    ],
+)
+def test_contradictions_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        checked(config(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (("model_engine=megatron",), "strategy=megatron"),
+        (("actor_rollout_ref.model.use_fused_kernels=True",), "use_fused_kernels"),
+        (("actor_rollout_ref.actor.use_prefix_grouper=True",), "use_prefix_grouper"),
+        (("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",), "ulysses_sequence_parallel_size"),
+        (("trainer.v1.trainer_mode=separate_async",), "trainer_mode=separate_async"),
+        (("distillation.enabled=True",), "distillation"),
+    ],
+)
+def test_parts_that_were_not_tested_are_refused_by_name(overrides, part, monkeypatch):
+    chosen = config(*LOSS, *overrides)
+    with pytest.raises(UnsupportedHostError, match=part):
+        checked(chosen)
+    monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")
+    with pytest.warns(RuntimeWarning, match=part):
+        assert checked(chosen)
+    assert not checked(config(*overrides)), "without a spec nothing is refused"
+
+
+def test_trainers_that_were_not_tested_are_refused_by_name():
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    class MyTrainer(PPOTrainerSync):
+        pass
+
+    support.check_trainer(PPOTrainerSync)
+    with pytest.raises(UnsupportedHostError, match="MyTrainer"):
+        support.check_trainer(MyTrainer)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("k2@loss", (), "unused"),
+        ("k2@loss/is:token", ("actor_rollout_ref.rollout.calculate_log_probs=True",), "sampler"),
+        ("k2@loss/is:token", (NO_LOG_PROBS,), "old"),
+        ("k2@loss/is:token/behaviour:old", ("actor_rollout_ref.rollout.calculate_log_probs=True",), "old"),
+        ("k2@loss/is:token/behaviour:old", (BYPASS,), "sampler"),
+    ],
+)
+def test_behaviour_source(text, overrides, source):
+    assert guards.behaviour_source(KLSpec.parse(text), config(*overrides)) == source
+
+
+def test_a_spec_error_reaches_the_user_as_one():
+    with pytest.raises(KLSpecError):
+        checked(config("actor_rollout_ref.actor.kl_loss_type=k2@loss/is:tokn"))
+
+
+def main_ppo(*overrides, environment=None, folder=None):
+    """The launching process of the real program, which must end before Ray starts."""
+    variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
+    if folder:
+        variables["PYTHONPATH"] = f"{folder}{os.pathsep}{variables['PYTHONPATH']}"
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, cwd=folder)
+
+
+def test_a_typo_ends_the_launching_process(tmp_path):
+    result = main_ppo("actor_rollout_ref.actor.kl_loss_type=k2@loss/is:tokn", folder=tmp_path)
+    assert result.returncode != 0
+    assert "did you mean: token" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+def test_a_tampered_source_ends_the_launching_process(tmp_path):
+    shutil.copytree(Path(verl.__file__).parent, tmp_path / "verl", ignore=shutil.ignore_patterns("__pycache__"))
+    losses = tmp_path / "verl" / "workers" / "utils" / "losses.py"
+    text = losses.read_text()
+    assert "policy_loss += kl_loss * config.kl_loss_coef" in text
+    losses.write_text(text.replace("policy_loss += kl_loss *", "policy_loss += 2 * kl_loss *"))
+    result = main_ppo(*LOSS, folder=tmp_path)
+    assert result.returncode != 0
+    assert "verl.workers.utils.losses.ppo_loss of verl" in result.stderr
+    assert "is not the code that kl-plugins was checked with" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+def test_an_unknown_version_ends_the_launching_process(tmp_path):
+    info = tmp_path / "verl-0.99.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: verl\nVersion: 0.99.0\n")
+    result = main_ppo(*LOSS, folder=tmp_path)
+    assert result.returncode != 0
+    assert "verl 0.99.0 is not among the versions that were checked (" in result.stderr
+    assert "ray init kwargs" not in result.stdout
+
+
+@pytest.mark.full
+def test_a_driver_without_the_package_knows_no_such_estimator(tmp_path):
+    program = (
+        "import torch\nfrom verl.trainer.ppo.core_algos import kl_penalty\n"
+        "kl_penalty(torch.zeros(1), torch.zeros(1), 'k2@loss/is:token')\n"
+    )
+    variables = {**os.environ, **ENVIRONMENT, "VERL_USE_EXTERNAL_PLUGINS": "none"}
+    result = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "NotImplementedError" in result.stderr
+    assert "kl_penalty_forward" in result.stderr

@@ -1,0 +1,165 @@
+"""``@reward`` and ``@advantage`` where veRL shapes rewards and computes advantages, on its own functions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from verl import DataProto
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+from kl_plugins import KLSpec, kl_penalty
+from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
+from kl_plugins.adapters.verl.score import PENALTY
+
+ROWS, LENGTH, BETA = 6, 5, 0.3
+ALGORITHM = OmegaConf.create({"use_pf_ppo": False, "gamma": 1.0})
+
+
+def rollout(seed=0):
+    random = torch.Generator().manual_seed(seed)
+
+    def noise(scale=1.0):
+        return scale * torch.randn(ROWS, LENGTH, generator=random)
+
+    lengths = torch.tensor([5, 3, 4, 5, 1, 2])
+    mask = (torch.arange(LENGTH) < lengths.unsqueeze(1)).long()
+    scores = torch.zeros(ROWS, LENGTH)
+    scores[torch.arange(ROWS), lengths - 1] = torch.rand(ROWS, generator=random)
+    logp = -1.5 + noise(0.3)
+    tensors = {
+        "old_log_probs": logp,
+        "ref_log_prob": logp + noise(0.5),
+        "rollout_log_probs": logp + noise(0.01),
+        "response_mask": mask,
+        "token_level_scores": scores,
+        "values": noise(),
+    }
+    data = DataProto.from_single_dict(tensors)
+    data.non_tensor_batch["uid"] = np.array(["a", "a", "b", "b", "c", "c"], dtype=object)
+    return data
+
+
+def shaped(text, data=None, control=None):
+    data = rollout() if data is None else data
+    control = control or ScoreBeta(KLSpec.parse(text), core_algos.FixedKLController(BETA))
+    return ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=text)
+
+
+def penalty_by_hand(text, data):
+    batch = data.batch
+    return kl_penalty(KLSpec.parse(text), batch["old_log_probs"], batch["ref_log_prob"], batch["response_mask"])
+
+
+def test_k1_in_reward_is_verls_own():
+    host, host_metrics = ray_trainer.apply_kl_penalty(rollout(), core_algos.FixedKLController(BETA), "kl")
+    ours, metrics = shaped("k1@reward")
+    assert torch.equal(ours.batch["token_level_rewards"], host.batch["token_level_rewards"])
+    assert host_metrics.items() <= metrics.items()
+    assert (metrics["kl/active"], metrics["kl/ess"], metrics["kl/beta"]) == (1, pytest.approx(1), BETA)
+    assert metrics["kl/reverse_k1"] == pytest.approx(metrics["kl/coef/mean"])
+    assert trainer_base.apply_kl_penalty is ray_trainer.apply_kl_penalty
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "gae", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("version", ["v0", "v1"])
+@pytest.mark.parametrize("text", ["k1@advantage", "k1@advantage/gamma:0.5/future:k3"])
+def test_advantage_penalty_comes_after_normalisation(estimator, version, text):
+    def advantages(data):
+        if version == "v0":
+            return ray_trainer.compute_advantage(data, adv_estimator=estimator, num_repeat=2, config=ALGORITHM)
+        keys = [f"{uid}_{row % 2}_0" for row, uid in enumerate(data.non_tensor_batch["uid"])]
+        return compute_advantage_for_multi_trajectories(
+            data, batch_keys=keys, adv_estimator=estimator, num_repeat=2, config=ALGORITHM
+        )
+
+    stock = rollout()
+    stock.batch["token_level_rewards"] = stock.batch["token_level_scores"]
+    stock = advantages(stock)
+    ours, metrics = shaped(text)
+    assert torch.equal(ours.batch["token_level_rewards"], ours.batch["token_level_scores"])
+    assert metrics["actor/reward_kl_penalty_coeff"] == BETA
+    by_hand = penalty_by_hand(text, ours)
+    assert by_hand.abs().max() > 0.1
+    ours = advantages(ours)
+    assert torch.equal(ours.batch["advantages"], stock.batch["advantages"] - BETA * by_hand)
+    assert torch.equal(ours.batch["returns"], stock.batch["returns"])
+    assert PENALTY not in ours.batch.keys()  # noqa: SIM118  a TensorDict
+
+
+def test_a_penalty_that_no_advantage_takes_is_pending():
+    control = ScoreBeta(KLSpec.parse("k1@advantage"), core_algos.FixedKLController(BETA))
+    data, _ = shaped("k1@advantage", control=control)
+    assert control.pending
+    ray_trainer.compute_advantage(data, adv_estimator="grpo", config=ALGORITHM)
+    assert not control.pending
+
+
+def test_verls_own_controller_sees_the_kl_although_nothing_is_subtracted():
+    controllers = [core_algos.AdaptiveKLController(BETA, target_kl=1e-3, horizon=100) for _ in range(2)]
+    ray_trainer.apply_kl_penalty(rollout(), controllers[0], "kl")
+    shaped("k1@advantage", control=ScoreBeta(KLSpec.parse("k1@advantage"), controllers[1], adaptive=True))
+    assert controllers[1].value == pytest.approx(controllers[0].value) != BETA
+
+
+def test_the_specs_schedule_controls_beta_and_survives_a_checkpoint(tmp_path):
+    text = "k1@reward/beta:linear-0-1-4"
+
+    def new():
+        return ScoreBeta(KLSpec.parse(text), core_algos.FixedKLController(BETA))
+
+    control, seen = new(), []
+    for _ in range(3):
+        _, metrics = shaped(text, control=control)
+        seen.append(metrics["actor/reward_kl_penalty_coeff"])
+    assert seen == [0, 0.25, 0.5]
+    path = tmp_path / "step" / "state.json"
+    write_state(path, control.saved())
+    resumed = new()
+    resumed.restore(read_state(path))
+    assert resumed.value == control.value == 0.75
+
+
+def test_verls_adaptive_value_survives_a_checkpoint_and_a_fixed_one_follows_the_config(tmp_path):
+    spec = KLSpec.parse("k1@reward")
+    before = ScoreBeta(spec, core_algos.AdaptiveKLController(0.7, 1.0, 10), adaptive=True)
+    after = ScoreBeta(spec, core_algos.AdaptiveKLController(0.1, 1.0, 10), adaptive=True)
+    after.restore(json.loads(json.dumps(before.saved())))
+    assert after.value == 0.7
+    fixed = ScoreBeta(spec, core_algos.FixedKLController(0.1))
+    fixed.restore(ScoreBeta(spec, core_algos.FixedKLController(0.7)).saved())
+    assert fixed.value == 0.1
+
+
+def test_a_damaged_state_file_is_named(tmp_path):
+    (tmp_path / "kl_plugins.json").write_text('{"beta":')
+    with pytest.raises(ValueError, match=r"kl_plugins\.json is damaged"):
+        read_state(tmp_path / "kl_plugins.json")
+
+
+def test_a_log_prob_that_is_not_finite_stops_the_run():
+    data = rollout()
+    data.batch["old_log_probs"][0, 1] = torch.nan
+    with pytest.raises(ValueError, match="old_log_probs is not finite on 1 of 20 response tokens"):
+        shaped("k1@reward", data)
+    data = rollout()
+    data.batch["old_log_probs"][4, 3] = torch.nan  # padding
+    ours, _ = shaped("k1@advantage", data)
+    assert torch.isfinite(ours.batch[PENALTY]).all()
+
+
+def test_a_trainer_that_was_not_checked_is_refused():
+    with pytest.raises(RuntimeError, match="a trainer that kl-plugins has not checked"):
+        ray_trainer.apply_kl_penalty(rollout(), core_algos.FixedKLController(BETA), "k1@reward")
+
+
+def test_a_spec_outside_the_seams_is_an_error_and_native_names_are_not():
+    logp = torch.zeros(1, 2)
+    with pytest.raises(RuntimeError, match="reached veRL's KL function from a place"):
+        core_algos.kl_penalty(logp, logp, "k2@loss")
+    with pytest.raises(NotImplementedError):
+        core_algos.kl_penalty(logp, logp, "k4")
+    assert torch.equal(core_algos.kl_penalty(logp, logp, kl_penalty="k2"), logp)
