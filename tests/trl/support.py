@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 def build_model(folder: Path, seed: int = 0) -> str:
     """Write a tiny character-level model with its tokenizer; return the folder's name."""
     torch.manual_seed(seed)
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
+    vocabulary = {"<|endoftext|>": 0, "<eos>": 1, "<bos>": 2}
     # Few words, so that a fair share of completions ends early.
     for character in "0123456789+=":
         vocabulary[character] = len(vocabulary)
@@ -24,7 +24,7 @@ def build_model(folder: Path, seed: int = 0) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left",
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<eos>", bos_token="<bos>", padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

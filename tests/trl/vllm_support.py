@@ -39,7 +39,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         layer.cpu_linear = torch.nn.functional.linear
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weights)
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    # One GiB of cache, and no compilation: it would take longer than all the tokens sampled here, and a C++ compiler.
+    for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_USE_AOT_COMPILE", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     # TRL sets the launcher's variables for the engine; the next trainer would take itself for one of several.
     before = {name: os.environ.pop(name, None) for name in LAUNCHER}
     try:
