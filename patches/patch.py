@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 from packaging.specifiers import SpecifierSet
@@ -64,7 +64,13 @@ class Patch:
         return owner
 
 
-class Hook(wrapt.FunctionWrapper):  # type: ignore[misc]
+if TYPE_CHECKING:
+    _FunctionWrapper = wrapt.FunctionWrapper[..., Any]
+else:
+    _FunctionWrapper = wrapt.FunctionWrapper  # older releases take no type parameters
+
+
+class Hook(_FunctionWrapper):
     """A wrapper that this engine put in; it remembers which patch it belongs to."""
 
     def __init__(self, wrapped: Callable[..., Any], patch: Patch) -> None:
@@ -187,7 +193,9 @@ def check_version(distribution: str, supported: SpecifierSet) -> str:
     try:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(f"kl-plugins: {distribution} is not installed here; it supports {supported}") from None
+        raise ModuleNotFoundError(
+            f"kl-plugins: {distribution} is not installed here; it supports {supported}"
+        ) from None
     if not supported.contains(version, prereleases=True):
         _refuse(f"{distribution} {version} is not among the versions that were checked ({supported})", supported)
     return version

@@ -32,7 +32,9 @@ def penalty_metrics(
     return term_metrics(terms, u, log_rho, mask)
 
 
-def append(log: MutableMapping[str, list[float]], found: Mapping[str, Tensor], mask: Tensor, beta: float, accelerator: Any) -> None:
+def append(
+    log: MutableMapping[str, list[float]], found: Mapping[str, Tensor], mask: Tensor, beta: float, accelerator: Any
+) -> None:
     """Reduce one micro-batch's metrics over ranks and append them to the host's log.
 
     Means are weighted by each rank's tokens. Every rank has to call it: it holds one collective.

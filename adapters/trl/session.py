@@ -64,7 +64,9 @@ class Session:
         self.applied.add("rollout")
         return kl_penalty(self.spec, policy, reference, attended if mask is None else mask)
 
-    def beta_times_loss(self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def beta_times_loss(
+        self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Beta times the spec's (B, T) term, in the place of the host's, and the term's metrics.
 
         Raises:
@@ -73,8 +75,8 @@ class Session:
         term = loss_term(self.spec, self.behaviour, inputs, logp)
         if host_kl.shape != term.loss.shape:
             raise RuntimeError(
-                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term {tuple(term.loss.shape)}; "
-                "this loss aggregates the KL in a way that kl-plugins does not know"
+                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term "
+                f"{tuple(term.loss.shape)}; this loss aggregates the KL in a way that kl-plugins does not know"
             )
         return self.beta.value * term.loss, term.metrics
 

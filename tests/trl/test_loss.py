@@ -128,7 +128,13 @@ def test_evaluation_regularises_and_logs(model, tmp_path):
 def test_schedule_of_beta_scales_the_term(model, tmp_path):
     # From 0: TRL still scores the reference, and the first step has no KL gradient.
     built = support.build(
-        GRPOTrainer, GRPOConfig, model, tmp_path, reward=support.zero_reward, max_steps=3, kl="k2@loss/beta:linear-0-0.4-2"
+        GRPOTrainer,
+        GRPOConfig,
+        model,
+        tmp_path,
+        reward=support.zero_reward,
+        max_steps=3,
+        kl="k2@loss/beta:linear-0-0.4-2",
     )
     support.shift(built)
     built.train()

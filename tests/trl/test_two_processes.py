@@ -56,11 +56,15 @@ def test_kl_in_the_reward_is_gathered(trained):
 def test_every_process_leaves_a_receipt_once(trained):
     _, output = trained
     for rank in (1, 2):
-        lines = [line for line in output.splitlines() if f"rank {rank} of 2" in line and "k1@advantage active in TRL" in line]
+        lines = [
+            line for line in output.splitlines() if f"rank {rank} of 2" in line and "k1@advantage active in TRL" in line
+        ]
         assert len(lines) == 1, output[-3000:]
 
 
-@pytest.mark.parametrize(("scenario", "expected"), [("missing", "no receipt from rank 1 of 2"), ("unequal", "disagree on spec")])
+@pytest.mark.parametrize(
+    ("scenario", "expected"), [("missing", "no receipt from rank 1 of 2"), ("unequal", "disagree on spec")]
+)
 def test_a_process_without_the_named_regulariser_stops_the_run(scenario, expected, model, tmp_path):
     done = torchrun("tests.trl.worker", scenario, model, str(tmp_path), KL_PLUGINS_RECEIPT_TIMEOUT="5")
     assert done.returncode != 0

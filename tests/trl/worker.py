@@ -44,7 +44,8 @@ def train(model: str, folder: Path) -> dict[str, object]:
     """Every placement, with a controller."""
     specs = ("k2@loss/is:token/beta:adaptive-0.001-64", "k1@reward", "k1@advantage")
     found: dict[str, object] = {
-        spec: outcome(adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl=spec, num_iterations=2) for spec in specs
+        spec: outcome(adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl=spec, num_iterations=2)
+        for spec in specs
     }
     for name, cls, config, extra in (
         ("RLOO stock", trl.RLOOTrainer, trl.RLOOConfig, {}),
