@@ -85,7 +85,9 @@ def test_training_reports_the_engine_as_behaviour_policy(wide_model, tmp_path, c
             GRPOTrainer, GRPOConfig, wide_model, tmp_path, kl="k2@loss/is:token", max_steps=6, num_iterations=2
         )  # fmt: skip
         trainer.train()
-    receipt = next(line for line in (capsys.readouterr().err + caplog.text).splitlines() if "k2@loss/is:token active" in line)
+    receipt = next(
+        line for line in (capsys.readouterr().err + caplog.text).splitlines() if "k2@loss/is:token active" in line
+    )
     assert "behaviour sampler" in receipt
 
     def log(key: str) -> list[float]:
@@ -127,7 +129,9 @@ def test_unknown_log_prob_of_the_engine_is_an_error(wide_model, tmp_path):
         trainer.compute_loss(trainer.model, {**inputs, SAMPLER: unknown})
 
 
-@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["GRPO", "RLOO"])
+@pytest.mark.parametrize(
+    ("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["GRPO", "RLOO"]
+)
 @pytest.mark.parametrize("spec", ["k1@reward", "k1@advantage"])
 def test_penalty_in_the_score_uses_the_trainers_log_probs(spec, trainer, config, wide_model, tmp_path):
     made = built(trainer, config, wide_model, tmp_path, kl=spec)
