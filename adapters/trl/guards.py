@@ -17,6 +17,9 @@ LIGER_LOSS_REMOVED = Version("1.14")
 LUSPO_MASKS_PADDING = Version("1.10")
 """Before this, the luspo loss averages (B, T) terms over padding as well."""
 
+ROLLOUT_WITHOUT_VLLM = Version("0.29.1")
+"""Before this, TRL calls ``rollout_func`` only from its vLLM client."""
+
 
 def check_config(spec: KLSpec, config: Any, algorithm: str) -> None:
     """Raise where the spec and the config contradict each other; runs before any model is loaded.
@@ -96,7 +99,8 @@ def check_arguments(spec: KLSpec, config: Any, arguments: Mapping[str, Any]) -> 
 
 def sampler_log_probs_expected(config: Any, arguments: Mapping[str, Any]) -> bool:
     """Whether TRL will hand over the log-probs that completions were sampled with."""
-    return bool(getattr(config, "use_vllm", False) or arguments.get("rollout_func"))
+    own_rollout = arguments.get("rollout_func") and Version(version("trl")) >= ROLLOUT_WITHOUT_VLLM
+    return bool(getattr(config, "use_vllm", False) or own_rollout)
 
 
 def check_overrides(spec: KLSpec, trainer: type, methods: Mapping[str, Any]) -> None:

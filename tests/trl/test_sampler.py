@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+import trl
+from packaging.version import Version
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
 from kl_plugins.patches.trl.shared import session_of
 from tests.trl import support
 
 GAP = 0.3
+
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < ROLLOUT_WITHOUT_VLLM, reason="this TRL calls rollout_func only with vLLM"
+)
 
 
 def engine(broken_at: int | None = None):
