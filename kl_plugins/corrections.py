@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, finfo
 from torch.nn.functional import pad
 
-from kl_plugins.numerics import Limits
+from kl_plugins.numerics import Limits, held
 from kl_plugins.spec import KLSpec
 
 
@@ -60,10 +60,11 @@ def importance_weight(
 def _treat(spec: KLSpec, weight: Tensor, mask: Tensor) -> Weight:
     altered = mask & False
     if spec.cap is not None:
-        altered = altered | (weight > spec.cap)
-        weight = weight.clamp_max(spec.cap)
+        cap = held(spec.cap, weight.dtype)
+        altered = altered | (weight > cap)
+        weight = weight.clamp_max(cap)
     if spec.band is not None:
-        low, high = spec.band
+        low, high = (held(edge, weight.dtype) for edge in spec.band)
         outside = mask & ((weight < low) | (weight > high))
         altered, weight = altered | outside, weight.masked_fill(outside, 0.0)
     if spec.norm:

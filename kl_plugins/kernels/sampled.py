@@ -15,7 +15,7 @@ from torch import Tensor
 from kl_plugins.corrections import importance_weight
 from kl_plugins.estimators import Estimator, find_estimator, k3_value
 from kl_plugins.horizon import future_sum
-from kl_plugins.numerics import Limits, cast_saturating, masked_difference
+from kl_plugins.numerics import Limits, cast_saturating, held, masked_difference
 from kl_plugins.spec import KLSpec
 
 
@@ -97,7 +97,8 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
             own = own + future_sum(future, mask, spec.gamma)
         score = weight * own
     if spec.clip is not None:
-        clipped = weight.clamp(1 - spec.clip, 1 + spec.clip) * own
+        width = held(spec.clip, weight.dtype)
+        clipped = weight.clamp(1 - width, 1 + width) * own
         altered = mask & (score < clipped)
         score = score.masked_fill(altered, 0.0)
     return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered)
