@@ -66,7 +66,7 @@ def derive_from_f(f: Callable[[Tensor], Tensor]) -> tuple[Elementwise, Elementwi
 
         def own(x: Tensor) -> Tensor:
             # delta f'(delta) = -dF/dx for F(x) = f(exp(-x)).
-            value_of_x, pull_back = vjp(lambda z: f((-z).exp()), x)
+            value_of_x, pull_back = vjp(lambda z: f((-z).exp()), x)[:2]
             result: Tensor = value_of_x + pull_back(ones_like(x))[0]
             return result
 
