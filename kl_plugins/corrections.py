@@ -1,6 +1,6 @@
 """Importance weights on the KL term: token, prefix, sequence, with cap, band and norm.
 
-See theory in arXiv 2512.21852 and 2412.19437 (DeepSeek-V3.2's token ratio); which gradient each
+See theory in arXiv 2512.21852 and 2512.02556 (DeepSeek-V3.2's token ratio); which gradient each
 level estimates is stated by :mod:`kl_plugins.spec.target` and proved by enumeration.
 """
 

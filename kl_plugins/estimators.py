@@ -160,7 +160,7 @@ def _alpha_row(name: str, a: float) -> Estimator:
         partial(alpha_value, a),
         partial(alpha_coefficient, a),
         "forward_kl" if a == 1 else "other_f",
-        f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
+        "delta log delta - delta + 1" if a == 1 else f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
         f"(1 - delta^a)/a, a = {format_number(a)}",
         _FRPO,
         is_f_divergence=True,
