@@ -15,12 +15,13 @@ STYLES: dict[str, dict[str, Any]] = {
     K2_LOSS.name: {"color": "#009E73", "linestyle": "-", "marker": "^"},
     K1_ADVANTAGE.name: {"color": "#CC79A7", "linestyle": "-", "marker": "D"},
 }
+ZERO = 1e-6  # nats; a smaller spread is rounding
 OTHERS = ("#E69F00", "#56B4E9", "#000000")
 PANELS = (
-    ("reward", "Reward", "probability of a rewarded completion", "linear"),
+    ("reward", "Reward", "rewarded share of completions", "linear"),
     ("kl", "Exact KL to the reference", "nats per completion", "linear"),
     ("entropy", "Entropy", "nats per completion", "linear"),
-    ("coef_std", "Spread of the KL coefficient", "standard deviation over tokens, nats", "log"),
+    ("coef_std", "Spread of the KL coefficient", "std over tokens, nats", "log"),
 )
 
 
@@ -54,26 +55,21 @@ def draw(
             )
         if measure in ("reward", "kl"):
             best = reference["optimum"][measure]
-            axis.axhline(best, color="black", linewidth=1.0, linestyle=":", zorder=1)
-            axis.annotate(
-                "optimum of E[R] \u2212 \u03b2 KL", (1.0, best), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8,
-            )  # fmt: skip
+            axis.axhline(best, color="black", linewidth=1.4, linestyle=":", label="optimum of E[R] \u2212 \u03b2 KL")
         axis.set_yscale(scale)
-        if scale == "linear":
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0 if scale == "linear" else axis.get_ylim()[0] / 2.5)
         axis.set_title(title, loc="left", fontweight="bold")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.25, linewidth=0.6)
     if K1_LOSS.name in runs:
         axes[1, 1].text(
-            0.99, 0.97, "k1@loss: 0, its coefficient is 1 for every token", transform=axes[1, 1].transAxes,
-            ha="right", va="top", fontsize=8, color=STYLES[K1_LOSS.name]["color"],
+            0.99, 0.04, "k1@loss: 0, its coefficient is 1 for every token", transform=axes[1, 1].transAxes,
+            ha="right", va="bottom", fontsize=8, color=STYLES[K1_LOSS.name]["color"],
         )  # fmt: skip
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(arms), frameon=False, handlelength=3.2)
+    figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False, handlelength=2.8, fontsize=9)
     figure.suptitle(
         "GRPO under five KL regularisers" if len(arms) == 5 else "GRPO under KL regularisers",
         x=0.01,
@@ -93,11 +89,9 @@ def _line(axis: Any, curves: list[list[dict[str, Any]]], measure: str, arm: Arm,
     points = [
         (column[0]["step"], [p[measure] for p in column])
         for column in zip(*curves, strict=True)
-        # the spread is 0 at the start, where policy and reference are one, and has no place on a logarithmic axis
-        if all(p[measure] is not None and (measure != "coef_std" or p[measure] > 1e-9) for p in column)
+        # at the start policy and reference are one; 0 has no place on a logarithmic axis
+        if all(p[measure] is not None and (measure != "coef_std" or p[measure] > ZERO) for p in column)
     ]
-    if measure == "coef_std":
-        points = [(step, values) for step, values in points if step > 0]
     steps = [step for step, _ in points]
     means = [sum(values) / len(values) for _, values in points]
     axis.plot(steps, means, label=arm.label, linewidth=1.8, markersize=4.5, markevery=2, **style)

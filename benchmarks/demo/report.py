@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from .arms import K1_ADVANTAGE, K1_LOSS, K2_LOSS, NATIVE_K3, NONE, Arm
@@ -13,8 +14,8 @@ MEASURES = {
     "reward": "reward",
     "kl": "exact KL",
     "entropy": "entropy",
-    "objective": "E[R] - beta KL",
-    "coef_std": "coef. std",
+    "objective": "objective",
+    "coef_std": "spread",
 }
 SAME = 0.25  # relative distance of mean KLs within which k1 as a loss counts as "like no KL"
 HELD = 0.5  # of the smallest KL without a regulariser: below it, in every seed, the KL is "held"
@@ -137,17 +138,17 @@ def sentence(found: list[Check], steps: int) -> str:
 
 def table(ends: Finals, arms: list[Arm], reference: dict[str, Any], beta: float) -> Table:
     """Final values per arm: mean, and the range over the seeds."""
-    made = Table(title=f"Exact values after training (beta = {beta:g}; mean, and range over seeds)")
+    made = Table(
+        title=f"Exact values after training (objective: E[R] - {beta:g} KL; mean, range over seeds)", box=box.SIMPLE
+    )
     made.add_column("regulariser", style="bold", no_wrap=True)
-    for heading, unit in zip(MEASURES.values(), ("", "nats", "nats", "", "nats"), strict=True):
-        made.add_column(f"{heading}\n[dim]{unit}[/dim]", justify="right")
+    for heading, unit in zip(MEASURES.values(), ("share", "nats", "nats", "", "nats"), strict=True):
+        made.add_column(f"{heading}\n[dim]{unit}[/dim]", justify="right", no_wrap=True)
     for arm in arms:
         made.add_row(arm.label, *(_cell(ends[arm.name].get(measure)) for measure in MEASURES))
     made.add_section()
     best = reference["optimum"]
-    made.add_row(
-        "optimum of E[R] - beta KL", f"{best['reward']:.3f}", f"{best['kl']:.2f}", "", f"{best['objective']:.3f}", ""
-    )
+    made.add_row("optimum", f"{best['reward']:.3f}", f"{best['kl']:.2f}", "", f"{best['objective']:.3f}", "")
     zero = reference["reward"]
     made.add_row("reference", f"{zero:.3f}", "0.00", f"{reference['entropy']:.2f}", f"{zero:.3f}", "")
     return made
@@ -156,7 +157,7 @@ def table(ends: Finals, arms: list[Arm], reference: dict[str, Any], beta: float)
 def _cell(values: list[float] | None) -> str:
     if not values:
         return "-"
-    return f"{_mean(values):.2f}\n[dim]{min(values):.2f} to {max(values):.2f}[/dim]"
+    return f"{_mean(values):.2f}\n[dim]{min(values):.2f}..{max(values):.2f}[/dim]"
 
 
 def _listing(names: list[str]) -> str:
