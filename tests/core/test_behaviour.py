@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, expm1
 
 import pytest
 import torch
@@ -137,7 +137,20 @@ def test_a_users_bound(bound: float) -> None:
         logp = torch.tensor([[-1e5, 1e5]], dtype=dtype, requires_grad=True)
         mask = torch.ones(1, 2).bool()
         spec = KLSpec.parse(f"k3@loss/bound:{bound}")
-        coefficient = kl_term(spec, logp, torch.zeros_like(logp), mask).coefficient
-        held = min(bound, ceiling)
+        term = kl_term(spec, logp, torch.zeros_like(logp), mask)
+        coefficient, held = term.coefficient, min(bound, ceiling)
+        # Below -bound the linear part stops with the exponential one: the value is that at the bound, never below 0.
+        value = torch.tensor(min(expm1(held) - held, 1e30 if dtype == torch.float32 else 1e250), dtype=dtype)
+        torch.testing.assert_close(term.value[0, 0], value, rtol=1e-4, atol=3e-8)
         wanted = torch.tensor([[max(1 - exp(held), -1e250), 1 - exp(-held)]], dtype=dtype)
         torch.testing.assert_close(coefficient, wanted.clamp(-1e30, 1e30) if dtype == torch.float32 else wanted)
+
+
+def test_overflow_of_either_sign_does_not_cancel_to_nan() -> None:
+    """Own part -1e30 e^60, future part +1e30 e^60: in float32 that is -inf + inf unless each saturates."""
+    logp = torch.full((1, 4), -60.0, requires_grad=True)
+    for options in ("is:decision", "is:decision/gamma:0.5", "is:sequence"):
+        spec = KLSpec.parse(f"chi2@loss/horizon:sequence/{options}/bound:60")
+        term = kl_term(spec, logp, torch.zeros(1, 4), torch.ones(1, 4), old_logp=torch.full((1, 4), -120.0))
+        assert term.coefficient.isfinite().all(), options
+        assert term.metrics["kl/coef/std"].isfinite(), options

@@ -143,3 +143,19 @@ def test_wrong_shapes_and_dtypes() -> None:
         kl_term(KLSpec.parse("k1@reward"), data.logp, data.ref, data.mask)
     with pytest.raises(ValueError, match="is a loss: use kl_term"):
         kl_penalty(spec, data.logp, data.ref, data.mask)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_autocast_and_inference_mode_change_nothing(text: str) -> None:
+    spec, data = KLSpec.parse(text), batch().to(torch.float32).leaves()
+    wanted = kl_term(spec, data.logp, data.ref, data.mask, **data.keywords(spec))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = kl_term(spec, data.logp, data.ref, data.mask, **data.keywords(spec))
+        found.loss.sum().backward()
+    assert torch.equal(found.loss, wanted.loss)
+    assert data.logp.grad is not None
+    assert torch.equal(data.logp.grad, wanted.coefficient)
+    with torch.inference_mode():
+        found = kl_term(spec, data.logp, data.ref, data.mask, **data.keywords(spec))
+        assert torch.equal(found.coefficient, wanted.coefficient)
+        assert not found.loss.requires_grad
