@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kl_plugins.corrections import effective_sample_size
 from kl_plugins.estimators import k3_value
-from kl_plugins.kernels.sampled import SampledTerms
-from kl_plugins.numerics import Limits
+from kl_plugins.kernels.sampled import SampledTerms, log_ratios
+from kl_plugins.numerics import Limits, compute_dtype
 from kl_plugins.spec.grammar import DEFAULT_BOUND
 
 REDUCTIONS: dict[str, Literal["mean", "max"]] = {
@@ -96,6 +96,27 @@ def term_metrics(
     if exact is not None:
         found["kl/exact"] = mean(exact.detach().to(u.dtype))
     return found
+
+
+def penalty_metrics(
+    penalty: Tensor, logp: Tensor, ref_logp: Tensor, behaviour_logp: Tensor | None, mask: Tensor
+) -> dict[str, Tensor]:
+    """Diagnostics of a penalty in the score, under the same keys: its coefficient is the penalty, its weight 1.
+
+    Args:
+        penalty: (B, T) per unit beta, nats.
+        logp: (B, T) the policy's log-probs now, nats.
+        ref_logp: (B, T) log-probs of the reference, nats.
+        behaviour_logp: (B, T) log-probs at rollout, nats, or None.
+        mask: (B, T), True on response tokens.
+
+    Returns:
+        0-d tensors by key; see :data:`REDUCTIONS`.
+    """
+    mask, dtype = mask.bool(), compute_dtype(logp, ref_logp)
+    u, log_rho = log_ratios(logp, ref_logp, behaviour_logp, mask, dtype)
+    penalty = penalty.to(dtype).masked_fill(~mask, 0.0)
+    return term_metrics(SampledTerms(penalty, penalty, mask.to(dtype), mask & False), u, log_rho, mask)
 
 
 def _largest(x: Tensor) -> Tensor:

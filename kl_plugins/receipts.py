@@ -46,7 +46,7 @@ class Receipt:
         site = f", reward site: {self.reward_site}" if self.reward_site else ""
         return (
             f"kl-plugins: {self.spec} active in {self.host} {self.host_version}, "
-            f"rank {self.rank + 1} of {self.world_size} (pid {self.pid} on {self.node}), "
+            f"rank {self.rank} of {self.world_size} (pid {self.pid} on {self.node}), "
             f"target {self.target}, behaviour {self.behaviour}{site}, "
             f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]"
         )

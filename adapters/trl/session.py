@@ -12,6 +12,7 @@ from kl_plugins.adapters.trl import metrics
 from kl_plugins.adapters.trl.beta import BetaControl
 from kl_plugins.adapters.trl.log_probs import Recorder, Scored, policy_and_reference
 from kl_plugins.adapters.trl.loss import loss_term, response_mask
+from kl_plugins.metrics import penalty_metrics
 from kl_plugins.penalty import kl_penalty
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import KLSpec
@@ -100,7 +101,7 @@ class Session:
         mask, reference = response_mask(inputs), inputs[REFERENCE]
         logp = logp.detach()
         if found is None:
-            found = metrics.penalty_metrics(inputs[PENALTY], logp, reference, inputs.get(OLD), mask)
+            found = penalty_metrics(inputs[PENALTY], logp, reference, inputs.get(OLD), mask)
         metrics.append(log, found, mask, self.beta.value, self.accelerator)
         if training:
             self.beta.observe(logp, reference, mask)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import exp, log, sqrt
+from math import exp, log, nan, sqrt
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 from kl_plugins import KLSpec, kl_term
-from kl_plugins.metrics import REDUCTIONS
+from kl_plugins.metrics import REDUCTIONS, penalty_metrics
 from tests.core.specs import Written, written_specs
 from tests.core.tensors import batch, masks
 
@@ -134,3 +134,15 @@ def test_masked_tokens_do_not_count() -> None:
     short, long = (kl_term(spec, x.logp, x.ref, x.mask, old_logp=x.old).metrics for x in (full, wider))
     for key, value in short.items():
         torch.testing.assert_close(long[key], value, msg=key)
+
+
+def test_a_penalty_in_the_score_is_its_own_coefficient_with_weight_one() -> None:
+    mask = torch.tensor([[True, True, False]])
+    ref_logp = torch.tensor([[-1.0, -1.0, -1.0]])
+    found = penalty_metrics(
+        torch.tensor([[2.0, 4.0, nan]]), ref_logp + torch.tensor([[1.0, 3.0, nan]]), ref_logp, None, mask
+    )
+    expected = {"kl/coef/mean": 3.0, "kl/coef/std": 1.0, "kl/coef/max": 4.0, "kl/reverse_k1": 2.0, "kl/ess": 1.0}
+    expected |= {"kl/weight/max": 1.0, "kl/cap_frac": 0.0, "kl/trust_region": 0.0, "kl/active": 1.0}
+    assert {key: found[key].item() for key in expected} == pytest.approx(expected)
+    assert set(found) == set(REDUCTIONS) - {"kl/exact"}

@@ -80,7 +80,7 @@ def test_ranks_must_agree(name: str, value: object) -> None:
 def test_the_line_says_everything() -> None:
     line = replace(ALL[1], reward_site="before group normalisation").line()
     for word in (
-        *("kl-plugins", "k2@loss/is:token", "a-host 1.2.3", "rank 2 of 3", f"pid {os.getpid()}", socket.gethostname()),
+        *("kl-plugins", "k2@loss/is:token", "a-host 1.2.3", "rank 1 of 3", f"pid {os.getpid()}", socket.gethostname()),
         *("reverse_kl_token_behaviour", "sampler", "a_host.trainer.Trainer.score", "[0123456789ab]"),
         "reward site: before group normalisation",
     ):
