@@ -103,7 +103,7 @@ def checks(ends: Finals, reference_entropy: float) -> list[Check]:
             f"k3 is not clearly looser than k2 ({values})",
             min(k3["kl"]) > max(k2["kl"]),
         ))  # fmt: skip
-        values = f"standard deviation {_mean(k3['coef_std']):.1f} against {_mean(k2['coef_std']):.1f} nats"
+        values = f"standard deviation {_span(k3['coef_std'])} against {_span(k2['coef_std'])} nats"
         result.append(Check(
             "k3's coefficient spreads more",
             f"in every seed at least {WIDER:g} times k2's largest",
@@ -138,9 +138,8 @@ def sentence(found: list[Check], steps: int) -> str:
 
 def table(ends: Finals, arms: list[Arm], reference: dict[str, Any], beta: float) -> Table:
     """Final values per arm: mean, and the range over the seeds."""
-    made = Table(
-        title=f"Exact values after training (objective: E[R] - {beta:g} KL; mean, range over seeds)", box=box.SIMPLE
-    )
+    title = f"Exact values after training; objective: E[R] - {beta:g} KL"
+    made = Table(title=title, box=box.SIMPLE, padding=0)  # narrow enough for 80 columns
     made.add_column("regulariser", style="bold", no_wrap=True)
     for heading, unit in zip(MEASURES.values(), ("share", "nats", "nats", "", "nats"), strict=True):
         made.add_column(f"{heading}\n[dim]{unit}[/dim]", justify="right", no_wrap=True)
@@ -158,6 +157,11 @@ def _cell(values: list[float] | None) -> str:
     if not values:
         return "-"
     return f"{_mean(values):.2f}\n[dim]{min(values):.2f}..{max(values):.2f}[/dim]"
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _listing(names: list[str]) -> str:
