@@ -130,7 +130,7 @@ def _conclude(
         f"All values by enumerating the policy's completions; mean and range over {seeds} seed{'s' * (seeds > 1)}."
     )
     plot.draw(folder / "curves.png", runs, arms, reference, caption)
-    backend = reference["backend"]
+    backend, elsewhere = reference["backend"], ("machine", "backend", "plugin_log", "fingerprint")
     write_json(folder / "summary.json", {
         "settings": asdict(settings),
         "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch", "accelerate")},
@@ -140,7 +140,7 @@ def _conclude(
         "runs_reused": reused,
         "cpu_seconds": round(sum(r["cpu_seconds"] for by_seed in runs.values() for r in by_seed.values()), 1),
         "run_seconds": {name: [round(r["seconds"], 1) for r in by_seed.values()] for name, by_seed in runs.items()},
-        "reference": {k: v for k, v in reference.items() if k not in ("machine", "backend", "plugin_log", "fingerprint")},
+        "reference": {k: v for k, v in reference.items() if k not in elsewhere},
         "backend": backend,
         "native_k3": "TRL's GRPO with use_bias_correction_kl=False; True has the gradient of k2@loss/is:token",
         "seeds": sorted(next(iter(runs.values()))),

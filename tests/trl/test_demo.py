@@ -23,6 +23,7 @@ def demo(*arguments):
     return [sys.executable, "-m", "benchmarks.demo", *map(str, arguments)]
 
 
+@pytest.mark.timeout(2 * LIMIT)
 def test_smoke_run_leaves_its_files_and_is_resumed(tmp_path):
     made = subprocess.run(demo("--smoke", "--out", tmp_path), cwd=ROOT, text=True, capture_output=True, timeout=LIMIT)
     assert made.returncode == 0, made.stdout + made.stderr
