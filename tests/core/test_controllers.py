@@ -164,3 +164,8 @@ def test_observed_kl_of_nothing_and_of_extremes() -> None:
 
 def test_the_limit_is_zieglers() -> None:
     assert controllers.ADAPTIVE_ERROR_LIMIT == 0.2
+
+
+@pytest.mark.parametrize("text", ["adaptive-0.5-1", "dual-0.5-1e300"])
+def test_a_controller_that_pushes_in_vain_stops_at_the_largest_beta(text: str) -> None:
+    assert betas(init(schedule(text), 0.05), [1e30] * 5000)[-1] == controllers.LARGEST_BETA
