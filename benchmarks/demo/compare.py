@@ -142,7 +142,7 @@ def _conclude(
         "run_seconds": {name: [round(r["seconds"], 1) for r in by_seed.values()] for name, by_seed in runs.items()},
         "reference": {k: v for k, v in reference.items() if k not in elsewhere},
         "backend": backend,
-        "native_k3": "TRL's GRPO with use_bias_correction_kl=False; True has the gradient of k2@loss/is:token",
+        "notes": report.NOTES,
         "seeds": sorted(next(iter(runs.values()))),
         "arms": {
             name: {m: {"mean": sum(v) / len(v), "min": min(v), "max": max(v), "seeds": v} for m, v in measures.items()}

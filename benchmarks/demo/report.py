@@ -19,7 +19,16 @@ MEASURES = {
 }
 SAME = 0.25  # relative distance of mean KLs within which k1 as a loss counts as "like no KL"
 HELD = 0.5  # of the smallest KL without a regulariser: below it, in every seed, the KL is "held"
+LOOSER = 1.1  # factor between the KLs of k3 and k2, in every seed
 WIDER = 2.0  # factor between the coefficient spreads of k3 and k2, in every seed
+
+NOTES = (
+    "native-k3 is TRL's GRPO with use_bias_correction_kl=False; True has the gradient of k2@loss/is:token.",
+    "The order of k3 and k2 belongs to this length and to a rare reward. k2 per token ignores what a token costs later "
+    "and goes on rising: with --steps 900 both end near 3 nats, k3 with the higher reward.",
+    "The spread is exact over the policy's tokens; most of k3's comes from tokens so rare that a batch seldom has one.",
+    "Off-policy k1@loss does worse than no KL: its expected gradient then pushes away from the behaviour policy.",
+)  # said where the sentence is too short for it
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,10 @@ def checks(ends: Finals, reference_entropy: float) -> list[Check]:
         values += f"{_mean(k2['reward']):.2f}"
         result.append(Check(
             "k3 is weaker than k2",
-            "every seed of k3 ends with a larger KL than every seed of k2",
+            f"every seed of k3 ends with a KL of at least {LOOSER:g} times that of every seed of k2",
             f"at the same beta k3 holds more loosely than k2 ({values})",
             f"k3 is not clearly looser than k2 ({values})",
-            min(k3["kl"]) > max(k2["kl"]),
+            min(k3["kl"]) >= LOOSER * max(k2["kl"]),
         ))  # fmt: skip
         values = f"standard deviation {_span(k3['coef_std'])} against {_span(k2['coef_std'])} nats"
         result.append(Check(
