@@ -79,7 +79,8 @@ class Environment:
 CORE = Environment("core", "test,lint,bench", ROOT / "constraints.txt")
 TRL = Environment("trl-1.16", "trl,test,bench", CONSTRAINTS / "trl-1.16.txt", ("peft",))
 TRL_OLDER = [
-    Environment(f"trl-{version}", "trl,test,bench", CONSTRAINTS / f"trl-{version}.txt", ("peft",))
+    # TRL 1.0 imports requests and does not require it.
+    Environment(f"trl-{version}", "trl,test,bench", CONSTRAINTS / f"trl-{version}.txt", ("peft", "requests"))
     for version in ("1.0", "0.28")
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)

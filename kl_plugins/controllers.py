@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 ADAPTIVE_ERROR_LIMIT = 0.2
 """Ziegler et al. clip the relative error of the observed KL to this."""
 
+LARGEST_BETA = 1e6
+"""A controller that pushes in vain stops here: the loss stays finite, and the log shows it."""
+
 State = dict[str, Any]
 
 
@@ -77,10 +80,10 @@ def update(state: State, kl: float, n: int) -> State:
         target, horizon = numbers
         error = min(max(kl / target - 1, -ADAPTIVE_ERROR_LIMIT), ADAPTIVE_ERROR_LIMIT)
         # min: one batch larger than the horizon must not turn beta negative.
-        beta *= 1 + error * min(n / horizon, 1.0)
+        beta = min(beta * (1 + error * min(n / horizon, 1.0)), LARGEST_BETA)
     elif kind == "dual":
         target, learning_rate = numbers
-        beta = max(0.0, beta + learning_rate * (kl - target))
+        beta = min(max(0.0, beta + learning_rate * (kl - target)), LARGEST_BETA)
     elif kind != "constant":
         raise ValueError(f"unknown beta controller {kind!r}; this state was written by another version")
     return {**state, "step": step, "beta": beta}

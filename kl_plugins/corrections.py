@@ -1,6 +1,6 @@
 """Importance weights on the KL term: token, prefix, sequence, with cap, band and norm.
 
-See theory in arXiv 2512.21852 and 2412.19437 (DeepSeek-V3.2's token ratio); which gradient each
+See theory in arXiv 2512.21852 and 2512.02556 (DeepSeek-V3.2's token ratio); which gradient each
 level estimates is stated by :mod:`kl_plugins.spec.target` and proved by enumeration.
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, finfo
+from torch.nn.functional import pad
 
-from kl_plugins.numerics import Limits
+from kl_plugins.numerics import Limits, held
 from kl_plugins.spec import KLSpec
 
 
@@ -49,23 +50,27 @@ def importance_weight(
     elif level == "sequence":
         exponent = log_rho.sum(-1, keepdim=True).expand_as(log_rho)
     else:
-        exponent = log_rho.cumsum(-1) - (log_rho if one_earlier else 0.0)
+        exponent = log_rho.cumsum(-1)
+        if one_earlier and exponent.numel():
+            # Shifting, rather than subtracting the own term, keeps the rest exact where the own term is huge.
+            exponent = pad(exponent[..., :-1], (1, 0))
     return _treat(spec, limits.exponent(exponent).exp().masked_fill(~mask, 0.0), mask)
 
 
 def _treat(spec: KLSpec, weight: Tensor, mask: Tensor) -> Weight:
     altered = mask & False
     if spec.cap is not None:
-        altered = altered | (weight > spec.cap)
-        weight = weight.clamp_max(spec.cap)
+        cap = held(spec.cap, weight.dtype)
+        altered = altered | (weight > cap)
+        weight = weight.clamp_max(cap)
     if spec.band is not None:
-        low, high = spec.band
+        low, high = (held(edge, weight.dtype) for edge in spec.band)
         outside = mask & ((weight < low) | (weight > high))
         altered, weight = altered | outside, weight.masked_fill(outside, 0.0)
     if spec.norm:
         count = mask.sum().clamp_min(1)
         # The floor only matters where a band left nothing: 0 stays 0.
-        weight = weight / (weight.sum() / count).clamp_min(1e-30)
+        weight = weight / (weight.sum() / count).clamp_min(finfo(weight.dtype).tiny)
     return Weight(weight, altered)
 
 
@@ -81,5 +86,8 @@ def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:
     Returns:
         0-d tensor in [0, 1].
     """
-    scaled = weight / weight.amax().clamp_min(1e-30)  # squares of large weights must not overflow
-    return scaled.sum().square() / (mask.sum() * scaled.square().sum()).clamp_min(1e-30)
+    if not weight.numel():
+        return weight.sum()
+    tiny = finfo(weight.dtype).tiny
+    scaled = weight / weight.amax().clamp_min(tiny)  # squares of large weights must not overflow
+    return scaled.sum().square() / (mask.sum() * scaled.square().sum()).clamp_min(tiny)

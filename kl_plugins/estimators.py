@@ -7,12 +7,11 @@ Every function takes two views of the log-ratio ``u = logp - ref_logp`` (nats), 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from kl_plugins.f_divergences import Elementwise, alpha_coefficient, alpha_value, derive_from_f, jsd_value
 from kl_plugins.spec.grammar import ESTIMATOR_NAME, format_number, parse_number
@@ -161,7 +160,7 @@ def _alpha_row(name: str, a: float) -> Estimator:
         partial(alpha_value, a),
         partial(alpha_coefficient, a),
         "forward_kl" if a == 1 else "other_f",
-        f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
+        "delta log delta - delta + 1" if a == 1 else f"(delta^a - a delta + a - 1)/(a (a-1)), a = {format_number(a)}",
         f"(1 - delta^a)/a, a = {format_number(a)}",
         _FRPO,
         is_f_divergence=True,
@@ -197,12 +196,15 @@ def register_estimator(
         The new row.
 
     Raises:
-        ValueError: a bad or taken name, or not exactly one of ``f`` and (``value`` and ``coefficient``).
+        ValueError: a bad or taken name, an unknown kind, or not exactly one of ``f`` and (``value`` and
+            ``coefficient``).
     """
-    if not ESTIMATOR_NAME.fullmatch(name) or re.fullmatch(r"alpha-.*", name):
+    if not ESTIMATOR_NAME.fullmatch(name) or name.startswith("alpha-"):
         raise ValueError(f"estimator name {name!r} must match {ESTIMATOR_NAME.pattern} and not start with 'alpha-'")
     if name in _TABLE:
         raise ValueError(f"estimator {name!r} is already registered; choose another name")
+    if kind is not None and kind not in get_args(Kind):
+        raise ValueError(f"estimator {name!r}: kind {kind!r} is none of {', '.join(get_args(Kind))}")
     if f is not None:
         if value is not None or coefficient is not None:
             raise ValueError(f"estimator {name!r}: give f, or value and coefficient, not both")
@@ -227,7 +229,14 @@ def register_estimator(
 def _load_entry_points() -> None:
     # Each entry point names a callable without arguments that calls register_estimator.
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        point.load()()
+        try:
+            point.load()()
+        except Exception as error:
+            owner = point.dist.name if point.dist else "unknown"
+            raise RuntimeError(
+                f"entry point {point.name!r} = {point.value!r} of package {owner!r} ({ENTRY_POINT_GROUP}) failed: "
+                f"{type(error).__name__}: {error}. Repair or uninstall that package."
+            ) from error
 
 
 def find_estimator(name: str) -> Estimator | None:

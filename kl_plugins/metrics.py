@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kl_plugins.corrections import effective_sample_size
 from kl_plugins.estimators import k3_value
-from kl_plugins.kernels.sampled import SampledTerms
-from kl_plugins.numerics import Limits
+from kl_plugins.kernels.sampled import SampledTerms, log_ratios
+from kl_plugins.numerics import Limits, compute_dtype
 from kl_plugins.spec.grammar import DEFAULT_BOUND
 
 REDUCTIONS: dict[str, Literal["mean", "max"]] = {
@@ -38,7 +38,13 @@ ALIVE = 1e-6
 
 
 def term_metrics(
-    terms: SampledTerms, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None = None
+    terms: SampledTerms,
+    u: Tensor,
+    log_rho: Tensor,
+    mask: Tensor,
+    exact: Tensor | None = None,
+    *,
+    own_is_exact: bool = False,
 ) -> dict[str, Tensor]:
     """Diagnostics of one ``kl_term`` call.
 
@@ -48,6 +54,7 @@ def term_metrics(
         log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
         mask: (B, T) bool.
         exact: (B, T) full-vocabulary KL, nats, or None.
+        own_is_exact: the own gradient flows through ``exact`` and not through the coefficient.
 
     Returns:
         0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
@@ -63,6 +70,9 @@ def term_metrics(
     coefficient_mean = mean(coefficient)
     k1_mean, k3_mean = mean(u), mean(k3_value(limits.linear(u), limits.exponent(u)))
     trust_region = k3_value(limits.linear(-log_rho), limits.exponent(-log_rho))
+    dead = (coefficient == 0) & (u.abs() > ALIVE)
+    if own_is_exact:
+        dead = dead & (weight == 0)
     spread = (coefficient - coefficient_mean).masked_fill(~mask, 0)
     # Scaling keeps the squares of huge coefficients finite.
     scale = spread.abs().amax().clamp_min(1e-30) if spread.numel() else torch.ones_like(count, dtype=u.dtype)
@@ -78,7 +88,7 @@ def term_metrics(
         "kl/ess": effective_sample_size(weight, mask),
         "kl/weight/max": _largest(weight),
         "kl/cap_frac": mean(terms.altered.to(u.dtype)),
-        "kl/dead_frac": mean(((coefficient == 0) & (u.abs() > ALIVE)).to(u.dtype)),
+        "kl/dead_frac": mean(dead.to(u.dtype)),
         "kl/disagree": (k1_mean - k3_mean).abs() / k3_mean.clamp_min(1e-8),
         "kl/trust_region": mean(trust_region),
         "kl/active": mask.any().to(u.dtype) * 0 + 1,
@@ -86,6 +96,27 @@ def term_metrics(
     if exact is not None:
         found["kl/exact"] = mean(exact.detach().to(u.dtype))
     return found
+
+
+def penalty_metrics(
+    penalty: Tensor, logp: Tensor, ref_logp: Tensor, behaviour_logp: Tensor | None, mask: Tensor
+) -> dict[str, Tensor]:
+    """Diagnostics of a penalty in the score, under the same keys: its coefficient is the penalty, its weight 1.
+
+    Args:
+        penalty: (B, T) per unit beta, nats.
+        logp: (B, T) the policy's log-probs now, nats.
+        ref_logp: (B, T) log-probs of the reference, nats.
+        behaviour_logp: (B, T) log-probs at rollout, nats, or None.
+        mask: (B, T), True on response tokens.
+
+    Returns:
+        0-d tensors by key; see :data:`REDUCTIONS`.
+    """
+    mask, dtype = mask.bool(), compute_dtype(logp, ref_logp)
+    u, log_rho = log_ratios(logp, ref_logp, behaviour_logp, mask, dtype)
+    penalty = penalty.to(dtype).masked_fill(~mask, 0.0)
+    return term_metrics(SampledTerms(penalty, penalty, mask.to(dtype), mask & False), u, log_rho, mask)
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -67,6 +67,18 @@ def masked_difference(a: Tensor, b: Tensor, mask: Tensor, dtype: torch.dtype | N
     return difference.masked_fill(~mask.bool(), 0.0).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
 
 
+def masked_exact(exact: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Full-vocabulary KL values on response tokens, detached, saturated, 0 elsewhere; (B, T), nats."""
+    largest = Limits.of(dtype, LINEAR_LIMIT).largest
+    return exact.detach().to(dtype).clamp(-largest, largest).masked_fill(~mask, 0.0)
+
+
+def held(number: float, dtype: torch.dtype) -> float:
+    """A number of the spec as ``dtype`` can hold it; torch refuses to compare or clamp with a larger one."""
+    largest: float = torch.finfo(dtype).max
+    return min(number, largest)
+
+
 def cast_saturating(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast to ``dtype``; what 16 bits cannot hold becomes the largest number they can."""
     if dtype == x.dtype or dtype == torch.float64:

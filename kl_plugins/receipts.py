@@ -46,7 +46,7 @@ class Receipt:
         site = f", reward site: {self.reward_site}" if self.reward_site else ""
         return (
             f"kl-plugins: {self.spec} active in {self.host} {self.host_version}, "
-            f"rank {self.rank + 1} of {self.world_size} (pid {self.pid} on {self.node}), "
+            f"rank {self.rank} of {self.world_size} (pid {self.pid} on {self.node}), "
             f"target {self.target}, behaviour {self.behaviour}{site}, "
             f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]"
         )
@@ -84,7 +84,7 @@ def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
         raise MissingReceiptError(
             f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank."
         )
-    for name in ("host_version", "fingerprint", "spec"):
+    for name in ("host", "host_version", "patches", "fingerprint", "spec", "behaviour", "reward_site"):
         seen = {getattr(receipt, name): receipt for receipt in receipts}
         if len(seen) > 1:
             found = "; ".join(f"rank {receipt.rank} on {receipt.node}: {value}" for value, receipt in seen.items())

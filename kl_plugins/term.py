@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from kl_plugins.kernels import backend
 from kl_plugins.kernels.sampled import SampledTerms, log_ratios, loss_terms, sampled_loss
 from kl_plugins.metrics import term_metrics
-from kl_plugins.numerics import cast_saturating, check_shapes, compute_dtype
+from kl_plugins.numerics import cast_saturating, check_shapes, compute_dtype, masked_exact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,18 +72,16 @@ def kl_term(
     dtype = compute_dtype(logp, ref_logp)
     behaviour = behaviour_log_probs(spec, old_logp, sampler_logp)
     u, log_rho = log_ratios(logp, ref_logp, behaviour, mask, dtype)
-    exact_value = None if exact is None else exact.detach().masked_fill(~mask, 0.0)
+    exact_value = None if exact is None else masked_exact(exact, mask, dtype)
     terms: SampledTerms = backend.run(loss_terms, spec, u, log_rho, mask, exact_value, like=u)
-    loss = sampled_loss(logp, terms.value, terms.coefficient, mask)
-    if spec.estimator == "exact" and exact is not None:
-        own = (terms.weight * torch.where(mask, exact, 0.0).to(dtype)).to(loss.dtype)
-        loss = loss + own - own.detach()
+    own_is_exact = spec.estimator == "exact"
+    loss = sampled_loss(logp, exact if own_is_exact else None, terms.value, terms.coefficient, terms.weight, mask)
     return KLTerm(
         value=cast_saturating(terms.value, logp.dtype),
         coefficient=cast_saturating(terms.coefficient, logp.dtype),
         loss=loss,
         weight=cast_saturating(terms.weight, logp.dtype),
-        metrics=term_metrics(terms, u, log_rho, mask, exact_value),
+        metrics=term_metrics(terms, u, log_rho, mask, exact_value, own_is_exact=own_is_exact),
     )
 
 
@@ -110,6 +106,6 @@ def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Ten
 
 
 def require_exact(spec: KLSpec, exact: Tensor | None) -> None:
-    """Raise where the spec needs full-vocabulary KL values that were not given, or got values it has no use for."""
+    """Raise where the spec needs full-vocabulary KL values that were not given."""
     if spec.needs_exact and exact is None:
         raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")

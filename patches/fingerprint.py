@@ -60,7 +60,10 @@ def _canonical(node: object) -> str:
     """
     if isinstance(node, ast.AST):
         fields = [(name, value) for name, value in ast.iter_fields(node) if name not in _IGNORED_FIELDS]
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and ast.get_docstring(node) is not None
+        ):
             fields = [(name, value[1:] if name == "body" else value) for name, value in fields]
         shown = ",".join(f"{name}={_canonical(value)}" for name, value in fields if value not in (None, []))
         return f"{type(node).__name__}({shown})"

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 from packaging.specifiers import SpecifierSet
@@ -65,7 +65,13 @@ class Patch:
         return owner
 
 
-class Hook(wrapt.FunctionWrapper):  # type: ignore[misc]
+if TYPE_CHECKING:
+    _FunctionWrapper = wrapt.FunctionWrapper[..., Any]
+else:
+    _FunctionWrapper = wrapt.FunctionWrapper  # older releases take no type parameters
+
+
+class Hook(_FunctionWrapper):
     """A wrapper that this engine put in; it remembers which patch it belongs to."""
 
     def __init__(self, wrapped: Callable[..., Any], patch: Patch) -> None:

@@ -1,4 +1,4 @@
-"""The trainer's public events: receipts at the start, a check before every update, beta after it, state in checkpoints."""
+"""The trainer's public events: receipts at the start, a check before each update, beta after it, and its state."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class KLCallback(TrainerCallback):  # type: ignore[misc]
         missing = needed - self.session.applied
         if missing:
             raise RuntimeError(
-                f"kl-plugins: {self.session.spec} was not applied before update {state.global_step + 1}: the trainer never "
-                f"went through TRL's own {' and '.join(sorted(missing))} code. Attach before training and detach after it; "
-                "a subclass has to call super() in the methods it overrides"
+                f"kl-plugins: {self.session.spec} was not applied before update {state.global_step + 1}: the trainer "
+                f"never went through TRL's own {' and '.join(sorted(missing))} code. Attach before training and detach "
+                "after it; a subclass has to call super() in the methods it overrides"
             )
         self.session.applied.discard("loss")
 

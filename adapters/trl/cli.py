@@ -24,7 +24,11 @@ def run(module: str, argv: Sequence[str]) -> int:
         ValueError: a key in the YAML file or an argument that TRL does not know.
     """
     arguments = list(argv)
-    name = module.removeprefix("trl.scripts.") if module.startswith("trl.scripts.") else (arguments.pop(0) if arguments else "")
+    name = (
+        module.removeprefix("trl.scripts.")
+        if module.startswith("trl.scripts.")
+        else (arguments.pop(0) if arguments else "")
+    )
     if name not in SCRIPTS:
         print(
             f"kl-plugins: {name or 'no script'!r}: the TRL scripts with a KL seam are {' and '.join(SCRIPTS)}, "

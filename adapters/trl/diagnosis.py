@@ -44,6 +44,8 @@ def _source_findings(found: str, remedy: str) -> Iterator[Finding]:
     digests = read_fingerprints(Path(next(iter(spec.submodule_search_locations))))
     changed = [name for name, digest in digests.items() if digest not in FINGERPRINTS[name].values()]
     for name in changed:
-        yield Finding("fault", f"trl {found} {name}", f"its source is not one that was checked ({digests[name]})", remedy)
+        yield Finding(
+            "fault", f"trl {found} {name}", f"its source is not one that was checked ({digests[name]})", remedy
+        )
     if not changed:
         yield Finding("ok", f"trl {found} sources", f"{len(digests)} wrapped functions have known fingerprints")

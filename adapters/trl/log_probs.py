@@ -22,7 +22,9 @@ class Scored(NamedTuple):
 
     def response_mask(self) -> Tensor:
         """(B, T) bool: the response part of the attention mask that the host scored with."""
-        named = dict(zip(("model", "input_ids", "attention_mask", "logits_to_keep"), self.args, strict=False)) | self.kwargs
+        named = (
+            dict(zip(("model", "input_ids", "attention_mask", "logits_to_keep"), self.args, strict=False)) | self.kwargs
+        )
         mask: Tensor = named["attention_mask"]
         return mask[:, -named["logits_to_keep"] :].bool()
 
@@ -68,7 +70,9 @@ class Recorder:
                 self._then(scored)
 
 
-def policy_and_reference(calls: list[Scored], score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def policy_and_reference(
+    calls: list[Scored], score_policy: Callable[[Scored], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The rollout's log-probs under policy and reference, from the host's calls while it generated.
 
     TRL scores the policy first, unless the data are on-policy, and the reference last. The model object does not tell
@@ -86,8 +90,8 @@ def policy_and_reference(calls: list[Scored], score_policy: Callable[[Scored], T
     """
     if len(calls) not in (1, 2):
         raise RuntimeError(
-            f"kl-plugins: TRL scored the rollout {len(calls)} times where one (reference) or two (policy, reference) were "
-            "expected; this trainer is not one that kl-plugins knows"
+            f"kl-plugins: TRL scored the rollout {len(calls)} times where one (reference) or two (policy, reference) "
+            "were expected; this trainer is not one that kl-plugins knows"
         )
     reference = calls[-1]
     policy = calls[0].logp if len(calls) == 2 else score_policy(reference)
@@ -126,7 +130,11 @@ def behaviour_log_probs(source: str, inputs: Mapping[str, Any], logp: Tensor, ma
     given = {"old_logp": logp.detach() if old is None else old}
     if source == "unused":
         # For metrics only: a NaN there is not worth stopping for.
-        return given if sampler is None or bool((torch.isnan(sampler) & mask).any()) else {**given, "sampler_logp": sampler}
+        return (
+            given
+            if sampler is None or bool((torch.isnan(sampler) & mask).any())
+            else {**given, "sampler_logp": sampler}
+        )
     if source != "sampler":
         return given
     if sampler is None:
@@ -137,8 +145,8 @@ def behaviour_log_probs(source: str, inputs: Mapping[str, Any], logp: Tensor, ma
     unknown = int((torch.isnan(sampler) & mask).sum())
     if unknown:
         raise ValueError(
-            f"kl-plugins: the sampler gave no log-prob (NaN) for {unknown} of {int(mask.sum())} response tokens, so their "
-            "importance weight is unknown. Say behaviour:old in the spec, or check the engine's logprobs_mode "
+            f"kl-plugins: the sampler gave no log-prob (NaN) for {unknown} of {int(mask.sum())} response tokens, so "
+            "their importance weight is unknown. Say behaviour:old in the spec, or check the engine's logprobs_mode "
             "(processed_logprobs) and sampling parameters"
         )
     return {"sampler_logp": sampler}

@@ -8,31 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.sampled import SampledTerms, log_ratios
-from kl_plugins.metrics import REDUCTIONS, term_metrics
-from kl_plugins.numerics import compute_dtype
+from kl_plugins.metrics import REDUCTIONS
 
 
-def penalty_metrics(
-    penalty: Tensor, logp: Tensor, ref_logp: Tensor, old_logp: Tensor | None, mask: Tensor
-) -> dict[str, Tensor]:
-    """The same diagnostics for a penalty in the score: its coefficient is the penalty itself, its weight 1.
-
-    Args:
-        penalty: (B, T) per unit beta, nats.
-        logp: (B, T) the policy's log-probs now, nats.
-        ref_logp: (B, T) log-probs of the reference, nats.
-        old_logp: (B, T) log-probs at rollout, nats, or None.
-        mask: (B, T) bool.
-    """
-    dtype = compute_dtype(logp, ref_logp)
-    u, log_rho = log_ratios(logp, ref_logp, old_logp, mask, dtype)
-    penalty = penalty.to(dtype).masked_fill(~mask, 0.0)
-    terms = SampledTerms(penalty, penalty, torch.ones_like(u), torch.zeros_like(mask))
-    return term_metrics(terms, u, log_rho, mask)
-
-
-def append(log: MutableMapping[str, list[float]], found: Mapping[str, Tensor], mask: Tensor, beta: float, accelerator: Any) -> None:
+def append(
+    log: MutableMapping[str, list[float]], found: Mapping[str, Tensor], mask: Tensor, beta: float, accelerator: Any
+) -> None:
     """Reduce one micro-batch's metrics over ranks and append them to the host's log.
 
     Means are weighted by each rank's tokens. Every rank has to call it: it holds one collective.

@@ -31,8 +31,8 @@ def announce(receipt: Receipt) -> None:
 def exchange(receipt: Receipt) -> list[Receipt]:
     """Every process's receipt; checked.
 
-    A process without the hooks gives none and would not take part in a collective, which would then hang. So receipts go
-    through the key-value store of ``torch.distributed``, where waiting has an end.
+    A process without the hooks gives none and would not take part in a collective, which would then hang. So receipts
+    go through the key-value store of ``torch.distributed``, where waiting has an end.
 
     Args:
         receipt: this process's own.

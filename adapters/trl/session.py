@@ -12,6 +12,7 @@ from kl_plugins.adapters.trl import metrics
 from kl_plugins.adapters.trl.beta import BetaControl
 from kl_plugins.adapters.trl.log_probs import Recorder, Scored, policy_and_reference
 from kl_plugins.adapters.trl.loss import loss_term, response_mask
+from kl_plugins.metrics import penalty_metrics
 from kl_plugins.penalty import kl_penalty
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import KLSpec
@@ -64,7 +65,9 @@ class Session:
         self.applied.add("rollout")
         return kl_penalty(self.spec, policy, reference, attended if mask is None else mask)
 
-    def beta_times_loss(self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def beta_times_loss(
+        self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Beta times the spec's (B, T) term, in the place of the host's, and the term's metrics.
 
         Raises:
@@ -73,8 +76,8 @@ class Session:
         term = loss_term(self.spec, self.behaviour, inputs, logp)
         if host_kl.shape != term.loss.shape:
             raise RuntimeError(
-                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term {tuple(term.loss.shape)}; "
-                "this loss aggregates the KL in a way that kl-plugins does not know"
+                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term "
+                f"{tuple(term.loss.shape)}; this loss aggregates the KL in a way that kl-plugins does not know"
             )
         return self.beta.value * term.loss, term.metrics
 
@@ -98,7 +101,7 @@ class Session:
         mask, reference = response_mask(inputs), inputs[REFERENCE]
         logp = logp.detach()
         if found is None:
-            found = metrics.penalty_metrics(inputs[PENALTY], logp, reference, inputs.get(OLD), mask)
+            found = penalty_metrics(inputs[PENALTY], logp, reference, inputs.get(OLD), mask)
         metrics.append(log, found, mask, self.beta.value, self.accelerator)
         if training:
             self.beta.observe(logp, reference, mask)

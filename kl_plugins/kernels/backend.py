@@ -88,17 +88,21 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=True)
 
 
+_failed: set[Callable[..., Any]] = set()
+
+
 def run(function: Callable[..., Any], *args: Any, like: Tensor) -> Any:
     """Call a pure tensor function on the backend that suits the size of ``like``.
 
     A compiler that is present but broken costs one warning and the eager path, never the run.
     """
-    if chosen_backend(like.numel(), like.device.type) == "eager":
+    if chosen_backend(like.numel(), like.device.type) == "eager" or function in _failed:
         return function(*args)
     try:
         return _compiled(function)(*args)
     except RuntimeError as error:  # dynamo's and inductor's errors derive from it
         if os.environ.get(ENVIRONMENT_VARIABLE) == "compiled":
             raise
+        _failed.add(function)  # trying again would cost seconds at every step
         _say_once(f"kl-plugins: eager path: torch.compile failed ({type(error).__name__}: {str(error)[:300]})")
         return function(*args)

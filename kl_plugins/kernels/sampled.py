@@ -15,7 +15,7 @@ from torch import Tensor
 from kl_plugins.corrections import importance_weight
 from kl_plugins.estimators import Estimator, find_estimator, k3_value
 from kl_plugins.horizon import future_sum
-from kl_plugins.numerics import Limits, cast_saturating, masked_difference
+from kl_plugins.numerics import Limits, cast_saturating, held, masked_difference
 from kl_plugins.spec import KLSpec
 
 
@@ -85,7 +85,7 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
     exact_own = spec.estimator == "exact"
     if exact_own and exact is not None:
         # Its own gradient flows through ``exact`` itself, so the score coefficient holds the future part only.
-        value, own = exact.to(u.dtype).masked_fill(~mask, 0.0), u * 0.0
+        value, own = limits.saturate(exact.to(u.dtype)).masked_fill(~mask, 0.0), u * 0.0
     else:
         own = limits.saturate(row_of(spec).coefficient(limits.linear(u), limits.exponent(u)))
     weight, altered = importance_weight(spec, log_rho, mask, limits, one_earlier=exact_own)
@@ -97,40 +97,51 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
             own = own + future_sum(future, mask, spec.gamma)
         score = weight * own
     if spec.clip is not None:
-        clipped = weight.clamp(1 - spec.clip, 1 + spec.clip) * own
+        width = held(spec.clip, weight.dtype)
+        clipped = weight.clamp(1 - width, 1 + width) * own
         altered = mask & (score < clipped)
         score = score.masked_fill(altered, 0.0)
     return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered)
 
 
 class SampledLoss(torch.autograd.Function):
-    """loss = value + coefficient * (logp - logp.detach()), with the closed-form coefficient as its backward."""
+    """loss = value + coefficient * (logp - sg(logp)) + weight * (exact - sg(exact)), by closed forms.
+
+    One function rather than the sum: in 16 bits a large weight would swallow the value and overflow the gradient.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logp: Tensor, value: Tensor, coefficient: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        logp: Tensor, exact: Tensor | None, value: Tensor, coefficient: Tensor, weight: Tensor, mask: Tensor
+    ) -> Tensor:
         """Return the value, in the dtype of ``logp``."""
-        return cast_saturating(value, logp.dtype)
+        # Never the input itself: the host may scale its loss in place.
+        return value.clone() if value.dtype == logp.dtype else cast_saturating(value, logp.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the coefficient and the mask, nothing else."""
-        logp, _, coefficient, mask = inputs
-        ctx.logp_dtype = logp.dtype
-        ctx.save_for_backward(coefficient, mask)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the coefficient and the mask; the weight only where an exact term needs it."""
+        logp, exact, _, coefficient, weight, mask = inputs
+        ctx.logp_dtype, ctx.exact_dtype = logp.dtype, None if exact is None else exact.dtype
+        ctx.save_for_backward(coefficient, None if exact is None else weight, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Multiply by the coefficient on response tokens; 0 elsewhere."""
-        coefficient, mask = ctx.saved_tensors
-        # masked_fill, not a product: an upstream NaN at padding must not come back as NaN * 0.
-        flow = (grad.to(coefficient.dtype) * coefficient).masked_fill(~mask, 0.0)
-        return cast_saturating(flow, ctx.logp_dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        """Multiply by the coefficient (the weight for ``exact``) on response tokens; 0 elsewhere."""
+        coefficient, weight, mask = ctx.saved_tensors
+        to_exact = None if weight is None else _flow(grad, weight, mask, ctx.exact_dtype)
+        return _flow(grad, coefficient, mask, ctx.logp_dtype), to_exact, None, None, None, None
 
 
-sampled_loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = SampledLoss.apply
-""":class:`SampledLoss` as the function it is: (logp, value, coefficient, mask) -> loss, all (B, T)."""
+def _flow(grad: Tensor, factor: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    # masked_fill, not a product: an upstream NaN at padding must not come back as NaN * 0.
+    return cast_saturating((grad.to(factor.dtype) * factor).masked_fill(~mask, 0.0), dtype)
+
+
+sampled_loss: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor], Tensor] = SampledLoss.apply
+""":class:`SampledLoss` as the function it is: (logp, exact or None, value, coefficient, weight, mask) -> loss."""
 
 
 def log_ratios(

@@ -40,7 +40,7 @@ FLAGS = frozenset({"norm"})
 
 DEFAULT_BOUND = 30.0
 
-NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
 
 BETA_ARITY = {"linear": 3, "cosine": 3, "adaptive": 2, "dual": 2}
@@ -65,11 +65,10 @@ def parse_numbers(text: str) -> list[float] | None:
 
 
 def format_number(value: float) -> str:
-    """The shortest text that :func:`parse_number` reads back as the same number."""
+    """The shorter of the decimal and the ``5e-1`` notation that :func:`parse_number` reads back as the same number."""
     plain = repr(float(value))
     if plain.endswith(".0"):
         plain = plain[:-2]
-    mantissa, _, exponent = f"{value:.17e}".partition("e")
     candidates = [plain]
     for digits in range(18):
         short = f"{value:.{digits}e}"

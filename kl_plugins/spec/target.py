@@ -58,7 +58,9 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
     """Sentences on what keeps the target but bends the estimate."""
     found: list[str] = []
     score = spec.placement != "loss"
-    if not score and not spec.needs_behaviour:
+    if spec.placement == "loss" and spec.estimator == "exact" and spec.correction == "none" and spec.horizon == "token":
+        found.append("off-policy, this is exactly the reverse-KL gradient on the behaviour policy's states")
+    elif not score and not spec.needs_behaviour:
         found.append("is:none reads the data as on-policy; on stale or mismatched samples the gradient is biased")
     if score:
         found.append("the host's own importance weight on the policy-gradient term is the only off-policy correction")

@@ -37,7 +37,8 @@ def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs
             penalties.append(session.rollout_penalty(_scorer(trainer)))
             if session.spec.placement != "reward":
                 return host_kl.new_zeros(())
-            return session.beta.value * trainer.accelerator.gather(reward.sequence_penalty(penalties[0])).to(host_kl)
+            gathered: Tensor = trainer.accelerator.gather(reward.sequence_penalty(penalties[0]))
+            return session.beta.value * gathered.to(host_kl)
 
         with substituted_beta(trainer, product):
             output = wrapped(*args, **kwargs)
@@ -55,11 +56,11 @@ def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict
         return wrapped(*args, **kwargs)
     inputs = dict(micro_batch(args, kwargs))
     penalty = inputs.get(ADVANTAGE_PENALTY)
-    # Held back until the policy's log-probs are there: code that reads advantages before fails instead of going without.
+    # Held back until the policy's log-probs are there: code that reads it earlier fails instead of going without.
     advantages = inputs.pop("advantages") if penalty is not None else None
 
     def supply(scored: Scored) -> None:
-        if penalty is not None:
+        if penalty is not None and advantages is not None:
             inputs["advantages"] = advantage.per_sequence(advantages, penalty, scored.logp, response_mask(inputs))
 
     with session.recorder.recording(supply) as calls:

@@ -52,7 +52,9 @@ def check_then_post_init(algorithm: str, wrapped: Any, config: Any, args: Any, k
     trl.attach()
 
 
-def init_with_session(algorithm: str, patches: tuple[Any, ...], wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> None:
+def init_with_session(
+    algorithm: str, patches: tuple[Any, ...], wrapped: Any, trainer: Any, args: Any, kwargs: Any
+) -> None:
     """Around a trainer's ``__init__``: refusals before TRL builds anything, the session after."""
     arguments = inspect.signature(wrapped).bind_partial(*args, **kwargs).arguments
     config = arguments.get("args")

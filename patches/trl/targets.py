@@ -39,7 +39,9 @@ FIELDS = tuple(
     FieldPatch(patches[0].module, patches[0].qualname.split(".")[0], FIELD, str | None, None, HELP)
     for patches in (GRPO_CONFIG, RLOO_CONFIG)
 )
-IN_PLACE = tuple(PatchSet("trl", VERSIONS, patches) for patches in (GRPO_CONFIG, GRPO_TRAINER, RLOO_CONFIG, RLOO_TRAINER))
+IN_PLACE = tuple(
+    PatchSet("trl", VERSIONS, patches) for patches in (GRPO_CONFIG, GRPO_TRAINER, RLOO_CONFIG, RLOO_TRAINER)
+)
 
 
 def on_subclass(owner: type, patches: tuple[Patch, ...]) -> None:

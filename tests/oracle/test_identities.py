@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kl_plugins import kl_term
 from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import penalty_for, term_for
+from tests.oracle.expectation import full_vocabulary_kl, penalty_for, reward_to_go, term_for, weights
 from tests.oracle.problems import TOLERANCE, bandit, problems
 from tests.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
 
@@ -57,6 +57,23 @@ def test_live_prefix_weight_times_k1_adds_only_a_weighted_score(problem: Problem
     spec = parse("k2@loss/horizon:sequence/is:decision")
     coefficient = term_for(spec, problem, "sampler").coefficient + (weight * problem.mask).detach()
     assert_same(coefficient, coefficient_by_autograd(logp, weight * u, problem.mask))
+
+
+@by_problem
+def test_exact_terms_take_the_weight_one_token_earlier(problem: Problem) -> None:
+    # The expectation is the same with the token's own weight, as that has mean 1; only the variance is not.
+    through = weights(problem, "sampler", "prefix")
+    before = torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], 1) * problem.mask
+    own = term_for(parse("exact@loss/is:prefix"), problem, "sampler")
+    assert_same(own.weight, before)
+    assert_same(own.coefficient, torch.zeros_like(before))
+    kl = full_vocabulary_kl(problem).detach().nan_to_num(0.0)
+    future = reward_to_go(before * kl) - before * kl
+    whole = term_for(parse("exact@loss/horizon:sequence/is:decision"), problem, "sampler")
+    assert_same(whole.coefficient, future * problem.mask)
+    mixed = term_for(parse("k2@loss/horizon:sequence/future:exact/is:decision"), problem, "sampler")
+    u = (problem.log_probs("current") - problem.log_probs("reference")).detach()
+    assert_same(mixed.coefficient, (through * u + future) * problem.mask)
 
 
 F: dict[str, Callable[[Tensor], Tensor]] = {

@@ -40,7 +40,7 @@ def test_metadata_states_licence_and_python() -> None:
 
 def test_dependencies_are_the_agreed_ones_with_lower_bounds_only(ours: list[Requirement]) -> None:
     base = {requirement.name for requirement in ours if requirement.marker is None}
-    assert base == {"torch", "wrapt", "packaging", "typer", "rich"}
+    assert base == {"torch", "wrapt", "packaging", "rich"}
     operators = {specifier.operator for requirement in ours for specifier in requirement.specifier}
     assert operators == {">="}
 

@@ -1,5 +1,6 @@
 """The shape of the repository: its folders, and that no file names a machine or a package index."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,9 @@ def generated(name: str) -> bool:
 
 
 def text_files() -> Iterator[Path]:
-    for path in sorted(ROOT.rglob("*")):
-        parts = path.relative_to(ROOT).parts
-        if path.is_file() and path.suffix in TEXT and not any(map(generated, parts[:-1])):
-            yield path
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = [name for name in subfolders if not generated(name)]
+        yield from (path for path in (Path(folder, name) for name in sorted(names)) if path.suffix in TEXT)
 
 
 def test_top_level_folders_are_the_agreed_ones() -> None:

@@ -11,12 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
-
-
 def build_model(folder: Path, seed: int = 0) -> str:
     """Write a tiny character-level model with its tokenizer; return the folder's name."""
     torch.manual_seed(seed)
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
+    vocabulary = {"<|endoftext|>": 0, "<eos>": 1, "<bos>": 2}
     # Few words, so that a fair share of completions ends early.
     for character in "0123456789+=":
         vocabulary[character] = len(vocabulary)
@@ -24,16 +22,28 @@ def build_model(folder: Path, seed: int = 0) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", padding_side="left",
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-            pad_token_id=fast.pad_token_id, eos_token_id=fast.eos_token_id, bos_token_id=fast.bos_token_id,
-        )  # fmt: skip
+            vocab_size=len(fast),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            pad_token_id=fast.pad_token_id,
+            eos_token_id=fast.eos_token_id,
+            bos_token_id=fast.bos_token_id,
+        )
     )
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(4.0)  # sharper than the initialisation
@@ -67,7 +77,16 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build(trainer: type, config: type, model: str, output: Path, *, reward: Any = even_reward, lora: bool = False, **changes: Any) -> Any:
+def build(
+    trainer: type,
+    config: type,
+    model: str,
+    output: Path,
+    *,
+    reward: Any = even_reward,
+    lora: bool = False,
+    **changes: Any,
+) -> Any:
     """A trainer on the tiny model."""
     peft_config = None
     if lora:
@@ -75,7 +94,11 @@ def build(trainer: type, config: type, model: str, output: Path, *, reward: Any 
 
         peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return trainer(
-        model, reward_funcs=reward, args=config(**settings(output, **changes)), train_dataset=prompts(), peft_config=peft_config
+        model,
+        reward_funcs=reward,
+        args=config(**settings(output, **changes)),
+        train_dataset=prompts(),
+        peft_config=peft_config,
     )
 
 

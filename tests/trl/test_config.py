@@ -40,7 +40,13 @@ def test_attach_gives_the_field_and_detach_takes_it(tmp_path):
     original = {
         (cls, name): inspect.getattr_static(cls, name)
         for cls in (trl.GRPOConfig, trl.GRPOTrainer, trl.RLOOConfig, trl.RLOOTrainer)
-        for name in ("__init__", "__post_init__", "_compute_loss", "_generate_and_score_completions", "_calculate_rewards")
+        for name in (
+            "__init__",
+            "__post_init__",
+            "_compute_loss",
+            "_generate_and_score_completions",
+            "_calculate_rewards",
+        )
         if hasattr(cls, name)
     }
     fields = [field.name for field in dataclasses.fields(trl.GRPOConfig)]
@@ -48,7 +54,17 @@ def test_attach_gives_the_field_and_detach_takes_it(tmp_path):
     adapter.attach()
     parser = trl.TrlParser((trl.GRPOConfig,))
     (parsed,) = parser.parse_args_and_config(
-        ["--output_dir", str(tmp_path), "--beta", "0.1", "--use_cpu", "--bf16", "false", "--kl", "k2@loss/is:token/cap:2"]
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--beta",
+            "0.1",
+            "--use_cpu",
+            "--bf16",
+            "false",
+            "--kl",
+            "k2@loss/is:token/cap:2",
+        ]
     )
     assert type(parsed) is trl.GRPOConfig
     assert parsed.kl == "k2@loss/is:token/cap:2"

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from packaging.version import Version
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+from kl_plugins.adapters.trl.guards import LUSPO_MASKS_PADDING
 from tests.trl import support
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -31,6 +33,8 @@ def trained(trainer: type, config: type, model: str, folder: Path, **changes: ob
 def test_k3_is_the_hosts_k3(loss_type, model, tmp_path):
     if not known(loss_type):
         pytest.skip(f"this TRL has no loss_type {loss_type}")
+    if loss_type == "luspo" and Version(trl.__version__) < LUSPO_MASKS_PADDING:
+        pytest.skip("this TRL's luspo averages its own k3 over padding, where the spec's term is 0")
     settings = {"loss_type": loss_type, "use_bias_correction_kl": False, **OFF_POLICY}
     host = trained(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
     ours = trained(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", **settings)
@@ -122,13 +126,20 @@ def test_metrics_stand_beside_the_hosts_own(model, tmp_path):
 def test_evaluation_regularises_and_logs(model, tmp_path):
     built = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", per_device_eval_batch_size=8)
     built.eval_dataset = support.prompts(4)
-    assert built.evaluate()["eval_kl/active"] == 1.0
+    built.evaluate()
+    assert support.log_of(built, "eval_kl/active") == [1.0]
 
 
 def test_schedule_of_beta_scales_the_term(model, tmp_path):
     # From 0: TRL still scores the reference, and the first step has no KL gradient.
     built = support.build(
-        GRPOTrainer, GRPOConfig, model, tmp_path, reward=support.zero_reward, max_steps=3, kl="k2@loss/beta:linear-0-0.4-2"
+        GRPOTrainer,
+        GRPOConfig,
+        model,
+        tmp_path,
+        reward=support.zero_reward,
+        max_steps=3,
+        kl="k2@loss/beta:linear-0-0.4-2",
     )
     support.shift(built)
     built.train()

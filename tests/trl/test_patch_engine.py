@@ -115,7 +115,10 @@ def test_changed_source_is_refused_and_nothing_is_applied(host):
     patches = PatchSet(
         "wrapt",
         ANY,
-        (Patch("toy_host", "Host.answer", double, {"1": known}), Patch("toy_host", "Host.other", double, {"1": "0" * 16})),
+        (
+            Patch("toy_host", "Host.answer", double, {"1": known}),
+            Patch("toy_host", "Host.other", double, {"1": "0" * 16}),
+        ),
     )
     with pytest.raises(UnsupportedHostError, match=r"Host\.other"):
         patches.apply()
@@ -188,7 +191,9 @@ def test_fingerprint_of_a_function_is_that_of_its_file(host):
 def test_fingerprint_does_not_depend_on_the_python_version(tmp_path):
     # The table of host fingerprints is shared by all of them.
     path = tmp_path / "f.py"
-    path.write_text(textwrap.dedent("def f(a, *, b=f'{1}x', **k):\n    return [a[1:2, ...] for _ in k if b] or {**k}\n"))
+    path.write_text(
+        textwrap.dedent("def f(a, *, b=f'{1}x', **k):\n    return [a[1:2, ...] for _ in k if b] or {**k}\n")
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert fingerprint_in_file(path, "f") == "99533f53da58c860"

@@ -74,7 +74,9 @@ def test_nothing_is_left_in_the_loss(model, tmp_path):
     # Without a task reward and with one completion per group to compare with itself, no gradient may remain.
     _, inputs, gradient = grpo(model, tmp_path, reward=support.zero_reward, scale_rewards="none")
     with_penalty = gradient.norm()
-    built = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@reward", beta=BETA, reward=support.zero_reward)
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@reward", beta=BETA, reward=support.zero_reward
+    )
     support.shift(built)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     built.current_gradient_accumulation_steps = 1
@@ -105,12 +107,17 @@ def test_unscorable_completions_stay_unscorable(model, tmp_path):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rloo_k1_is_the_hosts_own(normalize, model, tmp_path):
     results = []
-    for trainer, config, extra in ((trl.RLOOTrainer, trl.RLOOConfig, {}), (RLOOTrainer, RLOOConfig, {"kl": "k1@reward"})):
+    for trainer, config, extra in (
+        (trl.RLOOTrainer, trl.RLOOConfig, {}),
+        (RLOOTrainer, RLOOConfig, {"kl": "k1@reward"}),
+    ):
         built = support.build(
             trainer, config, model, tmp_path, max_steps=4, learning_rate=1e-2, normalize_advantages=normalize, **extra
         )
         built.train()
-        results.append(support.log_of(built, "loss") + support.log_of(built, "grad_norm") + support.log_of(built, "reward"))
+        results.append(
+            support.log_of(built, "loss") + support.log_of(built, "grad_norm") + support.log_of(built, "reward")
+        )
     host, ours = results
     assert ours == pytest.approx(host, rel=1e-4, abs=2e-6)
 

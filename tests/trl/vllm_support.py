@@ -21,7 +21,13 @@ COLOCATED: dict[str, Any] = {
 }  # fmt: skip
 """The engine in the trainer's own process; the trainer in float32, the engine in the bfloat16 that it picks."""
 
-
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+    # Compilation takes a C++ compiler, and longer than all the tokens sampled here.
+    "VLLM_USE_AOT_COMPILE": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -39,7 +45,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         layer.cpu_linear = torch.nn.functional.linear
 
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep_weights)
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     # TRL sets the launcher's variables for the engine; the next trainer would take itself for one of several.
     before = {name: os.environ.pop(name, None) for name in LAUNCHER}
     try:

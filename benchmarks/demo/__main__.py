@@ -1,0 +1,53 @@
+"""`python -m benchmarks.demo`: pre-train a tiny model, train it under five KL regularisers, draw what happened."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .arms import ARMS, Settings, find_arm
+from .compare import compare
+from .workers import WorkerError, cores
+
+SMOKE = Settings(steps=4, evaluate_every=4, pretrain_steps=150)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    arms: Annotated[str, typer.Option(help="Comma-separated: none, native-k3, or KL specs.")] = ",".join(
+        a.name for a in ARMS
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 1, 2, ...")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = Settings.steps,
+    out: Annotated[Path | None, typer.Option(help="Output folder; out/demo, or out/demo-smoke with --smoke.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    fresh: Annotated[bool, typer.Option(help="Repeat runs that are finished.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps of one seed, to see that everything works.")] = False,
+) -> None:
+    """Train a tiny model with TRL's GRPO under several KL regularisers and compare them by exact enumeration."""
+    console = Console()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
+    try:
+        chosen = list(dict.fromkeys(find_arm(name.strip()) for name in arms.split(",")))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    settings = SMOKE if smoke else Settings(steps=steps)
+    folder = out or Path("out") / ("demo-smoke" if smoke else "demo")
+    try:
+        compare(console, chosen, 1 if smoke else seeds, settings, folder, workers or cores(), fresh)
+    except WorkerError as error:
+        console.print("failed:", style="bold red", end=" ")
+        console.print(str(error), highlight=False, markup=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; finished runs are kept, the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

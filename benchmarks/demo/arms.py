@@ -1,0 +1,109 @@
+"""What is compared, and under which settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One number per choice; the runs of two settings never mix.
+
+    The batch is on-policy (one update per rollout): off-policy `k1@loss` is worse than no KL, as its expected gradient
+    then pushes the policy away from the behaviour policy. Rewards are centred in their group and not divided by their
+    standard deviation, and all completions weigh the same per token (Dr. GRPO), so that the objective is
+    E[R] - beta KL with a known optimum.
+    """
+
+    steps: int = 300  # optimizer steps, each on one fresh rollout
+    prompts: int = 8  # per step: each prompt once
+    generations: int = 16  # completions per prompt
+    beta: float = 0.2  # of every arm that has a KL term
+    learning_rate: float = 2e-3  # AdamW, decayed linearly to 0
+    max_grad_norm: float = 1.0
+    loss_type: str = "dr_grpo"
+    scale_rewards: str = "none"
+    evaluate_every: int = 20  # steps
+    pretrain_steps: int = 1500
+    pretrain_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One regulariser.
+
+    Attributes:
+        name: as the user asks for it: `none`, `native-k3`, or a KL spec.
+        label: in the table and the plot.
+    """
+
+    name: str
+    label: str
+
+    @property
+    def spec(self) -> str | None:
+        """The KL spec for TRL's `kl` field; None leaves TRL's own code untouched."""
+        return None if self.name in ("none", "native-k3") else self.name
+
+    @property
+    def slug(self) -> str:
+        """For file names."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower())
+
+
+NONE = Arm("none", "no KL")
+K1_LOSS = Arm("k1@loss/allow:biased", "k1@loss")
+NATIVE_K3 = Arm("native-k3", "k3, TRL's own")
+K2_LOSS = Arm("k2@loss/is:token", "k2@loss/is:token")
+K1_ADVANTAGE = Arm("k1@advantage", "k1@advantage")
+ARMS = (NONE, K1_LOSS, NATIVE_K3, K2_LOSS, K1_ADVANTAGE)
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of a name; any KL spec makes one.
+
+    Raises:
+        KLSpecError: the name is none of the arms and no KL spec.
+    """
+    from kl_plugins import KLSpec
+
+    known = {arm.name: arm for arm in ARMS}
+    if name in known:
+        return known[name]
+    spec = str(KLSpec.parse(name))
+    return known.get(spec, Arm(spec, spec))
+
+
+def sources() -> str:
+    """Digest of everything that a finished run depends on: the installed packages, kl-plugins and this demo."""
+    digest = hashlib.sha256()
+    for name in ("torch", "trl", "transformers", "accelerate", "tokenizers"):
+        digest.update(f"{name}=={version(name)}\n".encode())
+    here = Path(__file__).parent
+    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train")]
+    for package in ("kl_plugins", "kl_plugins.adapters.trl", "kl_plugins.patches.trl"):
+        folder = Path(str(import_module(package).__file__)).parent
+        files += sorted(f for f in folder.rglob("*.py") if "cli" not in f.parts and "explain" not in f.parts)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(settings: Settings, arm: Arm | None, seed: int, code: str) -> str:
+    """Names a run by what it depends on; `arm` None names the reference model, which depends on less.
+
+    Args:
+        settings: of the demo.
+        arm: the regulariser, or None.
+        seed: of the run.
+        code: from `sources`.
+    """
+    used = {k: v for k, v in asdict(settings).items() if arm is not None or k.startswith("pretrain")}
+    text = json.dumps([used, arm and arm.name, seed, code], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

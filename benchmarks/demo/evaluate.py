@@ -1,0 +1,188 @@
+"""Exact evaluation: every completion the policy can reach is visited, so the curves hold no sampling noise.
+
+The tree of prefixes is walked breadth-first, one token per level. Prefixes whose probability given the prompt is below
+`PRUNE` are dropped; the mass of the completions that were visited to their end is reported as `coverage`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import task
+
+PRUNE = 1e-6
+WIDEST = 40_000  # prefixes per level; only an untrained model would have more
+
+Coefficient = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Level:
+    """All kept states of one depth: how likely each is, and what the two models say there."""
+
+    weight: torch.Tensor  # (N,) probability of the prefix, all prompts equally likely
+    logp: torch.Tensor  # (N, V) of the policy, nats
+    u: torch.Tensor  # (N, V) log-ratio of policy to reference, nats
+    parent: torch.Tensor  # (N,) index into the level above
+    token: torch.Tensor  # (N,) last token of the prefix
+
+
+@dataclass
+class Tree:
+    """All completions of a policy."""
+
+    levels: list[Level]
+    rewards: torch.Tensor  # (prompts,) probability of a rewarded completion
+    coverage: float
+
+
+def code(ids: list[int]) -> int:
+    """One integer for a sequence of token ids: digits in base V behind a leading one."""
+    total = 1
+    for i in ids:
+        total = total * len(task.VOCABULARY) + i
+    return total
+
+
+@lru_cache(maxsize=1)
+def rewarded() -> torch.Tensor:
+    """(N,) codes of all rewarded completions: the verifier's verdict on every expression there is."""
+    return torch.tensor([
+        code(task.ids(f"{task.prompt(number)} {expression} <eos>"))
+        for number in task.NUMBERS
+        for expression in task.expressions()
+        if task.verify(task.prompt(number), expression)
+    ])  # fmt: skip
+
+
+@torch.no_grad()
+def walk(model: Any, reference: Any) -> Tree:
+    """Visit all completions of all prompts.
+
+    Args:
+        model: the policy.
+        reference: the reference model, of the same vocabulary.
+    """
+    prompts = torch.tensor([task.ids(task.prompt(n)) for n in task.NUMBERS])
+    count, size, eos = len(prompts), len(task.VOCABULARY), task.ids("<eos>")[0]
+    codes = torch.tensor([code(row) for row in prompts.tolist()])
+    origin, parent, token, ids = torch.arange(count), torch.arange(count), prompts[:, -1], prompts
+    weight = torch.full((count,), 1.0 / count, dtype=torch.float64)
+    rewards, coverage = torch.zeros(count, dtype=torch.float64), 0.0
+    caches: list[Any] = [None, None]
+    levels: list[Level] = []
+    for depth in range(task.COMPLETION_TOKENS):
+        both = zip((model, reference), caches, strict=True)
+        out = [m(input_ids=ids, past_key_values=cache, use_cache=True) for m, cache in both]
+        logp, ref = (torch.log_softmax(o.logits[:, -1].double(), -1) for o in out)
+        levels.append(Level(weight, logp, logp - ref, parent, token))
+        joint = weight[:, None] * logp.exp()
+        least = max(PRUNE / count, joint.flatten().topk(min(WIDEST, joint.numel())).values[-1].item())
+        row, column = (joint >= least).nonzero(as_tuple=True)
+        codes, weight, origin = codes[row] * size + column, joint[row, column], origin[row]
+        ended = (column == eos) | (depth + 1 == task.COMPLETION_TOKENS)
+        rewards.index_add_(0, origin, weight * (ended & torch.isin(codes, rewarded())))
+        coverage += float(weight[ended].sum())
+        parent, token = row[~ended], column[~ended]
+        codes, weight, origin = codes[~ended], weight[~ended], origin[~ended]
+        if not len(parent):
+            break
+        caches, ids = [o.past_key_values for o in out], token[:, None]
+        for cache in caches:
+            cache.batch_select_indices(parent)
+    return Tree(levels, rewards * count, coverage)
+
+
+def coefficient_moments(levels: list[Level], own: Coefficient, future: bool) -> tuple[float, float]:
+    """Mean and standard deviation of the coefficient over the tokens that the policy writes.
+
+    Args:
+        levels: of the tree.
+        own: coefficient of a token as a function of u, nats.
+        future: whether u of the tokens that follow is added, as `k1@advantage` does.
+
+    Returns:
+        Mean and standard deviation, nats.
+    """
+    first = second = tokens = 0.0
+    below: Level | None = None
+    later1 = later2 = torch.zeros(0)
+    for level in reversed(levels):
+        f1, f2 = torch.zeros_like(level.u), torch.zeros_like(level.u)
+        if future and below is not None:  # moments of the sum of u over what follows, by state and token
+            f1[below.parent, below.token], f2[below.parent, below.token] = later1, later2
+        p, c = level.logp.exp(), own(level.u)
+        later1, later2 = (p * (c + f1)).sum(-1), (p * (c * c + 2 * c * f1 + f2)).sum(-1)
+        first, second = first + float(level.weight @ later1), second + float(level.weight @ later2)
+        tokens += float(level.weight.sum())
+        below = level
+    mean = first / tokens
+    return mean, math.sqrt(max(second / tokens - mean * mean, 0.0))
+
+
+def own_coefficient(arm: str) -> tuple[Coefficient | None, bool]:
+    """The arm's coefficient as a function of u, from kl-plugins' table, and whether future terms are added.
+
+    Returns:
+        (None, False) where there is none, or where it is more than the own term and the sum of later u.
+    """
+    from kl_plugins import KLSpec
+    from kl_plugins.estimators import find_estimator
+
+    if arm == "none":
+        return None, False
+    spec = KLSpec.parse("k3@loss" if arm == "native-k3" else arm)
+    row = find_estimator(spec.estimator)
+    future = spec.horizon == "sequence" and spec.placement != "reward"
+    if row is None or spec.placement == "reward" or (future and (spec.future != "k1" or spec.gamma != 1.0)):
+        return None, False
+    elementwise = row.value if spec.placement == "advantage" else row.coefficient
+    return (lambda u: elementwise(u, u.clamp(-spec.bound, spec.bound))), future
+
+
+def evaluate(model: Any, reference: Any, own: Coefficient | None, future: bool) -> dict[str, float | None]:
+    """Exact reward, KL to the reference, entropy and coefficient moments of a policy.
+
+    Args:
+        model: the policy.
+        reference: the reference model.
+        own: coefficient of the arm's estimator as a function of u, or None.
+        future: whether the coefficient adds u of the tokens that follow.
+
+    Returns:
+        `reward` (probability of a rewarded completion), `kl` and `entropy` (nats per completion), `coef_mean` and
+        `coef_std` (nats; None without a coefficient), `coverage` (share of the probability that was visited).
+    """
+    training = model.training
+    model.eval()
+    tree = walk(model, reference)
+    model.train(training)
+    kl = sum(float(v.weight @ (v.logp.exp() * v.u).sum(-1)) for v in tree.levels)
+    entropy = -sum(float(v.weight @ (v.logp.exp() * v.logp).sum(-1)) for v in tree.levels)
+    mean, std = coefficient_moments(tree.levels, own, future) if own else (None, None)
+    reward = float(tree.rewards.mean())
+    return {
+        "reward": reward, "kl": kl, "entropy": entropy,
+        "coef_mean": mean, "coef_std": std, "coverage": tree.coverage,
+    }  # fmt: skip
+
+
+def optimum(rewards: torch.Tensor, beta: float) -> dict[str, float]:
+    """What maximises E[R] - beta KL: the reference, reweighted by exp(R / beta), prompt by prompt.
+
+    Args:
+        rewards: (prompts,) probability of a rewarded completion under the reference.
+        beta: the coefficient of the KL term.
+
+    Returns:
+        `reward`, `kl` (nats per completion) and `objective` of the optimal policy.
+    """
+    best = torch.sigmoid(torch.logit(rewards) + 1 / beta)
+    kl = best * (best / rewards).log() + (1 - best) * ((1 - best) / (1 - rewards)).log()
+    return {"reward": float(best.mean()), "kl": float(kl.mean()), "objective": float((best - beta * kl).mean())}

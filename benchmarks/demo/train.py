@@ -1,0 +1,170 @@
+"""One GRPO run with TRL, and the reference it starts from. Runs inside a worker process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reporting import machine
+
+from . import evaluate, model, task
+from .arms import Arm, Settings
+
+Tick = Callable[[int], None]
+
+
+def make_reference(folder: Path, settings: Settings, tick: Tick) -> dict[str, Any]:
+    """Pre-train the reference, save it, and describe it and the machine.
+
+    Args:
+        folder: where the model is written.
+        settings: of the demo.
+        tick: called with the number of steps done.
+    """
+    from kl_plugins.kernels.backend import COMPILE_ABOVE, backend_status, chosen_backend
+
+    start = time.perf_counter()
+    loss = model.pretrain(folder, settings.pretrain_steps, settings.pretrain_seed, tick)
+    reference = load(folder)
+    tree = evaluate.walk(reference, reference)
+    rewards = tree.rewards.clamp(1e-12, 1 - 1e-12)
+    tokens = settings.prompts * settings.generations * task.COMPLETION_TOKENS
+    status, chosen = backend_status("cpu"), chosen_backend(tokens, "cpu")
+    return {
+        "reward": float(rewards.mean()),
+        "reward_by_number": dict(zip(map(str, task.NUMBERS), rewards.tolist(), strict=True)),
+        "entropy": evaluate.evaluate(reference, reference, None, False)["entropy"],
+        "coverage": tree.coverage,
+        "optimum": evaluate.optimum(rewards, settings.beta),
+        "loss": loss,
+        "parameters": sum(p.numel() for p in reference.parameters()),
+        "seconds": time.perf_counter() - start,
+        "machine": machine(),
+        "backend": {
+            "used": chosen, "can_compile": status.compiled, "reason": status.reason,
+            "tokens_per_call": tokens, "compile_above": COMPILE_ABOVE,
+        },
+    }  # fmt: skip
+
+
+def load(folder: Path) -> Any:
+    """The saved reference model."""
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM.from_pretrained(folder)
+
+
+def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: str, callback: Any) -> Any:
+    """TRL's own trainer, or the one with the `kl` field where the arm is a KL spec."""
+    from datasets import Dataset
+
+    extra: dict[str, Any] = {}
+    if arm.spec is None:
+        from trl import GRPOConfig, GRPOTrainer
+
+        # TRL's default since 1.10 multiplies k3 by the live importance weight, which has the gradient of
+        # k2@loss/is:token. The arm shows k3 as GRPO published it.
+        extra["use_bias_correction_kl"] = False
+    else:
+        from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+
+        extra["kl"] = arm.spec
+    config = GRPOConfig(
+        output_dir=output,
+        seed=seed,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.prompts * settings.generations,
+        num_generations=settings.generations,
+        num_iterations=1,
+        max_completion_length=task.COMPLETION_TOKENS,
+        temperature=1.0,
+        top_k=0,
+        beta=0.0 if arm.name == "none" else settings.beta,
+        loss_type=settings.loss_type,
+        scale_rewards=settings.scale_rewards,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        max_grad_norm=settings.max_grad_norm,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **extra,
+    )
+    trainer = GRPOTrainer(
+        policy,
+        reward_funcs=task.reward,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": task.prompt(n)} for n in task.NUMBERS]),
+        processing_class=model.tokenizer(),
+        callbacks=[callback],
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # it would print every step's log
+    return trainer
+
+
+def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: Tick) -> dict[str, Any]:
+    """Train one arm with one seed.
+
+    Args:
+        arm: the regulariser.
+        seed: of the rollouts.
+        settings: of the demo.
+        reference_folder: where the reference was saved.
+        tick: called with the number of steps done.
+
+    Returns:
+        `curve`: one dict per evaluation (see `evaluate`, with `step` and `logged_coef_std`, the plugin's own
+        `kl/coef/std` averaged since the evaluation before); `seconds` by the clock, `cpu_seconds` of the processor,
+        `evaluation_seconds`.
+    """
+    from transformers import TrainerCallback
+
+    from kl_plugins.adapters.trl import detach
+
+    policy, reference = load(reference_folder), load(reference_folder).eval()
+    own, future = evaluate.own_coefficient(arm.name)
+    curve: list[dict[str, Any]] = []
+    logged: list[float] = []
+    spent = 0.0
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Evaluates the policy between steps and keeps what the plugin logs."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.measure(0)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            if "kl/coef/std" in logs:
+                logged.append(float(logs["kl/coef/std"]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tick(state.global_step)
+            if state.global_step % settings.evaluate_every == 0 or state.global_step == settings.steps:
+                self.measure(state.global_step)
+
+        def measure(self, step: int) -> None:
+            nonlocal spent
+            start = time.perf_counter()
+            point: dict[str, Any] = {"step": step, **evaluate.evaluate(policy, reference, own, future)}
+            point["logged_coef_std"] = sum(logged) / len(logged) if logged else None
+            logged.clear()
+            curve.append(point)
+            spent += time.perf_counter() - start
+
+    start, cpu = time.perf_counter(), time.process_time()
+    try:
+        with tempfile.TemporaryDirectory() as output:
+            make_trainer(arm, seed, settings, policy, output, Watch()).train()
+    finally:
+        detach()  # the next run in this worker may be TRL's own
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"curve": curve, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": spent}

@@ -1,0 +1,157 @@
+"""Worker processes: independent runs side by side, progress back to one display, errors brought to light."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # models of this size are fastest with one thread, and the runs share the cores
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+}
+
+_messages: Any = None
+
+
+class WorkerError(RuntimeError):
+    """A worker process failed; the text holds its own error."""
+
+
+@dataclass
+class Job:
+    """One piece of work: `function(*arguments, tick)` in some worker."""
+
+    name: str
+    function: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+    steps: int
+    done: Callable[[dict[str, Any]], None] = field(default=lambda result: None)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pool(workers: int, log_folder: Path) -> Iterator[Pool]:
+    """Worker processes that end with the block, whichever way it is left.
+
+    Args:
+        workers: how many processes.
+        log_folder: where what they print goes, one file per process.
+    """
+    os.environ.update(ENVIRONMENT)
+    log_folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    executor = ProcessPoolExecutor(workers, context, _prepare, (messages, str(log_folder)))
+    try:
+        yield Pool(executor, messages, log_folder)
+        executor.shutdown()
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
+class Pool:
+    """Runs jobs and reports their progress."""
+
+    def __init__(self, executor: ProcessPoolExecutor, messages: Any, log_folder: Path) -> None:
+        self._executor, self._messages, self._log_folder = executor, messages, log_folder
+
+    def run(self, jobs: Sequence[Job], progress: Callable[[str, int], None]) -> None:
+        """Run all jobs; the first failure ends them all.
+
+        Args:
+            jobs: each one's `done` is called here with its result, as soon as it is there.
+            progress: called with a job's name and the steps it has done.
+
+        Raises:
+            WorkerError: a job raised, or a worker process died.
+        """
+        futures: dict[Future[dict[str, Any]], Job] = {
+            self._executor.submit(_work, job.name, job.function, job.arguments): job for job in jobs
+        }
+        while futures:
+            try:
+                name, steps = self._messages.get(timeout=0.5)
+                progress(name, steps)
+            except queue.Empty:
+                pass
+            for future in [f for f in futures if f.done()]:
+                job = futures.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise WorkerError(f"a worker died during {job.name} or beside it\n{self._last_words()}") from error
+                except Exception as error:
+                    cause = error.__cause__  # the traceback inside the worker
+                    raise WorkerError(f"{job.name}: {cause or error!r}") from error
+                job.done(result)
+                progress(job.name, job.steps)
+
+    def _last_words(self) -> str:
+        logs = sorted(self._log_folder.glob("worker-*.log"), key=lambda f: f.stat().st_mtime)
+        return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs[-2:])
+
+
+def _prepare(messages: Any, log_folder: str) -> None:
+    global _messages
+    _messages = messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; both get the terminal's Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(Path(log_folder) / f"worker-{os.getpid()}.log", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for chatty in ("httpx", "httpcore", "datasets", "filelock", "fsspec"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    importlib.import_module("trl").GRPOTrainer  # noqa: B018  slow: every worker pays for it at once
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(name: str, function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    print(f"== {name}", file=sys.stderr)
+    collector = _Receipts()
+    logger = logging.getLogger("kl_plugins")
+    logger.addHandler(collector)
+    try:
+        result = function(*arguments, lambda steps: _messages.put((name, steps)))
+    finally:
+        logger.removeHandler(collector)
+    return {**result, "plugin_log": collector.lines}
+
+
+class _Receipts(logging.Handler):
+    """Keeps what kl-plugins logs, its receipt above all."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -1,0 +1,6 @@
+"""``python -m kl_plugins`` is the command line, so that ``torchrun -m kl_plugins run ...`` works."""
+
+from kl_plugins.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: ``kl-plugins`` and ``python -m kl_plugins``."""

@@ -1,0 +1,81 @@
+"""The commands and their arguments. What they need is imported inside, so that each answers at once.
+
+The parser is the standard library's: one that validates arguments with pydantic takes as long to import as everything
+else that ``explain`` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from kl_plugins import __version__
+
+DESCRIPTION = "KL regularisers with the right gradient, for the RLHF framework you already run."
+EXPLAIN = """Say what a KL spec computes, which gradient it estimates on-policy and off-policy, what to know beside it,
+and where it goes in your framework. A spec that needs /allow:biased is explained without it."""
+LIST = "List estimators, placements, presets, corrections, options, beta schedules and hosts."
+DOCTOR = """Check this installation: versions, backends, hosts and their sources, with a remedy for each finding.
+The exit status is 1 where something is at fault; a host that is merely absent is no fault."""
+RUN = """Run a program of your framework under the plugin, for example: kl-plugins run trl grpo --config x.yaml
+--kl default. With several processes: torchrun --nproc_per_node 8 -m kl_plugins run trl grpo ..."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser("kl-plugins", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"kl-plugins {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+
+    explain = add("explain", "say which gradient a KL spec estimates, and why", EXPLAIN)
+    explain.add_argument("spec", metavar="SPEC", help="a KL spec or preset, for example k2@loss/is:token")
+    others = [add("list", "list the words of the spec, presets and hosts", LIST)]
+    others.append(add("doctor", "check this installation; a remedy per finding", DOCTOR))
+    for command in (explain, *others):
+        command.add_argument("--json", action="store_true", help="print one JSON document, for a bad spec too")
+    run = add("run", "run a program of a framework under the plugin", RUN)
+    run.add_argument("module", metavar="HOST|MODULE", help="a host (trl), or a module of one (a.b.c)")
+    run.add_argument("arguments", metavar="ARGS", nargs="*", help="the program's own, all that follows, --help too")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its status.
+
+    Args:
+        arguments: without the program's name; default ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: always.
+    """
+    sys.exit(_dispatch(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
+        # Not parsed at all: every word from here on is the program's, "--" and "--help" included.
+        from kl_plugins.cli.running import run_command
+
+        return run_command(arguments[1], arguments[2:])
+    parser = build_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "run":
+        parser.error("run: the host or module comes first, then its arguments")
+    if chosen.command == "explain":
+        from kl_plugins.cli.explaining import explain_command
+
+        return explain_command(chosen.spec, chosen.json)
+    if chosen.command == "list":
+        from kl_plugins.cli.listing import list_command
+
+        return list_command(chosen.json)
+    from kl_plugins.cli.doctor import doctor_command
+
+    return doctor_command(chosen.json)

@@ -1,0 +1,65 @@
+"""Which computing paths ``kl-plugins doctor`` finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from kl_plugins.hosts import Finding
+
+
+def backend_findings() -> Iterator[Finding]:
+    """Findings on the eager and compiled paths; nothing is compiled."""
+    try:
+        import torch
+
+        from kl_plugins.kernels import backend
+    except Exception:  # the torch finding tells the reason
+        yield Finding("fault", "eager", "not available without a working torch", "install torch")
+        return
+    yield Finding("ok", "eager", "available")
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        yield _compiled(device, *backend.backend_status(device))
+    yield _triton(needed="cuda" in devices)
+    yield from _choice(devices, backend.ENVIRONMENT_VARIABLE, backend.BACKENDS)
+
+
+def _compiled(device: str, usable: bool, reason: str) -> Finding:
+    if usable:
+        return Finding("ok", f"compiled on {device}", reason)
+    remedy = (
+        "install g++, for faster large batches; results are the same without" if device == "cpu" else "install triton"
+    )
+    return Finding("warning", f"compiled on {device}", f"{reason}; the eager path is used", remedy)
+
+
+def _triton(needed: bool) -> Finding:
+    if importlib.util.find_spec("triton") is None:
+        if needed:
+            return Finding(
+                "warning", "triton", "not installed, so nothing is compiled on the GPU", "pip install triton"
+            )
+        return Finding("absent", "triton", "not installed", "nothing to do without a GPU")
+    try:
+        return Finding("ok", "triton", version("triton"))
+    except PackageNotFoundError:
+        return Finding("ok", "triton", "version unknown")
+
+
+def _choice(devices: list[str], variable: str, known: tuple[str, ...]) -> Iterator[Finding]:
+    from kl_plugins.kernels.backend import backend_status
+
+    asked = os.environ.get(variable)
+    if asked is None:
+        return
+    if asked not in known:
+        yield Finding(
+            "fault", variable, f"{asked!r} is no backend", f"set it to one of {', '.join(known)}, or unset it"
+        )
+    elif asked == "compiled" and not all(backend_status(device).compiled for device in devices):
+        yield Finding("fault", variable, "compiled is asked for, and cannot run on every device", "set it to auto")
+    else:
+        yield Finding("ok", variable, asked)

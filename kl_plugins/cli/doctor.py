@@ -1,0 +1,140 @@
+"""``kl-plugins doctor``: what is installed, whether it fits, and what to do where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kl_plugins import __version__
+from kl_plugins.cli.backends import backend_findings
+from kl_plugins.cli.output import Page, print_json
+from kl_plugins.cli.running import install_remedy
+from kl_plugins.hosts import Finding, Host, HostModule, discover_hosts
+
+OLDEST_TORCH = "2.6"
+_STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "fault": "bold red"}
+
+
+def doctor_command(as_json: bool) -> int:
+    """Check the installation.
+
+    Args:
+        as_json: print JSON.
+
+    Returns:
+        Exit status: 1 where something is at fault, else 0.
+    """
+    sections = {
+        "environment": [*_package_findings(), *_estimator_findings()],
+        "backends": list(backend_findings()),
+        "hosts": list(_host_findings()),
+    }
+    found = [finding for findings in sections.values() for finding in findings]
+    faults = sum(finding.level == "fault" for finding in found)
+    warnings = sum(finding.level == "warning" for finding in found)
+    status = 1 if faults else 0
+    if as_json:
+        document: dict[str, Any] = {
+            name: [asdict(finding) for finding in findings] for name, findings in sections.items()
+        }
+        return print_json({**document, "faults": faults, "warnings": warnings}, status)
+    page = Page()
+    page.title(f"kl-plugins {__version__}")
+    for name, findings in sections.items():
+        page.section(name.capitalize(), (row for finding in findings for row in _rows(finding)), _STYLES)
+    page.paragraph(f"{faults} at fault, {warnings} to look at." if faults or warnings else "All is well.")
+    return status
+
+
+def _rows(finding: Finding) -> Iterator[tuple[str, str]]:
+    yield finding.level, f"{finding.subject}: {finding.message}"
+    if finding.remedy and finding.level != "ok":
+        yield "", f"-> {finding.remedy}"
+
+
+def _package_findings() -> Iterator[Finding]:
+    import platform
+
+    yield Finding("ok", "python", platform.python_version())
+    yield _own_finding()
+    yield _torch_finding()
+
+
+def _own_finding() -> Finding:
+    try:
+        installed = version("kl-plugins")
+    except PackageNotFoundError:
+        remedy = "pip install kl-plugins, or pip install -e . in its source folder"
+        return Finding("fault", "kl-plugins", "imported but not installed, so no host can be found", remedy)
+    if installed != __version__:
+        return Finding(
+            "warning",
+            "kl-plugins",
+            f"the installed metadata say {installed}, the imported code {__version__}",
+            "install it again, so that both are of one version",
+        )
+    return Finding("ok", "kl-plugins", __version__)
+
+
+def _torch_finding() -> Finding:
+    from packaging.version import Version
+
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises OSError as easily as ImportError
+        return Finding("fault", "torch", f"cannot be imported: {error}", f'pip install "torch>={OLDEST_TORCH}"')
+    if Version(torch.__version__).release < Version(OLDEST_TORCH).release:
+        remedy = f'pip install "torch>={OLDEST_TORCH}"'
+        return Finding("fault", "torch", f"{torch.__version__} is older than {OLDEST_TORCH}", remedy)
+    device = f"CUDA {torch.version.cuda}" if torch.cuda.is_available() else "no CUDA device"
+    return Finding("ok", "torch", f"{torch.__version__}, {device}")
+
+
+def _estimator_findings() -> Iterator[Finding]:
+    from kl_plugins.estimators import BUILT_IN, all_estimators
+
+    try:
+        added = [row.name for row in all_estimators() if row.name not in BUILT_IN]
+    except RuntimeError as error:
+        yield Finding("fault", "estimators", str(error), "repair or uninstall that package")
+        return
+    yield Finding("ok", "estimators", f"{len(BUILT_IN)} built in; registered: {', '.join(added) or 'none'}")
+
+
+def _host_findings() -> Iterator[Finding]:
+    registry = discover_hosts()
+    for broken in registry.broken:
+        yield Finding("fault", broken.name, f"cannot be loaded: {broken}", f"repair or uninstall {broken.distribution}")
+    for host in registry.hosts.values():
+        installed = host.installed_version()
+        if installed is None:
+            yield Finding("absent", host.name, f"not installed; supported {host.supported}", install_remedy(host))
+        else:
+            own = list(_diagnosis(host))
+            general = version_finding(host, installed)
+            # A host that judges its own version says it better, and once is enough.
+            yield from own if any(finding.subject == general.subject for finding in own) else [general, *own]
+
+
+def version_finding(host: Host, installed: str) -> Finding:
+    """Whether the installed version of a host is supported, and whether it is one of those tested."""
+    from packaging.specifiers import SpecifierSet
+
+    subject = f"{host.name} {installed}"
+    if not SpecifierSet(host.supported).contains(installed, prereleases=True):
+        return Finding("fault", subject, f"outside the supported range {host.supported}", install_remedy(host))
+    if installed in host.tested:
+        return Finding("ok", subject, "supported and tested")
+    return Finding("ok", subject, f"supported; the tests run {', '.join(host.tested)}")
+
+
+def _diagnosis(host: Host) -> Iterator[Finding]:
+    subject = f"{host.name} adapter"
+    try:
+        adapter: HostModule = host.load()
+        yield from adapter.diagnose()
+    except Exception as error:  # shown, not raised: doctor is what people run when things are broken
+        message = f"{host.module} fails: {type(error).__name__}: {error}"
+        yield Finding("fault", subject, message, "install kl-plugins again, or report this with the lines above")

@@ -1,0 +1,80 @@
+"""``kl-plugins explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kl_plugins.cli.output import Page, Row, fail, fail_spec, print_json
+from kl_plugins.explain import Explanation, explain
+from kl_plugins.hosts import discover_hosts
+from kl_plugins.spec import KLSpecError
+
+if TYPE_CHECKING:
+    from kl_plugins.hosts import HostRegistry
+
+
+def explain_command(text: str, as_json: bool) -> int:
+    """Explain a spec.
+
+    Args:
+        text: what the user wrote.
+        as_json: print JSON.
+
+    Returns:
+        Exit status: 0, 2 for a bad spec, 1 where a third-party estimator package is broken.
+    """
+    registry = discover_hosts()
+    try:
+        explanation = explain(text, registry.hosts.values())
+    except KLSpecError as error:
+        return fail_spec(error, as_json)
+    except RuntimeError as error:
+        return fail(f"kl-plugins: {error}", as_json, 1)
+    if as_json:
+        return print_json(explanation.to_dict())
+    _print(explanation, registry)
+    return 0
+
+
+def _print(it: Explanation, registry: HostRegistry) -> None:
+    page = Page()
+    page.title(it.spec)
+    if it.needs_allow_biased:
+        page.paragraph("A run refuses this spec unless /allow:biased is added: it estimates no divergence.", "yellow")
+    for note in it.notes:
+        page.paragraph(note)
+    page.section("What is computed", it.formulas.items())
+    page.section("Which gradient it estimates", _gradient(it))
+    page.section("Caveats", (("-", caveat) for caveat in it.caveats))
+    page.section("What it needs", _needs(it))
+    page.section(
+        "Options in effect",
+        ((f"{o.name}{o.value and ':'}{o.value}", o.meaning + " (default)" * o.default) for o in it.options),
+    )
+    page.section("Presets that are this spec", it.presets.items())
+    page.section("Where it goes", [*it.hosts.items(), *_broken(registry)])
+    page.section("Sources", ((source.reference, source.topic) for source in it.sources))
+
+
+def _gradient(it: Explanation) -> Iterator[Row]:
+    yield "target", f"{it.target}: {it.target_text}"
+    yield "on-policy", it.on_policy.text
+    same = it.off_policy.text == it.on_policy.text
+    yield "off-policy", "The same as on-policy." if same else it.off_policy.text
+
+
+def _needs(it: Explanation) -> Iterator[Row]:
+    yield (
+        "log-probs",
+        "of the policy and of the reference" + (", and of the behaviour policy" if it.needs_behaviour else ""),
+    )
+    if not it.needs_behaviour:
+        yield "", "behaviour log-probs are not needed"
+    if it.needs_exact:
+        yield "exact", "the full-vocabulary KL of every state"
+
+
+def _broken(registry: HostRegistry) -> Iterator[Row]:
+    for host in registry.broken:
+        yield host.name, "cannot be loaded: see kl-plugins doctor"

@@ -1,0 +1,142 @@
+"""Formulas of a spec as text: value, weight, coefficient or penalty, exactly as the kernels apply them."""
+
+from __future__ import annotations
+
+import re
+
+from kl_plugins.estimators import Estimator, find_estimator
+from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import format_number
+
+UNSTATED = "user-defined"
+"""What a registered row says where its author gave no formula."""
+
+
+def row_of(spec: KLSpec) -> Estimator:
+    """The estimator row that a parsed spec names."""
+    row = find_estimator(spec.estimator)
+    if row is None:
+        raise LookupError(f"estimator {spec.estimator!r} is not registered in this process")
+    return row
+
+
+def formulas(spec: KLSpec) -> dict[str, str]:
+    """Formulas by name, in reading order; ``coefficient`` or ``penalty`` is what reaches the optimiser.
+
+    Args:
+        spec: a parsed spec.
+
+    Returns:
+        For ``@loss``: ``value``, ``weight`` and ``coefficient``; else ``value``, ``penalty`` and ``score``.
+        ``symbols`` comes last.
+    """
+    lines = {"value": f"k_t = {_value(spec)}"}
+    lines |= _loss_lines(spec) if spec.placement == "loss" else _score_lines(spec)
+    return {**lines, "symbols": _symbols(spec, " ".join(lines.values()))}
+
+
+def _value(spec: KLSpec) -> str:
+    if spec.estimator == "exact":
+        return "KL_t" + (f", its {spec.top} most probable tokens exactly, the tail sampled" if spec.top else "")
+    formula = row_of(spec).value_formula
+    return UNSTATED if formula == UNSTATED else _at(formula, "t", "k")
+
+
+def _loss_lines(spec: KLSpec) -> dict[str, str]:
+    lines = {}
+    weight = _weight(spec)
+    if weight:
+        lines["weight"] = weight
+    own = _at(row_of(spec).coefficient_formula, "t", "own")
+    future = _future_sum(spec, "w_j " if spec.correction == "decision" else "")
+    if spec.estimator == "exact":
+        lines["own term"] = f"{'w_t ' if weight else ''}grad KL_t, differentiated over the whole vocabulary"
+        own = ""
+    if spec.clip is not None:
+        interval = f"{1 - spec.clip:.12g}, {1 + spec.clip:.12g}"
+        lines["clipped head"] = (
+            f"max(rho_t k'_t, clip(rho_t, {interval}) k'_t) with k'_t = {_sum(own, future)}, detached"
+        )
+        lines["coefficient"] = "c_t = rho_t k'_t where that is the larger of the two, else 0"
+    elif spec.correction == "decision":
+        lines["coefficient"] = f"c_t = {_sum(own and f'w_t {_group(own)}', future)}"
+    else:
+        inner = _sum(own, future)
+        lines["coefficient"] = f"c_t = {f'w_t {_group(inner)}' if weight and inner != '0' else inner}"
+    lines["coefficient"] += "; it multiplies grad log policy(token t), nothing else does"
+    if spec.estimator == "exact":
+        lines["coefficient"] = lines["coefficient"].replace("nothing else does", "beside the own term")
+    return lines
+
+
+def _score_lines(spec: KLSpec) -> dict[str, str]:
+    if spec.placement == "reward":
+        return {
+            "penalty": "p_t = k_t, subtracted from the reward as r_t - beta p_t",
+            "score": "where the return is the plain sum of later rewards, token t is scored with sum_{j>=t} p_j",
+        }
+    sampled = spec.estimator in ("k1", "exact")
+    own = "u_t" if sampled else "k_t"
+    penalty = _sum(own, _future_sum(spec, ""))
+    return {
+        "penalty": f"p_t = {penalty}, subtracted from the advantage as A_t - beta p_t, after normalisation",
+        "score": "p_t multiplies grad log policy(token t) in the host's policy-gradient term, under its ratio and clip",
+    }
+
+
+def _weight(spec: KLSpec) -> str:
+    if not spec.needs_behaviour or spec.clip is not None:
+        return ""  # the clipped head shows its ratio itself
+    own_is_exact = spec.estimator == "exact"
+    weight = {
+        "token": "rho_t",
+        "prefix": "rho_{1:t-1}" if own_is_exact else "rho_{1:t}",
+        "sequence": "rho_{1:T}",
+        "decision": "rho_{1:t-1}" if own_is_exact else "rho_{1:t}",
+    }[spec.correction]
+    text = weight if spec.cap is None else f"min({weight}, {format_number(spec.cap)})"
+    if spec.band is not None:
+        text += f", 0 outside [{', '.join(map(format_number, spec.band))}]"
+    if spec.norm:
+        text += ", divided by its mean over the response tokens"
+    line = f"w_t = {text}; detached"
+    if spec.correction == "decision" and (spec.future == "exact") is not own_is_exact:
+        line += f"; w_j of a future term is the same with rho_{{1:{'j-1' if spec.future == 'exact' else 'j'}}}"
+    return line
+
+
+def _future_sum(spec: KLSpec, weight: str) -> str:
+    if spec.horizon == "token":
+        return ""
+    term = {"k1": "u_j", "k3": "(delta_j - 1 + u_j)", "exact": "KL_j"}.get(spec.future or "")
+    term = term or _group(_at(row_of(spec).value_formula, "j", "k"))
+    discount = "" if spec.gamma == 1 else f"{format_number(spec.gamma)}^(j-t) "
+    return f"sum_{{j>t}} {discount}{weight}{term}"
+
+
+def _symbols(spec: KLSpec, used: str) -> str:
+    legend = ["u_t = log policy - log reference of token t, in nats"]
+    if "delta_" in used:
+        legend.append("delta_t = exp(-u_t)")
+    if "rho_" in used:
+        behaviour = {None: "behaviour", "sampler": "sampler", "old": "old policy"}[spec.behaviour]
+        legend.append(f"rho_t = policy/{behaviour}, rho_{{1:t}} its product over response tokens")
+    if "KL_" in used:
+        legend.append("KL_t = sum_a policy(a) log(policy(a)/reference(a))")
+    return "; ".join(legend)
+
+
+def _at(formula: str, index: str, unstated: str) -> str:
+    """Give the table's ``u`` and ``delta`` a token index, and ``a`` its number."""
+    if formula == UNSTATED:
+        return f"{unstated}_{index} ({UNSTATED})"
+    body, _, a = formula.partition(", a = ")
+    return re.sub(r"\b(u|delta)\b", rf"\1_{index}", re.sub(r"\ba\b", a, body) if a else body)
+
+
+def _group(text: str) -> str:
+    return f"({text})" if " + " in text or " - " in text or "sum_" in text else text
+
+
+def _sum(own: str, future: str) -> str:
+    return " + ".join(part for part in (own, future) if part) or "0"

@@ -1,0 +1,67 @@
+"""What a reader of a spec is most likely to be wrong about, said first."""
+
+from __future__ import annotations
+
+from kl_plugins.explain.formulas import row_of
+from kl_plugins.spec import PRESETS, KLSpec
+
+_DIVERGENCES = {
+    "abs": "twice the total variation, sum_a |policy(a) - reference(a)|",
+    "jeffreys": "the Jeffreys divergence, KL(policy || reference) + KL(reference || policy)",
+    "jsd": "the Jensen-Shannon divergence",
+    "hellinger": "the squared Hellinger distance, sum_a (sqrt policy(a) - sqrt reference(a))^2",
+    "chi2": "half the chi-squared divergence of the reference from the policy",
+}
+
+WHY_DEFAULT = (
+    "Why this is the default: k2's coefficient is the reverse KL's, and the token weight keeps it right for stale or "
+    "mismatched samples, up to the states visited. In exact enumeration it has the lowest error at realistic sample "
+    "sizes: the sequence gradient is the complete one, but the variance of its future-KL term costs more than the term "
+    "is worth, so that term is opt-in (preset sequence)."
+)
+
+
+def notes(spec: KLSpec) -> tuple[str, ...]:
+    """Plain statements on this estimator in this placement; most important first."""
+    found = [WHY_DEFAULT] if spec == KLSpec.parse(PRESETS["default"]) else []
+    kind = row_of(spec).kind
+    if spec.placement == "loss" and kind == "forward_kl" and spec.horizon == "token":
+        found.append(
+            f"{spec.estimator} as a loss gives the forward KL's gradient, that of KL(reference || policy), exactly: "
+            "E[(1 - delta) grad log policy] = -E_reference[grad log policy]."
+        )
+        if spec.estimator == "k3":
+            found[-1] += (
+                " It is not an approximation of the reverse KL's gradient, although the value of k3 estimates the "
+                "reverse KL without bias."
+            )
+    if spec.placement == "loss" and spec.estimator == "k2":
+        found.append(
+            "As a value k2 is a biased estimate of the reverse KL; as a loss its gradient is the reverse KL's. "
+            "The gradient is what trains."
+        )
+    if spec.placement == "loss" and spec.estimator == "k3+":
+        found.append(
+            "The value shown is k3, the gradient is k2's: sample by sample that of k3 times the live policy/behaviour."
+        )
+    if spec.placement == "reward" and spec.estimator == "k1":
+        found.append(
+            "k1 in the reward equals k2 as a loss where a response is one action; over tokens the return adds the "
+            "future-KL term that k2@loss leaves out. Where rewards are divided by a group's standard deviation, a "
+            "group whose rewards tie gets a KL force that does not depend on beta; k1@advantage avoids that."
+        )
+    if kind == "other_f" and spec.target.startswith("other_f"):
+        found.append(f"The divergence is {_divergence(spec)}.")
+    if spec.needs_exact:
+        found.append(
+            "The full-vocabulary kernel is not part of this version: this spec parses and explains, training with it "
+            "is an error."
+        )
+    return tuple(found)
+
+
+def _divergence(spec: KLSpec) -> str:
+    named = spec.estimator.removeprefix("alpha-")
+    if named != spec.estimator:
+        return f"the alpha-divergence with a = {named}: a = 1 is the forward KL, a towards 0 the reverse KL"
+    return _DIVERGENCES.get(spec.estimator, f"that of the registered row {spec.estimator!r}")

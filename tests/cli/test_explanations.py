@@ -1,0 +1,194 @@
+"""What ``explain`` says, for every preset and every combination of the spec's words."""
+
+import itertools
+import re
+
+import pytest
+
+from kl_plugins.estimators import BUILT_IN
+from kl_plugins.explain import Explanation, explain
+from kl_plugins.explain.options import BETA_MEANINGS, CORRECTION_MEANINGS, OPTION_MEANINGS, PLACEMENT_MEANINGS
+from kl_plugins.hosts import Host
+from kl_plugins.spec import PRESETS, KLSpec, KLSpecError
+from kl_plugins.spec.grammar import BETA_ARITY, OPTION_ORDER, PLACEMENTS, WORDS
+from kl_plugins.spec.target import TARGETS
+
+ESTIMATORS = (*BUILT_IN, "alpha-0.5", "alpha-1", "alpha-2")
+OPTIONS = (
+    "",
+    "/is:token",
+    "/is:prefix",
+    "/is:sequence/norm",
+    "/is:token/cap:2/band:0.5-3/behaviour:old",
+    "/clip:0.2",
+    "/horizon:sequence",
+    "/horizon:token",
+    "/horizon:sequence/is:token",
+    "/horizon:sequence/is:prefix/cap:5",
+    "/horizon:sequence/is:sequence",
+    "/horizon:sequence/is:decision/gamma:0.9",
+    "/horizon:sequence/clip:0.1",
+    "/horizon:sequence/future:k3",
+    "/horizon:sequence/future:exact/is:decision",
+    "/future:k3",
+    "/top:8",
+    "/bound:10/beta:adaptive-0.1-1000",
+    "/beta:dual-0.1-0.01",
+    "/beta:linear-0.1-0-100",
+)
+
+
+def explained() -> list[Explanation]:
+    found = []
+    for estimator, placement, options in itertools.product(ESTIMATORS, PLACEMENTS, OPTIONS):
+        try:
+            found.append(explain(f"{estimator}@{placement}{options}"))
+        except KLSpecError:  # a contradiction of the grammar, which its own tests know
+            continue
+    return found
+
+
+def test_every_combination_is_explained_in_full() -> None:
+    everything = explained()
+    assert len(everything) > 300
+    for it in everything:
+        assert KLSpec.parse(it.spec).target == it.target, it.spec
+        assert it.target in TARGETS
+        assert {it.on_policy.target, it.off_policy.target} <= set(TARGETS)
+        assert it.sources, it.spec
+        assert it.options, it.spec
+        assert bool(it.why_none) is (it.target == "none"), it.spec
+        assert it.needs_allow_biased is (it.target == "none"), it.spec
+        said = [*it.formulas.values(), it.on_policy.text, it.off_policy.text, *it.notes, it.why_none]
+        assert not any(re.search(r"None|\{|  |\bTrue\b", text.replace("_{", "")) for text in said), said
+
+
+def test_every_estimator_can_be_explained_in_every_placement() -> None:
+    seen = {(it.spec.partition("@")[0], it.spec.partition("@")[2].partition("/")[0]) for it in explained()}
+    expected = set(itertools.product(ESTIMATORS, PLACEMENTS)) - {("exact", "reward")}
+    assert seen == expected
+    with pytest.raises(KLSpecError, match="constant given the state"):
+        explain("exact@reward")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_explained_and_recognised(preset: str) -> None:
+    it = explain(preset)
+    assert preset in it.presets
+    assert it.spec == str(KLSpec.parse(PRESETS[preset]))
+    assert not it.needs_allow_biased
+
+
+def test_twin_presets_are_both_named() -> None:
+    assert set(explain("k1@reward").presets) == {"ppo", "reinforce++"}
+
+
+def test_k3_as_loss_is_the_forward_kl() -> None:
+    it = explain("k3@loss")
+    assert "forward KL's gradient" in it.notes[0]
+    assert "KL(reference || policy)" in it.notes[0]
+    assert it.on_policy.target == "forward_kl_token"
+    assert "forward" not in " ".join(explain("k2@loss").notes)
+
+
+def test_default_says_why() -> None:
+    assert "Why this is the default" in explain("default").notes[0]
+    assert "Why this is the default" in explain("k2@loss/is:token").notes[0]
+    assert "default" not in " ".join(explain("k2@loss").notes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("k1@loss", r"E\[grad log policy\] = 0"),
+        ("k1@loss/horizon:sequence", "only the future terms are left"),
+        ("k3@reward", "reverse-KL gradient of sequences minus the token-local forward-KL gradient"),
+        ("k3@advantage/horizon:token", "token-local reverse-KL gradient minus the token-local forward-KL gradient"),
+        ("k2@reward", "expected sum of k2 minus the token-local reverse-KL gradient"),
+        ("jsd@advantage", "value k_t stands where its coefficient belongs"),
+        ("k3@loss/horizon:sequence", "gradient of neither"),
+        ("k2@loss/horizon:sequence/is:token", "is:token gives it that of token t alone"),
+        ("k2@loss/horizon:sequence/is:prefix", "is:prefix gives it those up to token t"),
+    ],
+)
+def test_a_biased_spec_is_explained_without_allow(spec: str, reason: str) -> None:
+    it = explain(spec)
+    assert it.needs_allow_biased
+    assert it.spec.endswith("/allow:biased")
+    assert re.search(reason, it.why_none)
+    assert not explain(it.spec).needs_allow_biased
+
+
+@pytest.mark.parametrize(
+    ("spec", "on_policy", "off_policy"),
+    [
+        ("k2@loss", "reverse_kl_token", "none"),
+        ("k2@loss/is:token", "reverse_kl_token", "reverse_kl_token_behaviour"),
+        ("k2@loss/is:prefix", "reverse_kl_token", "reverse_kl_token"),
+        ("k2@loss/clip:0.2", "reverse_kl_token", "reverse_kl_token_behaviour"),
+        ("k2@loss/horizon:sequence", "reverse_kl_sequence", "none"),
+        ("k2@loss/horizon:sequence/is:token", "reverse_kl_sequence", "none"),
+        ("k2@loss/horizon:sequence/is:decision", "reverse_kl_sequence", "reverse_kl_sequence"),
+        ("jsd@loss/horizon:sequence", "other_f_sequence", "none"),
+        ("exact@loss", "reverse_kl_token", "reverse_kl_token_behaviour"),
+        ("exact@loss/top:8", "reverse_kl_token", "none"),
+        ("k1@reward", "reverse_kl_sequence", "none"),
+        ("k1@advantage/horizon:token", "reverse_kl_token", "none"),
+        ("k2@loss/is:token/band:2-3", "none", "reverse_kl_token_behaviour"),
+    ],
+)
+def test_bias_on_and_off_policy(spec: str, on_policy: str, off_policy: str) -> None:
+    it = explain(spec)
+    assert (it.on_policy.target, it.off_policy.target) == (on_policy, off_policy)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "formula"),
+    [
+        ("k2@loss", "coefficient", "c_t = u_t;"),
+        ("k3@loss/is:token/cap:2", "coefficient", "c_t = w_t (1 - delta_t);"),
+        ("k3@loss/is:token/cap:2", "weight", "w_t = min(rho_t, 2);"),
+        ("k2@loss/is:prefix/band:0.5-2/norm", "weight", "w_t = rho_{1:t}, 0 outside [0.5, 2], divided by its mean"),
+        ("k2@loss/horizon:sequence/gamma:0.9", "coefficient", "c_t = u_t + sum_{j>t} 0.9^(j-t) u_j;"),
+        ("k2@loss/horizon:sequence/is:sequence", "coefficient", "c_t = w_t (u_t + sum_{j>t} u_j);"),
+        ("k2@loss/horizon:sequence/is:decision", "coefficient", "c_t = w_t u_t + sum_{j>t} w_j u_j;"),
+        ("k2@loss/horizon:sequence/is:decision/future:exact", "weight", "the same with rho_{1:j-1}"),
+        ("exact@loss/is:prefix", "weight", "w_t = rho_{1:t-1};"),
+        ("exact@loss", "coefficient", "c_t = 0;"),
+        ("k2@loss/clip:0.2", "clipped head", "max(rho_t k'_t, clip(rho_t, 0.8, 1.2) k'_t) with k'_t = u_t"),
+        ("alpha-0.5@loss", "coefficient", "c_t = (1 - delta_t^0.5)/0.5;"),
+        ("k1@advantage", "penalty", "p_t = u_t + sum_{j>t} u_j,"),
+        ("k1@advantage/future:k3", "penalty", "p_t = u_t + sum_{j>t} (delta_j - 1 + u_j),"),
+        ("k1@reward", "penalty", "p_t = k_t,"),
+    ],
+)
+def test_formulas_are_those_of_the_kernels(spec: str, name: str, formula: str) -> None:
+    assert formula in explain(spec).formulas[name]
+
+
+def test_symbols_are_explained_where_they_are_used() -> None:
+    assert "rho" not in explain("k2@loss").formulas["symbols"]
+    assert "policy/sampler" in explain("k2@loss/is:token/behaviour:sampler").formulas["symbols"]
+
+
+def test_options_say_which_are_defaults() -> None:
+    options = {option.name: option for option in explain("k2@loss/is:token/cap:2").options}
+    assert not options["cap"].default
+    assert options["cap"].value == "2"
+    assert options["bound"].default
+    assert options["behaviour"].value == "automatic"
+    assert "clip" not in options
+    assert "gamma" not in options
+
+
+def test_where_it_goes_is_the_hosts_own_word() -> None:
+    host = Host("there", "there", ("there",), ">=1", ("1.0",), {"loss": "trainer.kl"}, "there.adapter")
+    assert explain("k2@loss", [host]).hosts == {"there": "trainer.kl"}
+    assert "no place" in explain("k1@reward", [host]).hosts["there"]
+
+
+def test_every_word_of_the_grammar_has_a_meaning() -> None:
+    assert set(OPTION_MEANINGS) == set(OPTION_ORDER)
+    assert set(PLACEMENT_MEANINGS) == set(PLACEMENTS)
+    assert set(CORRECTION_MEANINGS) == set(WORDS["is"])
+    assert set(BETA_MEANINGS) == set(BETA_ARITY)

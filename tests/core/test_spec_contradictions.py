@@ -1,0 +1,104 @@
+"""Every contradiction of the grammar is refused, at the part that is too much, with its reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from kl_plugins import KLSpec, KLSpecError
+
+WHOLE = ""
+
+CASES = [
+    # (spec, the part that the error points at, words of the reason)
+    ("k2@reward/is:token/allow:biased", "is:token", "@reward"),
+    ("k1@reward/is:none", "is:none", "@reward"),
+    ("k1@reward/behaviour:old", "behaviour:old", "@reward"),
+    ("k1@reward/cap:2", "cap:2", "@reward"),
+    ("k1@reward/band:0.5-2", "band:0.5-2", "@reward"),
+    ("k1@reward/norm", "norm", "@reward"),
+    ("k1@reward/clip:0.2", "clip:0.2", "@reward"),
+    ("k1@advantage/is:prefix", "is:prefix", "@advantage"),
+    ("k1@advantage/behaviour:sampler", "behaviour:sampler", "@advantage"),
+    ("k1@advantage/cap:2", "cap:2", "@advantage"),
+    ("k1@advantage/band:0-2", "band:0-2", "@advantage"),
+    ("k1@advantage/norm", "norm", "@advantage"),
+    ("k1@advantage/clip:0.2", "clip:0.2", "@advantage"),
+    ("k1@reward/horizon:token", "horizon:token", "@reward"),
+    ("k1@reward/horizon:sequence", "horizon:sequence", "@reward"),
+    ("k1@reward/future:k1", "future:k1", "@reward"),
+    ("k1@reward/gamma:0.9", "gamma:0.9", "@reward"),
+    ("k2@loss/top:20", "top:20", "exact"),
+    ("k1@advantage/future:exact/top:20", "top:20", "exact"),
+    ("exact@reward", WHOLE, "regularises nothing"),
+    ("exact@advantage/horizon:token", "horizon:token", "exact"),
+    ("exact@advantage/future:k1", "future:k1", "exact"),
+    ("exact@loss/is:token", "is:token", "token weight"),
+    ("exact@loss/horizon:sequence/is:token", "is:token", "token weight"),
+    ("exact@loss/clip:0.2", "clip:0.2", "no score coefficient"),
+    ("k2@loss/future:k1", "future:k1", "horizon:token"),
+    ("k2@loss/horizon:token/future:k3", "future:k3", "horizon:token"),
+    ("k2@loss/gamma:0.9", "gamma:0.9", "horizon:token"),
+    ("k2@loss/gamma:1", "gamma:1", "horizon:token"),
+    ("k1@advantage/horizon:token/gamma:0.9", "gamma:0.9", "horizon:token"),
+    ("k1@advantage/horizon:token/future:k1", "future:k1", "horizon:token"),
+    ("k2@loss/is:decision", "is:decision", "future"),
+    ("k2@loss/horizon:sequence/future:own", "future:own", "f-divergences"),
+    ("abs@loss/horizon:sequence/future:own", "future:own", "f-divergences"),
+    ("jsd@loss/horizon:sequence/future:k1", "future:k1", "f(delta_j)"),
+    ("alpha-0.5@loss/horizon:sequence/future:exact", "future:exact", "f(delta_j)"),
+    ("k2@loss/clip:0.2/is:token", "is:token", "clip"),
+    ("k2@loss/clip:0.2/is:none", "is:none", "clip"),
+    ("k2@loss/clip:0.2/cap:2", "cap:2", "clip"),
+    ("k2@loss/clip:0.2/band:0-2", "band:0-2", "clip"),
+    ("k2@loss/clip:0.2/norm", "norm", "clip"),
+    ("k2@loss/cap:2", "cap:2", "importance weight"),
+    ("k2@loss/is:none/cap:2", "cap:2", "importance weight"),
+    ("k2@loss/band:0-2", "band:0-2", "importance weight"),
+    ("k2@loss/norm", "norm", "importance weight"),
+    ("k2@loss/behaviour:old", "behaviour:old", "importance weight"),
+    # Wrong by theory: only with allow:biased.
+    ("k1@loss", WHOLE, "no divergence"),
+    ("k1@loss/is:token", WHOLE, "no divergence"),
+    ("k2@reward", WHOLE, "no divergence"),
+    ("k3@reward", WHOLE, "no divergence"),
+    ("k3+@advantage", WHOLE, "no divergence"),
+    ("abs@reward", WHOLE, "no divergence"),
+    ("jsd@advantage", WHOLE, "no divergence"),
+    ("k2@advantage/horizon:token", WHOLE, "no divergence"),
+    ("k3@loss/horizon:sequence", WHOLE, "no divergence"),
+    ("abs@loss/horizon:sequence", WHOLE, "no divergence"),
+    ("k2@loss/horizon:sequence/is:token", WHOLE, "no divergence"),
+    ("k2@loss/horizon:sequence/is:prefix", WHOLE, "no divergence"),
+    ("jsd@loss/horizon:sequence/is:prefix", WHOLE, "no divergence"),
+    ("k2@loss/horizon:sequence/clip:0.2", WHOLE, "no divergence"),
+    # And nowhere else.
+    ("k2@loss/allow:biased", "allow:biased", "reverse_kl_token"),
+    ("k1@reward/allow:biased", "allow:biased", "reverse_kl_sequence"),
+    ("exact@advantage/allow:biased", "allow:biased", "reverse_kl_sequence"),
+    ("jsd@loss/horizon:sequence/allow:biased", "allow:biased", "other_f_sequence"),
+]
+
+
+@pytest.mark.parametrize(("text", "part", "reason"), CASES, ids=[text for text, _, _ in CASES])
+def test_contradiction(text: str, part: str, reason: str) -> None:
+    with pytest.raises(KLSpecError) as caught:
+        KLSpec.parse(text)
+    error = caught.value
+    assert error.text == text
+    assert error.text[error.start : error.end] == (part or text)
+    assert reason in error.problem
+    assert error.expected
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "reason"), [case for case in CASES if case[1] == WHOLE and "reward" not in case[0]]
+)
+def test_allow_biased_lets_what_is_wrong_by_theory_through(text: str, part: str, reason: str) -> None:
+    spec = KLSpec.parse(f"{text}/allow:biased")
+    assert spec.target == "none"
+    assert spec.allow_biased
+
+
+def test_a_part_that_contradicts_is_refused_with_allow_biased_too() -> None:
+    with pytest.raises(KLSpecError, match="regularises nothing"):
+        KLSpec.parse("exact@reward/allow:biased")

@@ -1,0 +1,1 @@
+"""Other projects' own test-suites, run against kl-plugins: nothing of them is kept here."""

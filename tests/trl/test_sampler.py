@@ -1,0 +1,104 @@
+"""``behaviour:sampler``: the engine's log-probs, handed over through TRL's own rollout function."""
+
+import pytest
+import torch
+import trl
+from packaging.version import Version
+
+from kl_plugins import KLSpec, kl_term
+from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
+from kl_plugins.patches.trl.shared import session_of
+from tests.trl import support
+
+GAP = 0.3
+
+pytestmark = pytest.mark.skipif(
+    Version(trl.__version__) < ROLLOUT_WITHOUT_VLLM, reason="this TRL calls rollout_func only with vLLM"
+)
+
+
+def engine(broken_at: int | None = None):
+    """A rollout function whose log-probs are a constant ``GAP`` off the policy's, as a mismatched engine's would be."""
+
+    def rollout(prompts, trainer):
+        tokenizer = trainer.processing_class
+        generator = torch.Generator().manual_seed(0)
+        prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        lengths = [3 + i % 4 for i in range(len(prompts))]
+        completion_ids = [torch.randint(3, len(tokenizer), (n,), generator=generator).tolist() for n in lengths]
+        logprobs = []
+        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1)[torch.arange(len(completion)), completion] - GAP
+            logprobs.append(logp.tolist())
+        if broken_at is not None:
+            logprobs[0][broken_at] = float("nan")
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    return rollout
+
+
+def build(model, folder, spec, rollout=None, **changes):
+    args = GRPOConfig(**support.settings(folder, kl=spec, num_iterations=2, loss_type="dapo", **changes))
+    built = GRPOTrainer(
+        model, support.zero_reward, args=args, train_dataset=support.prompts(), rollout_func=rollout or engine()
+    )
+    support.shift(built)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("spec", "source"),
+    [
+        ("k2@loss/is:token/behaviour:sampler", "sampler"),
+        ("k2@loss/is:token", "sampler"),
+        ("k2@loss/is:sequence/cap:3", "sampler"),
+        ("k2@loss/is:token/behaviour:old", "old"),
+        ("k2@loss", "unused"),
+    ],
+)
+def test_weight_divides_by_the_log_probs_that_the_receipt_names(spec, source, model, tmp_path):
+    built = build(model, tmp_path, spec)
+    assert session_of(built).receipt().behaviour == source
+    inputs, found, _ = support.rollout_and_gradient(built)
+    mask = inputs["completion_mask"].bool()
+    assert mask.sum() < mask.numel()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    logp = built._get_per_token_logps_and_entropies(built.model, ids, attention, mask.shape[1])[0]
+    behaviour = {
+        "sampler": {"sampler_logp": inputs["sampling_per_token_logps"]},
+        "old": {"old_logp": inputs["old_per_token_logps"]},
+        "unused": {},
+    }[source]
+    term = kl_term(KLSpec.parse(spec), logp, inputs["ref_per_token_logps"], mask, **behaviour)
+    if spec == "k2@loss/is:token":
+        torch.testing.assert_close(term.weight[mask], torch.full((int(mask.sum()),), GAP).exp(), rtol=1e-3, atol=1e-4)
+    built.model.zero_grad()
+    (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
+    expected = support.gradient(built)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_nan_from_the_sampler_is_an_error_where_it_would_be_used(model, tmp_path):
+    built = build(model, tmp_path, "k2@loss/is:token", engine(broken_at=1))
+    with pytest.raises(ValueError, match=r"NaN.*1 of .*behaviour:old"):
+        support.rollout_and_gradient(built)
+
+
+@pytest.mark.parametrize("spec", ["k2@loss", "k2@loss/is:token/behaviour:old"])
+def test_nan_from_the_sampler_is_harmless_where_it_is_not_used(spec, model, tmp_path):
+    built = build(model, tmp_path, spec, engine(broken_at=1))
+    _, gradient, loss = support.rollout_and_gradient(built)
+    assert torch.isfinite(gradient).all()
+    assert torch.isfinite(loss)
+
+
+def test_metrics_show_the_mismatch(model, tmp_path):
+    built = build(model, tmp_path, "k2@loss/is:token", learning_rate=1e-6)
+    built.train()
+    weight = torch.tensor(GAP).exp().item()
+    assert support.log_of(built, "kl/weight/max")[0] == pytest.approx(weight, rel=1e-2)
+    assert support.log_of(built, "kl/trust_region")[0] == pytest.approx(weight - 1 - GAP, rel=2e-2)
