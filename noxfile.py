@@ -19,7 +19,7 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
-nox.options.sessions = ["lint", "core", "trl"]
+nox.options.sessions = ["lint", "core", "trl", "verl"]
 nox.options.default_venv_backend = "none"
 
 
@@ -84,6 +84,7 @@ TRL_OLDER = [
     for version in ("1.0", "0.28")
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
+VERL = Environment("verl-0.9", "", CONSTRAINTS / "verl-0.9.txt", locked=True)
 
 
 @nox.session
@@ -123,6 +124,18 @@ def trl_full(session: nox.Session, environment: Environment) -> None:
 def trl_vllm(session: nox.Session) -> None:
     """Test the TRL adapter with a real vLLM sampler on the CPU."""
     TRL_VLLM.run(session, "-m", "pytest", "--full", "tests/trl", "-m", "vllm")
+
+
+@nox.session
+def verl(session: nox.Session) -> None:
+    """Test the veRL adapter: real workers, a real run on the CPU, two Ray nodes, veRL's own tests."""
+    VERL.run(session, "-m", "pytest", "tests/verl")
+
+
+@nox.session
+def verl_full(session: nox.Session) -> None:
+    """Test the veRL adapter, all real runs included."""
+    VERL.run(session, "-m", "pytest", "--full", "tests/verl")
 
 
 @nox.session

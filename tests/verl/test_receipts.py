@@ -120,7 +120,7 @@ def test_workers_on_two_nodes_give_receipts_and_train(assets):
     result = two_nodes(assets)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "nodes 2" in result.stdout
-    assert re.findall(r"active in veRL \S+, rank (\d) of 2", result.stderr) == ["1", "2"]
+    assert re.findall(r"active in veRL \S+, rank (\d) of 2", result.stderr) == ["0", "1"]
     assert "trained 1.0" in result.stdout
 
 
