@@ -6,6 +6,7 @@ Until then nothing heavy is imported: the table of hooks comes with the first of
 from __future__ import annotations
 
 import logging
+import pkgutil
 import sys
 from typing import Any
 
@@ -32,6 +33,14 @@ failures: list[str] = []
 _attached = False
 
 
+class ConfigHook(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg,unused-ignore]
+    """The hook around veRL's validation of its config."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # By reference: a process without kl-plugins then gets veRL's own. Ray sends the legacy task runner by value.
+        return pkgutil.resolve_name, (f"{CONFIG}:validate_config",)
+
+
 def attach() -> None:
     """Put the hooks into veRL, now where it is imported and later where it is not. Safe to call twice."""
     global _attached
@@ -55,7 +64,7 @@ def detach() -> None:
 
     PATCHES.undo()
     config: Any = sys.modules.get(CONFIG)
-    if config is not None and isinstance(config.validate_config, wrapt.FunctionWrapper):
+    if config is not None and isinstance(config.validate_config, ConfigHook):
         config.validate_config = config.validate_config.__wrapped__
 
 
@@ -64,7 +73,7 @@ def _imported(module: Any) -> None:
         return
     try:
         if module.__name__ == CONFIG:
-            module.validate_config = wrapt.FunctionWrapper(module.validate_config, _validate_config)
+            module.validate_config = ConfigHook(module.validate_config, _validate_config)
             return
         from kl_plugins.patches.verl.targets import PATCHES
 

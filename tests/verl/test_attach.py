@@ -9,6 +9,7 @@ from importlib.metadata import entry_points, version
 import pytest
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.v1 import trainer_base
+from verl.utils import config as verl_config
 from verl.workers import engine_workers
 from verl.workers.utils import losses
 
@@ -80,6 +81,9 @@ def test_a_hook_travels_by_reference():
     assert cloudpickle.loads(cloudpickle.dumps(losses.ppo_loss)) is losses.ppo_loss
     method = engine_workers.TrainingWorker.train_batch
     assert cloudpickle.loads(cloudpickle.dumps(method)) is method
+    validate = verl_config.validate_config
+    assert isinstance(validate, verl.ConfigHook)
+    assert cloudpickle.loads(cloudpickle.dumps(validate)) is validate
 
 
 def test_detach_restores_verls_own_objects_and_attach_comes_back():
