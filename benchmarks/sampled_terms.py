@@ -1,7 +1,7 @@
-"""From how many tokens on does compiling the sampled terms pay? Eager and compiled ``kl_term``, interleaved.
+"""What does compiling the sampled terms save per call? Eager and compiled ``kl_term``, interleaved.
 
 Run as ``python -m benchmarks.sampled_terms``; writes ``out/bench/sampled_terms`` (JSON and a plot).
-:data:`kl_plugins.kernels.backend.COMPILE_ABOVE` is set from it.
+:data:`kl_plugins.kernels.backend.COMPILE_ABOVE` weighs it against the seconds that compiling takes.
 """
 
 from __future__ import annotations

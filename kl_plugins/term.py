@@ -11,6 +11,7 @@ from kl_plugins.metrics import term_metrics
 from kl_plugins.numerics import cast_saturating, check_shapes, compute_dtype, masked_exact
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from kl_plugins.spec import KLSpec
@@ -71,9 +72,8 @@ def kl_term(
     mask = mask.bool()
     dtype = compute_dtype(logp, ref_logp)
     behaviour = behaviour_log_probs(spec, old_logp, sampler_logp)
-    u, log_rho = log_ratios(logp, ref_logp, behaviour, mask, dtype)
-    exact_value = None if exact is None else masked_exact(exact, mask, dtype)
-    terms: SampledTerms = backend.run(loss_terms, spec, u, log_rho, mask, exact_value, like=u)
+    given = [None if t is None else t.detach() for t in (logp, ref_logp, behaviour, exact)]
+    terms, metrics = backend.run(_terms_and_metrics, spec, *given, mask, dtype, like=logp)
     own_is_exact = spec.estimator == "exact"
     loss = sampled_loss(logp, exact if own_is_exact else None, terms.value, terms.coefficient, terms.weight, mask)
     return KLTerm(
@@ -81,8 +81,25 @@ def kl_term(
         coefficient=cast_saturating(terms.coefficient, logp.dtype),
         loss=loss,
         weight=cast_saturating(terms.weight, logp.dtype),
-        metrics=term_metrics(terms, u, log_rho, mask, exact_value, own_is_exact=own_is_exact),
+        metrics=metrics,
     )
+
+
+def _terms_and_metrics(
+    spec: KLSpec,
+    logp: Tensor,
+    ref_logp: Tensor,
+    behaviour_logp: Tensor | None,
+    exact: Tensor | None,
+    mask: Tensor,
+    dtype: torch.dtype,
+) -> tuple[SampledTerms, dict[str, Tensor]]:
+    # One function, so that the compiled path reads the log-probs once: the metrics cost as much as the terms.
+    u, log_rho = log_ratios(logp, ref_logp, behaviour_logp, mask, dtype)
+    exact_value = None if exact is None else masked_exact(exact, mask, dtype)
+    terms = loss_terms(spec, u, log_rho, mask, exact_value)
+    own_is_exact = spec.estimator == "exact"
+    return terms, term_metrics(terms, u, log_rho, mask, exact_value, own_is_exact=own_is_exact)
 
 
 def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:

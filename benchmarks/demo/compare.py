@@ -156,7 +156,7 @@ def _conclude(
     console.print(report.table(ends, arms, reference, settings.beta))
     why = "" if backend["can_compile"] else f"; {backend['reason']}"
     console.print(
-        f"kl-plugins ran its {backend['used']} path ({backend['tokens_per_call']} tokens per call; compiling pays from "
+        f"kl-plugins ran its {backend['used']} path ({backend['tokens_per_call']} tokens per call; compiled from "
         f"{backend['compile_above']}){why}. {seconds:.0f} s on {workers} workers, {cores()} cores."
     )
     console.print(f"Written: {folder / 'curves.png'}, {folder / 'summary.json'}\n")

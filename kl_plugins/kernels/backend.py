@@ -19,7 +19,11 @@ BACKENDS = ("auto", "eager", "compiled")
 ENVIRONMENT_VARIABLE = "KL_PLUGINS_BACKEND"
 
 COMPILE_ABOVE = 65_536
-"""Elements per call from which compiling pays on a CPU; measured by ``python -m benchmarks.sampled_terms``."""
+"""Elements per call from which the terms are compiled.
+
+``python -m benchmarks.sampled_terms`` finds the compiled path no slower at any size on a CPU, but below this it saves a
+few milliseconds a call, which short runs do not earn back: compiling takes seconds, in every process.
+"""
 
 
 class BackendStatus(NamedTuple):
