@@ -8,34 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.sampled import SampledTerms, log_ratios
-from kl_plugins.metrics import REDUCTIONS, term_metrics
-from kl_plugins.numerics import compute_dtype
+from kl_plugins.metrics import REDUCTIONS
 
 TOKENS = "kl/tokens"
 """Carries the weights of the means from the workers to the trainer, which takes it out again."""
 
 UNWEIGHTED = ("kl/active", "kl/beta")
 """Keys that a micro-batch without tokens has as well."""
-
-
-def penalty_metrics(
-    penalty: Tensor, logp: Tensor, ref_logp: Tensor, sampler_logp: Tensor | None, mask: Tensor
-) -> dict[str, Tensor]:
-    """Diagnostics of a penalty in the score: its coefficient is the penalty itself, its weight 1.
-
-    Args:
-        penalty: (B, T) per unit beta, nats.
-        logp: (B, T) the trainer's log-probs of the rollout, nats.
-        ref_logp: (B, T) log-probs of the reference, nats.
-        sampler_logp: (B, T) the sampler's log-probs, nats, or None.
-        mask: (B, T) bool.
-    """
-    dtype = compute_dtype(logp, ref_logp)
-    u, log_rho = log_ratios(logp, ref_logp, sampler_logp, mask, dtype)
-    penalty = penalty.to(dtype).masked_fill(~mask, 0.0)
-    terms = SampledTerms(penalty, penalty, mask.to(dtype), torch.zeros_like(mask))
-    return term_metrics(terms, u, log_rho, mask)
 
 
 def worker_metrics(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kl_plugins.adapters.verl.beta import ScoreBeta
 from kl_plugins.adapters.verl.loss import MASK, OLD, SAMPLER
-from kl_plugins.adapters.verl.metrics import penalty_metrics
 from kl_plugins.controllers import observed_kl_sums
+from kl_plugins.metrics import penalty_metrics
 from kl_plugins.penalty import kl_penalty
 from kl_plugins.spec import KLSpec
 
