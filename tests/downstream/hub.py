@@ -80,7 +80,11 @@ def _tokenizer(special: dict[str, int]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which no model takes
     )
 
 
