@@ -1,4 +1,4 @@
-"""Start ``torchrun`` with two CPU processes, bounded in time, and leave none behind."""
+"""Start ``torchrun`` or ``accelerate launch`` with two CPU processes, bounded in time, and leave none behind."""
 
 import os
 import signal
@@ -17,7 +17,18 @@ def torchrun(*command: str, **environment: str) -> subprocess.CompletedProcess[s
         command: module and its arguments.
         environment: variables beside the present ones.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *command]
+    return _launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", *command, **environment)
+
+
+def accelerate_launch(*command: str) -> subprocess.CompletedProcess[str]:
+    """The same by ``accelerate launch``, whose ``--cpu`` would start one process only."""
+    options = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    port = "--main_process_port=0"  # any free one
+    return _launch("accelerate.commands.launch", "--multi_gpu", *options, port, "-m", *command, ACCELERATE_USE_CPU="1")
+
+
+def _launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", *arguments]
     process = subprocess.Popen(
         launcher, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

@@ -11,7 +11,7 @@ import yaml
 from kl_plugins import KLSpecError
 from kl_plugins.adapters.trl import diagnose, run
 from tests.trl import support
-from tests.trl.launch import LIMIT, ROOT, torchrun
+from tests.trl.launch import LIMIT, ROOT, accelerate_launch, torchrun
 
 
 @pytest.fixture
@@ -99,8 +99,9 @@ def test_plain_process(config_file):
     assert "kl-plugins: k2@loss/is:token active in TRL" in done.stderr
 
 
-def test_torchrun(config_file):
-    done = torchrun("kl_plugins", "run", "trl", "grpo", "--config", config_file(kl="k2@loss"))
+@pytest.mark.parametrize("launch", [torchrun, accelerate_launch])
+def test_two_processes(launch, config_file):
+    done = launch("kl_plugins", "run", "trl", "grpo", "--config", config_file(kl="k2@loss"))
     assert done.returncode == 0, done.stdout[-6000:]
     for rank in (0, 1):
         assert f"rank {rank} of 2" in done.stdout
