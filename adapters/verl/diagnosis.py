@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-from packaging.specifiers import SpecifierSet
-
+from kl_plugins.adapters.diagnosis import absent, source_findings, version_finding
 from kl_plugins.adapters.verl.host import HOST
 from kl_plugins.hosts import Finding
 
@@ -24,21 +23,17 @@ def _findings() -> Iterator[Finding]:
     try:
         found = version(HOST.distribution)
     except PackageNotFoundError:
-        yield Finding("absent", "verl", "not installed", "pip install 'kl-plugins[verl]' if you train with veRL")
+        yield absent(HOST, "veRL")
         return
-    remedy = f"install verl{HOST.supported}, or set KL_PLUGINS_ALLOW_UNTESTED=1 and check the kl/ metrics yourself"
-    if not SpecifierSet(HOST.supported).contains(found, prereleases=True):
-        yield Finding("fault", f"verl {found}", f"outside the checked versions {HOST.supported}", remedy)
+    verdict = version_finding(HOST, found)
+    yield verdict
+    if verdict.level == "fault":
         return
-    tested = (
-        "tested version" if found in HOST.tested else f"sources checked; the test-suite runs {', '.join(HOST.tested)}"
-    )
-    yield Finding("ok", f"verl {found}", tested)
-    yield from _source_findings(found, remedy)
+    yield from _source_findings(found)
     yield _entry_finding()
 
 
-def _source_findings(found: str, remedy: str) -> Iterator[Finding]:
+def _source_findings(found: str) -> Iterator[Finding]:
     from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, read_fingerprints
     from kl_plugins.patches.verl.support import installed_folder
 
@@ -47,13 +42,7 @@ def _source_findings(found: str, remedy: str) -> Iterator[Finding]:
     except ModuleNotFoundError as error:
         yield Finding("fault", f"verl {found}", str(error), "reinstall verl")
         return
-    changed = [name for name, digest in digests.items() if digest not in FINGERPRINTS[name].values()]
-    for name in changed:
-        yield Finding(
-            "fault", f"verl {found} {name}", f"its source is not one that was checked ({digests[name]})", remedy
-        )
-    if not changed:
-        yield Finding("ok", f"verl {found} sources", f"{len(digests)} wrapped functions have known fingerprints")
+    yield from source_findings(HOST, found, digests, FINGERPRINTS)
 
 
 def _entry_finding() -> Finding:
