@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 
@@ -52,3 +54,15 @@ def source_findings(
         yield Finding("fault", f"{subject} {name}", problem, remedy(host))
     if not changed:
         yield Finding("ok", f"{subject} sources", f"{len(digests)} wrapped functions have known fingerprints")
+
+
+def installed_folder(package: str) -> Path:
+    """Where a host's package lies, without importing it.
+
+    Raises:
+        ModuleNotFoundError: nowhere.
+    """
+    spec = PathFinder.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"kl-plugins: the package folder of {package} is not importable; reinstall it")
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,29 @@ def fingerprint_in_file(path: Path, qualname: str) -> str | None:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     node: ast.AST | None = None
     for name in qualname.split("."):
-        node = next((n for n in body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name), None)
+        node = next((n for n in body if isinstance(n, _DEFINITIONS) and n.name == name), None)
         if node is None:
             return None
         body = node.body
     return _digest(node)
+
+
+def fingerprints_in_folder(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
+    """The digests of functions in an unpacked package, without importing it.
+
+    Args:
+        folder: the package's folder, of any version.
+        names: ``module:qualname`` of each function, the module with the package's name.
+
+    Returns:
+        Digest by name, None where that version lacks the function.
+    """
+    found: dict[str, str | None] = {}
+    for name in names:
+        module, qualname = name.split(":")
+        path = folder.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        found[name] = fingerprint_in_file(path, qualname) if path.exists() else None
+    return found
 
 
 def _digest(node: ast.AST | None) -> str:
@@ -72,4 +90,5 @@ def _canonical(node: object) -> str:
     return repr(node)
 
 
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_params", "annotation", "returns"})

@@ -1,0 +1,51 @@
+"""Hooks where OpenRLHF generates: the sampler's log-probs are asked for, and missing ones are marked as missing."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from kl_plugins.adapters.openrlhf.sampler import Recorder, filled_up, mark_missing
+from kl_plugins.adapters.openrlhf.settings import needs_sampler, spec_of
+from kl_plugins.patches.arguments import Function, arguments
+
+_wanted: ContextVar[bool] = ContextVar("kl_plugins_openrlhf_log_probs_wanted", default=False)
+
+
+def dispatch_prompts(wrapped: Function, generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the dispatch of prompts, which builds the sampling parameters."""
+    if not needs_sampler(generator.args):
+        return wrapped(*args, **kwargs)
+    token = _wanted.set(True)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        _wanted.reset(token)
+
+
+def sampling_params(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around vLLM's class, by the name under which OpenRLHF builds it."""
+    if _wanted.get() and kwargs.get("logprobs") is None:
+        kwargs = {**kwargs, "logprobs": 1}
+    return wrapped(*args, **kwargs)
+
+
+async def execute(wrapped: Function, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the single-turn executor; the multi-turn one fails by itself where a log-prob is missing."""
+    named = arguments(wrapped, args, kwargs)
+    recorder = named["llm_engine"] = Recorder(named["llm_engine"])
+    response = await wrapped(**named)
+    if response["rollout_log_probs"] is not None:
+        start, _ = response["action_ranges"][0]
+        output = recorder.output.outputs[0]
+        mark_missing(response["rollout_log_probs"], start, output.token_ids, output.logprobs)
+    return response
+
+
+def process_response(wrapped: Function, generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the step from a response to an ``Experience``, whose padding would turn absent log-probs into 0.0."""
+    response, *rest = args
+    if spec_of(generator.args) is not None and response["rollout_log_probs"] is not None:
+        complete = filled_up(response["rollout_log_probs"], len(response["observation_tokens"]))
+        response = {**response, "rollout_log_probs": complete}
+    return wrapped(response, *rest, **kwargs)
