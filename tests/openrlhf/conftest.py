@@ -1,0 +1,85 @@
+"""Environment of the OpenRLHF tests: the CPU in place of a GPU, offline, one Ray cluster and one set of actors."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+
+if importlib.util.find_spec("openrlhf") is None:
+    pytest.skip("OpenRLHF is not installed", allow_module_level=True)
+os.environ.update(ENVIRONMENT)
+sys.path.append(str(CPU_HOST))
+with warnings.catch_warnings():
+    # Imported here, where the host may warn, and not while tests are collected, where a warning is an error.
+    warnings.simplefilter("ignore")
+    importlib.import_module("openrlhf_on_cpu").install()
+    importlib.import_module("openrlhf.trainer.ppo_trainer_async")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            # The host's own warnings are the host's business; ours stay errors.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+            item.add_marker(pytest.mark.filterwarnings("error:kl-plugins"))
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.openrlhf.assets import build
+
+    return build(tmp_path_factory.mktemp("assets"))
+
+
+@pytest.fixture(scope="session")
+def rollouts(assets: Path):
+    """Fixed rollouts of 8 sequences with the sampler's log-probs; see ``harness.Rollouts`` for variations."""
+    from tests.openrlhf.rollouts import make_rollouts
+
+    return make_rollouts(assets / "model")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A Ray job whose driver, this process, and whose workers all have kl-plugins attached."""
+    with local_cluster(attached=True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def harness(assets: Path, cluster: None):
+    """One policy and one reference actor, attached, for every test of the session."""
+    from tests.openrlhf.harness import Harness
+
+    return Harness(assets)
+
+
+@pytest.fixture(scope="session")
+def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.
+
+    The keys are those of ``harness.STOCK``.
+    """
+    import torch
+
+    from tests.openrlhf.harness import STOCK
+
+    output = tmp_path_factory.mktemp("stock") / "results.pt"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.harness", str(assets), str(output)]
+    variables = {**os.environ, **ENVIRONMENT}
+    result = subprocess.run(
+        command, input=json.dumps(STOCK), env=variables, cwd=ROOT, capture_output=True, text=True, timeout=420
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return torch.load(output)

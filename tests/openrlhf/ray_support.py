@@ -1,0 +1,77 @@
+"""Ray for tests: the environment of every process, clusters with ports and folders of their own."""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CPU_HOST = Path(__file__).parent / "cpu_host"
+
+ENVIRONMENT = {
+    "PYTHONPATH": str(CPU_HOST),
+    "DS_ACCELERATOR": "cpu",
+    # DeepSpeed compiles two small extensions at their first use: once per environment.
+    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "WANDB_MODE": "disabled",
+}
+
+
+def end_session(leader: int) -> None:
+    """Kill every process of the session that `leader` started; Ray's own processes are in it."""
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and os.getsid(int(folder.name)) == leader:
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+@contextmanager
+def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
+    """A Ray cluster of this process alone, with random ports, and gone with it.
+
+    Args:
+        attached: attach kl-plugins, here and in the workers, as ``kl-plugins run`` does.
+        settings: over those of ``ray.init`` below.
+    """
+    import ray
+
+    from tests.openrlhf import remote
+
+    if attached:
+        from kl_plugins.adapters.openrlhf import attach, ray_job
+
+        attach()
+        os.environ[ray_job.VARIABLE] = ray_job.with_hook(os.environ)
+    folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
+    defaults = {
+        "address": "local",
+        "num_cpus": 16,
+        "include_dashboard": False,
+        "object_store_memory": 150_000_000,
+        "_temp_dir": folder,
+        "log_to_driver": False,
+    }
+    ray.init(**{**defaults, **settings})
+    ray.cloudpickle.register_pickle_by_value(remote)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if attached:
+            del os.environ[ray_job.VARIABLE]
+        shutil.rmtree(folder, ignore_errors=True)
