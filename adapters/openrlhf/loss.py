@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.sampler import refuse_missing, usable
+from kl_plugins.adapters.openrlhf.settings import behaviour_source
 from kl_plugins.spec import KLSpec
 from kl_plugins.term import kl_term
 
@@ -49,7 +50,9 @@ class MicroBatch:
         """
         mask, old, sampler = experience.action_mask.bool(), experience.action_log_probs, experience.rollout_log_probs
         refuse_missing(spec, args, [(sampler, mask)])
-        return cls(spec, mask, old, usable(sampler, old))
+        # An agent may return log-probs that nobody asked for: the receipt says what the weight divides by.
+        used = behaviour_source(spec, args) != "old"
+        return cls(spec, mask, old, usable(sampler, old) if used else None)
 
     def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
         """The (B, T) term that OpenRLHF aggregates and multiplies by its coefficient.

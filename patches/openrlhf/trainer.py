@@ -46,16 +46,20 @@ def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    if session.spec.placement == "loss":
+    _confirm(trainer, session)
+    states = wrapped(*args, **kwargs)
+    if states.get("global_step"):
+        _restore(trainer, session, states.get(STATE_KEY))
+    return states
+
+
+def _confirm(trainer: Any, session: TrainerSession) -> None:
+    if session.spec.placement == "loss" and not session.confirmed:
         # Imported here: it needs Ray.
         from kl_plugins.adapters.openrlhf.receipts import collect
 
         collect(trainer.actor_model_group, session.spec, trainer.args)
     session.confirmed = True
-    states = wrapped(*args, **kwargs)
-    if states.get("global_step"):
-        _restore(trainer, session, states.get(STATE_KEY))
-    return states
 
 
 def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,11 +67,7 @@ def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: d
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    if not session.confirmed:
-        raise RuntimeError(
-            f"kl-plugins: nobody asked the workers for receipts of {session.spec}; this trainer does not begin as "
-            "OpenRLHF's own do, with init_checkpoint_states"
-        )
+    _confirm(trainer, session)
     status, step = wrapped(*args, **kwargs)
     if isinstance(trainer.kl_ctl, ScoreBeta):
         status.update(trainer.kl_ctl.metrics.reduced())

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -75,3 +76,10 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
         if attached:
             del os.environ[ray_job.VARIABLE]
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
