@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl lint typecheck bench-variance clean
+.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,10 +14,10 @@ demo: .venv/complete  ## train under five regularisers, draw the curves into out
 	$(call nox,demo)
 
 test: .venv/complete  ## lint, and every test that CI runs
-	$(call nox,lint core trl verl)
+	$(call nox,lint core trl verl openrlhf)
 
 test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
-	$(call nox,lint core_full trl_full trl_vllm verl_full)
+	$(call nox,lint core_full trl_full trl_vllm verl_full openrlhf_full)
 
 test-core: .venv/complete  ## tests that need no host framework
 	$(call nox,core)
@@ -27,6 +27,9 @@ test-trl: .venv/complete  ## tests against the newest TRL
 
 test-verl: .venv/complete  ## tests against veRL: real Ray workers and runs on the CPU (9 min on 2 cores)
 	$(call nox,verl)
+
+test-openrlhf: .venv/complete  ## tests against OpenRLHF: real Ray actors, runs with vLLM on the CPU (9 min on 2 cores)
+	$(call nox,openrlhf)
 
 lint: .venv/complete  ## ruff and mypy
 	$(call nox,lint)

@@ -19,7 +19,7 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
-nox.options.sessions = ["lint", "core", "trl", "verl"]
+nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf"]
 nox.options.default_venv_backend = "none"
 
 
@@ -32,6 +32,8 @@ class Environment:
     constraints: Path
     packages: tuple[str, ...] = ()
     locked: bool = False  # the constraints file is the whole list, installed without resolution
+    sources: tuple[str, ...] = ()  # built last, against what is installed by then
+    build_env: tuple[tuple[str, str], ...] = ()  # variables of those builds
 
     @property
     def python(self) -> str:
@@ -60,15 +62,17 @@ class Environment:
         session.run(sys.executable, "-m", "venv", str(self.folder), external=True)
         if self.locked:
             self._pip(session, "--no-deps", "-r", str(self.constraints))
+            if self.sources:
+                self._pip(session, "--no-deps", "--no-build-isolation", *self.sources, env=dict(self.build_env))
             self._pip(session, "--no-deps", "--no-build-isolation", "-e", ".")
         else:
             self._pip(session, "setuptools")  # isolated builds would fetch an unpinned one
             self._pip(session, "--no-build-isolation", "-e", f".[{self.extras}]", *self.packages)
         stamp.write_text(key)  # last: an interrupted installation leaves none
 
-    def _pip(self, session: nox.Session, *arguments: str) -> None:
+    def _pip(self, session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
         pins = () if self.locked else ("-c", str(self.constraints))
-        session.run(self.python, "-m", "pip", "install", *pins, *arguments, external=True)
+        session.run(self.python, "-m", "pip", "install", *pins, *arguments, external=True, env=env)
 
     def run(self, session: nox.Session, *default: str) -> None:
         """Run ``python`` with the session's own arguments, or with `default` where there are none."""
@@ -85,6 +89,14 @@ TRL_OLDER = [
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
 VERL = Environment("verl-0.9", "", CONSTRAINTS / "verl-0.9.txt", locked=True)
+OPENRLHF = Environment(
+    "openrlhf-0.11",
+    "",
+    CONSTRAINTS / "openrlhf-0.11.txt",
+    locked=True,
+    sources=("deepspeed==0.19.6",),
+    build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
+)
 
 
 @nox.session
@@ -136,6 +148,18 @@ def verl(session: nox.Session) -> None:
 def verl_full(session: nox.Session) -> None:
     """Test the veRL adapter, all real runs included."""
     VERL.run(session, "-m", "pytest", "--full", "tests/verl")
+
+
+@nox.session
+def openrlhf(session: nox.Session) -> None:
+    """Test the OpenRLHF adapter: real actors, a real run with vLLM on the CPU, two Ray nodes, OpenRLHF's own tests."""
+    OPENRLHF.run(session, "-m", "pytest", "tests/openrlhf")
+
+
+@nox.session
+def openrlhf_full(session: nox.Session) -> None:
+    """Test the OpenRLHF adapter, all real runs included."""
+    OPENRLHF.run(session, "-m", "pytest", "--full", "tests/openrlhf")
 
 
 @nox.session
