@@ -1,0 +1,174 @@
+"""What is refused, with its reason: at the arguments, before a model loads or Ray starts; the rest before an update."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
+
+from kl_plugins.adapters.openrlhf import attach, guards, require_receipts
+from kl_plugins.adapters.openrlhf.sampler import MISSING
+from kl_plugins.adapters.openrlhf.settings import behaviour_source, needs_sampler, spec_of
+from kl_plugins.patches.patch import UnsupportedHostError
+from kl_plugins.receipts import MissingReceiptError
+from tests.openrlhf.command_line import parse
+from tests.openrlhf.ray_support import ENVIRONMENT
+
+SPEC = "--algo.kl.estimator"
+LOSS = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token")
+SAMPLER = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token/behaviour:sampler")
+REWARD = (SPEC, "k1@reward")
+ADVANTAGE = (SPEC, "k1@advantage", "--algo.advantage.estimator", "group_norm")
+CORRECTED = ("--algo.advantage.is_correction_level", "token")
+
+
+@pytest.fixture(autouse=True)
+def attached():
+    attach()
+
+
+@pytest.mark.parametrize("flags", [LOSS, SAMPLER, REWARD, ADVANTAGE, (*ADVANTAGE[:2], "--algo.kl.target", "6")])
+def test_good_arguments_pass(assets, flags):
+    assert str(spec_of(parse(assets, flags))) in flags
+
+
+@pytest.mark.parametrize("flags", [(), (SPEC, "k3", "--algo.kl.use_loss"), ("--algo.kl.init_coef", "0")])
+def test_openrlhfs_own_estimators_are_no_specs(assets, flags):
+    assert spec_of(parse(assets, flags)) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (LOSS[1:], "add --algo.kl.use_loss"),
+        ((*REWARD, "--algo.kl.use_loss"), "drop --algo.kl.use_loss"),
+        ((*ADVANTAGE, "--algo.kl.use_loss"), "drop --algo.kl.use_loss"),
+        ((*LOSS, "--algo.kl.init_coef", "0"), "init_coef is 0, so OpenRLHF loads no reference model"),
+        ((*REWARD, "--algo.kl.init_coef", "0"), "init_coef is 0, so OpenRLHF loads no reference model"),
+        ((*LOSS, "--algo.kl.init_coef", "-1"), "drives the policy away"),
+        ((*LOSS, "--algo.kl.unbiased_gradient"), "drop it .k2@loss/is:token/cap:10/behaviour:old"),
+        ((*REWARD, "--algo.kl.unbiased_gradient"), "unbiased_gradient"),
+        (("--algo.kl.use_loss", SPEC, "k2@loss/beta:dual-0.1-0.01", "--algo.kl.target", "6"), "both control beta"),
+        (("--algo.kl.use_loss", SPEC, "exact@loss"), "logits of every token"),
+        ((*ADVANTAGE, "--actor.policy_loss_type", "gspo"), "ratio of the whole sequence"),
+    ],
+)
+def test_contradictions_are_refused(assets, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(assets, flags)
+
+
+def test_unknown_advantage_estimators_are_refused(assets):
+    args = parse(assets, ADVANTAGE)
+    args.algo.advantage.estimator = "brand_new"
+    with pytest.raises(ValueError, match=r"--algo\.advantage\.estimator brand_new"):
+        guards.checked(args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--ds.ring_attn_size", "2", "--vllm.num_engines", "1"),
+        ("--ds.tensor_parallel_size", "2"),
+        ("--data.max_images_per_prompt", "1"),
+    ],
+)
+def test_what_was_not_tested_is_refused_until_allowed(assets, flags, monkeypatch):
+    monkeypatch.delenv("KL_PLUGINS_ALLOW_UNTESTED", raising=False)
+    with pytest.raises(UnsupportedHostError, match=f"{flags[0]} > .* was not tested"):
+        parse(assets, (*LOSS, *flags))
+    assert parse(assets, flags)
+    monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")
+    with pytest.warns(RuntimeWarning, match="kl-plugins: .* was not tested"):
+        assert parse(assets, (*LOSS, *flags))
+
+
+def test_a_bad_spec_ends_the_program_before_ray_starts(assets):
+    program = "import sys; from kl_plugins.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        program,
+        "run",
+        "openrlhf.cli.train_ppo_ray",
+        SPEC,
+        "k2@loss/iss:token",
+    ]
+    result = subprocess.run(
+        command,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 2
+    assert "did you mean: is" in result.stderr
+    assert "Started a local Ray instance" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "source", "asks"),
+    [
+        (LOSS, "old", False),
+        ((*LOSS, *CORRECTED), "sampler", False),
+        (SAMPLER, "sampler", True),
+        ((*SAMPLER, *CORRECTED), "sampler", False),
+        ((*SAMPLER, "--actor.policy_loss_type", "gspo"), "sampler", True),
+        (("--algo.kl.use_loss", SPEC, "k2@loss/is:token/behaviour:old", *CORRECTED), "old", False),
+        (("--algo.kl.use_loss", SPEC, "k2@loss"), "unused", False),
+        (REWARD, "unused", False),
+    ],
+)
+def test_where_the_behaviour_policys_log_probs_come_from(assets, flags, source, asks):
+    args = parse(assets, flags)
+    assert (behaviour_source(spec_of(args), args), needs_sampler(args)) == (source, asks)
+
+
+@pytest.mark.parametrize("value", [MISSING, math.nan, -math.inf])
+def test_missing_log_probs_of_the_sampler_stop_the_run_before_the_update(harness, rollouts, value):
+    trainer = harness.start(SAMPLER)
+    with pytest.raises(ValueError, match=r"no finite log-prob for 1 of 43 response tokens.*say behaviour:old"):
+        harness.train(trainer, rollouts.with_log_prob(2, 1, value))
+    with pytest.raises(ValueError, match="no finite log-prob for 43 of 43"):
+        harness.train(trainer, rollouts.without_log_probs())
+    harness.train(trainer, rollouts.with_log_prob(2, 1, 0.0))  # a probability of 1 is one
+
+
+def test_missing_log_probs_do_not_matter_where_nothing_divides_by_them(harness, rollouts):
+    flags = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token/behaviour:old")
+    spoilt = harness.run(flags, rollouts.with_log_prob(2, 1, math.nan)).parameters
+    for name, value in harness.run(flags, rollouts).parameters.items():
+        assert value.equal(spoilt[name]), name
+
+
+def test_workers_that_nobody_asked_refuse_to_train(harness, rollouts):
+    trainer = harness.start(LOSS)
+    trainer._kl_plugins.confirmed = True  # as if the trainer had asked
+    with pytest.raises(Exception, match="its trainer never asked for receipts"):
+        harness.train(trainer, rollouts)
+
+
+def test_receipts_of_another_spec_stop_the_run_and_name_the_worker(harness, rollouts):
+    trainer = harness.start(LOSS)
+    trainer.args.algo.kl.estimator = "k3@loss"
+    with pytest.raises(MissingReceiptError, match=r"(?s)rank 0 \(pid \d+ on .*started with k2@loss/is:token"):
+        require_receipts(harness.policy, trainer.args)
+
+
+def test_a_replaced_controller_is_an_error(harness, rollouts):
+    trainer = harness.start(REWARD)
+    trainer.experience_maker.kl_ctl = FixedKLController(0.1)
+    with pytest.raises(RuntimeError, match="controller was replaced"):
+        harness.train(trainer, rollouts)
+
+
+def test_a_missing_reference_is_an_error(harness, rollouts):
+    trainer = harness.start(REWARD)
+    trainer.experience_maker.initial_model_group = None
+    with pytest.raises(RuntimeError, match="is there a reference model"):
+        harness.train(trainer, rollouts)
