@@ -34,6 +34,7 @@ class Environment:
     locked: bool = False  # the constraints file is the whole list, installed without resolution
     sources: tuple[str, ...] = ()  # built last, against what is installed by then
     build_env: tuple[tuple[str, str], ...] = ()  # variables of those builds
+    prepare: str = ""  # a program that ends the installation
 
     @property
     def python(self) -> str:
@@ -68,6 +69,8 @@ class Environment:
         else:
             self._pip(session, "setuptools")  # isolated builds would fetch an unpinned one
             self._pip(session, "--no-build-isolation", "-e", f".[{self.extras}]", *self.packages)
+        if self.prepare:
+            session.run(self.python, "-c", self.prepare, external=True, env=RUN_ENV)
         stamp.write_text(key)  # last: an interrupted installation leaves none
 
     def _pip(self, session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
@@ -96,6 +99,7 @@ OPENRLHF = Environment(
     locked=True,
     sources=("deepspeed==0.19.6",),
     build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
+    prepare="from tests.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
 )
 
 

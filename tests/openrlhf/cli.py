@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.openrlhf.command_line import MODULE
-from tests.openrlhf.ray_support import ENVIRONMENT, end_session, free_port
+from tests.openrlhf.ray_support import ENVIRONMENT, end_session, free_port, prepare_extensions
 
 DEFAULTS = {
     "--data.input_key": "input",
@@ -81,6 +81,7 @@ def run(
         seconds: bound of the whole.
         watch: called now and then with the output so far.
     """
+    prepare_extensions()
     work.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
     paths = {
@@ -98,7 +99,7 @@ def run(
     head = f"ray start --head --port={port} --temp-dir={folder} --num-cpus=16 --num-gpus={GPUS}"
     head += " --include-dashboard=false --object-store-memory=200000000 --disable-usage-stats"
     head += f" --ray-client-server-port={client_port}"
-    script = f'export PATH="{Path(sys.executable).parent}:$PATH"\n{head} >&2 || exit 99\nexec "$@"'
+    script = f'{head} >&2 || exit 99\nexec "$@"'
     variables = {**os.environ, **ENVIRONMENT, **(environment or {}), "RAY_ADDRESS": f"127.0.0.1:{port}"}
     output = work / "output.txt"
     with output.open("w") as stream:

@@ -1,9 +1,11 @@
 """Ray for tests: the environment of every process, clusters with ports and folders of their own."""
 
+import fcntl
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 CPU_HOST = Path(__file__).parent / "cpu_host"
+EXTENSIONS = Path(sys.prefix) / "torch_extensions"
+SEARCH_PATH = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
 
 ENVIRONMENT = {
+    "PATH": SEARCH_PATH,  # one ninja for all: a second one of another version compiles everything again
     "PYTHONPATH": str(CPU_HOST),
     "DS_ACCELERATOR": "cpu",
-    # DeepSpeed compiles two small extensions at their first use: once per environment.
-    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
@@ -29,6 +33,22 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "WANDB_MODE": "disabled",
 }
+
+
+def prepare_extensions() -> None:
+    """Compile what DeepSpeed else compiles at its first use: once per environment, in no process that may be killed."""
+    EXTENSIONS.mkdir(exist_ok=True)
+    with (EXTENSIONS / "guard").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        # Whoever is killed while it compiles leaves this behind, and then everybody waits for ever.
+        for lock in EXTENSIONS.glob("*/lock"):
+            lock.unlink()
+        if not (EXTENSIONS / "prepared").exists():
+            program = "from deepspeed.ops.op_builder.cpu import FusedAdamBuilder, ShareMemCommBuilder as Comm\n"
+            program += "FusedAdamBuilder().load(); Comm().load()"
+            command = [sys.executable, "-W", "ignore", "-c", program]
+            subprocess.run(command, env={**os.environ, **ENVIRONMENT}, check=True, timeout=900)
+            (EXTENSIONS / "prepared").touch()
 
 
 def end_session(leader: int) -> None:
@@ -53,6 +73,7 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
 
     from tests.openrlhf import remote
 
+    prepare_extensions()
     if attached:
         from kl_plugins.adapters.openrlhf import attach, ray_job
 
