@@ -45,7 +45,7 @@ async def execute(wrapped: Function, executor: Any, args: tuple[Any, ...], kwarg
 def process_response(wrapped: Function, generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the step from a response to an ``Experience``, whose padding would turn absent log-probs into 0.0."""
     response, *rest = args
-    if spec_of(generator.args) is not None and response["rollout_log_probs"] is not None:
+    if response["rollout_log_probs"] is not None and spec_of(getattr(generator, "args", None)) is not None:
         complete = filled_up(response["rollout_log_probs"], len(response["observation_tokens"]))
         response = {**response, "rollout_log_probs": complete}
     return wrapped(response, *rest, **kwargs)
