@@ -45,7 +45,8 @@ async def execute(wrapped: Function, executor: Any, args: tuple[Any, ...], kwarg
 def process_response(wrapped: Function, generator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the step from a response to an ``Experience``, whose padding would turn absent log-probs into 0.0."""
     response, *rest = args
-    if response["rollout_log_probs"] is not None and spec_of(getattr(generator, "args", None)) is not None:
+    settings = getattr(generator, "args", None)
+    if settings is not None and spec_of(settings) is not None and response["rollout_log_probs"] is not None:
         complete = filled_up(response["rollout_log_probs"], len(response["observation_tokens"]))
         response = {**response, "rollout_log_probs": complete}
     return wrapped(response, *rest, **kwargs)
