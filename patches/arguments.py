@@ -10,13 +10,39 @@ Function = Callable[..., Any]
 
 
 def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a function is called with, by name, defaults included.
+    """What a function is called with, by name, defaults included; to read, not to call with.
+
+    Ray gives the methods of its actors a signature with parameters that the functions do not have.
 
     Args:
-        function: without positional-only or variadic parameters.
+        function: has no positional-only parameters.
         args: positional arguments.
         kwargs: keyword arguments.
     """
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def replaced(
+    function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], **changes: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with other values for some arguments, and everything else passed as it was.
+
+    Args:
+        function: has no positional-only parameters.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        **changes: new values by name.
+
+    Returns:
+        Positional and keyword arguments.
+    """
+    positions = {name: index for index, name in enumerate(inspect.signature(function).parameters)}
+    positional, named = list(args), dict(kwargs)
+    for name, value in changes.items():
+        if positions[name] < len(positional):
+            positional[positions[name]] = value
+        else:
+            named[name] = value
+    return tuple(positional), named

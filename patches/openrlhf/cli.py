@@ -11,7 +11,7 @@ import wrapt
 
 from kl_plugins.adapters.openrlhf import flag, guards, settings
 from kl_plugins.adapters.openrlhf.host import ESTIMATOR_FLAG
-from kl_plugins.patches.arguments import Function, arguments
+from kl_plugins.patches.arguments import Function, replaced
 from kl_plugins.spec import KLSpec
 
 _launched: list[Any] = []
@@ -67,5 +67,5 @@ def hierarchize(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs:
 def create_vllm_engines(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the start of vLLM: engines have to be told at their start that log-probs will be asked for."""
     if _launched and settings.needs_sampler(_launched[0]):
-        return wrapped(**{**arguments(wrapped, args, kwargs), "logprobs_mode": "processed_logprobs"})
+        args, kwargs = replaced(wrapped, args, kwargs, logprobs_mode="processed_logprobs")
     return wrapped(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kl_plugins.adapters.openrlhf.sampler import Recorder, filled_up, mark_missing
 from kl_plugins.adapters.openrlhf.settings import needs_sampler, spec_of
-from kl_plugins.patches.arguments import Function, arguments
+from kl_plugins.patches.arguments import Function, arguments, replaced
 
 _wanted: ContextVar[bool] = ContextVar("kl_plugins_openrlhf_log_probs_wanted", default=False)
 
@@ -32,9 +32,9 @@ def sampling_params(wrapped: Function, instance: Any, args: tuple[Any, ...], kwa
 
 async def execute(wrapped: Function, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the single-turn executor; the multi-turn one fails by itself where a log-prob is missing."""
-    named = arguments(wrapped, args, kwargs)
-    recorder = named["llm_engine"] = Recorder(named["llm_engine"])
-    response = await wrapped(**named)
+    recorder = Recorder(arguments(wrapped, args, kwargs)["llm_engine"])
+    args, kwargs = replaced(wrapped, args, kwargs, llm_engine=recorder)
+    response = await wrapped(*args, **kwargs)
     if response["rollout_log_probs"] is not None:
         start, _ = response["action_ranges"][0]
         output = recorder.output.outputs[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kl_plugins.adapters.openrlhf.score import ScoreBeta
-from kl_plugins.patches.arguments import Function, arguments
+from kl_plugins.patches.arguments import Function, arguments, replaced
 from kl_plugins.patches.openrlhf import worker
 from kl_plugins.patches.openrlhf.cli import checked
 from kl_plugins.spec import KLSpec
@@ -96,16 +96,18 @@ def save_logs_and_checkpoints(wrapped: Function, trainer: Any, args: tuple[Any, 
     """Around logging and the regular checkpoint: the controllers' state goes into its client states."""
     named = arguments(wrapped, args, kwargs)
     if session_of(trainer) is not None and named["global_step"] % trainer.args.ckpt.save_steps == 0:
-        named["client_states"] = _with_state(trainer, named["client_states"])
-    return wrapped(**named)
+        states = _with_state(trainer, named["client_states"])
+        args, kwargs = replaced(wrapped, args, kwargs, client_states=states)
+    return wrapped(*args, **kwargs)
 
 
 def save_best_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The same around the checkpoint of the best model."""
     named = arguments(wrapped, args, kwargs)
     if session_of(trainer) is not None and named["eval_metrics"]:
-        named["client_states"] = _with_state(trainer, named["client_states"])
-    return wrapped(**named)
+        states = _with_state(trainer, named["client_states"])
+        args, kwargs = replaced(wrapped, args, kwargs, client_states=states)
+    return wrapped(*args, **kwargs)
 
 
 def _with_state(trainer: Any, client_states: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from kl_plugins.adapters.openrlhf.loss import MicroBatch, carried, current
 from kl_plugins.adapters.openrlhf.session import Session
 from kl_plugins.adapters.openrlhf.settings import behaviour_source, spec_of
 from kl_plugins.adapters.receipts import announce
-from kl_plugins.patches.arguments import Function, arguments
+from kl_plugins.patches.arguments import Function, arguments, replaced
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import looks_like_spec
 
@@ -53,11 +53,12 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
     session.require_confirmed()
     named = arguments(wrapped, args, kwargs)
     batch = MicroBatch.read(session.spec, trainer.args, named["experience"])
-    named["kl_ctl"] = beta = session.coefficient(named["kl_ctl"])
+    beta = session.coefficient(named["kl_ctl"])
+    args, kwargs = replaced(wrapped, args, kwargs, kl_ctl=beta)
     engine = trainer.actor.model
     before = engine.global_steps
     with carried(batch):
-        status = wrapped(**named)
+        status = wrapped(*args, **kwargs)
     session.finish(batch, beta)
     if engine.global_steps != before:  # DeepSpeed made an optimizer step of the accumulated gradients
         session.beta.step(trainer.strategy.ds_device_mesh["dp"].get_group())

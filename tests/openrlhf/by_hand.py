@@ -1,0 +1,146 @@
+"""What the hooks should give, computed without them; the first part runs inside OpenRLHF's policy workers, by value."""
+
+
+def losses(actor, cases, experience, beta):
+    """Gradients of OpenRLHF's training step under each spec, and of the same loss put together by hand.
+
+    The host's own step runs up to its ``backward``, which is where this function takes the loss; its gradient is that
+    with respect to the log-probs of the policy.
+
+    Args:
+        actor: a ``PolicyModelActor``.
+        cases: spec and whether the sampler's log-probs should be the behaviour policy's.
+        experience: one micro-batch.
+        beta: the host's coefficient.
+
+    Returns:
+        Per case: whether the two gradients are equal in every bit, the hand's gradient, and two of the step's metrics.
+    """
+    import torch
+    from openrlhf.models import aggregate_loss
+    from openrlhf.utils.loss_utils import get_loss_batch_info
+
+    from kl_plugins import KLSpec, kl_term
+
+    trainer, found = actor.trainer, []
+    strategy, mask = trainer.strategy, experience.action_mask
+    info = get_loss_batch_info(strategy, mask)
+    taken, outputs = [], []
+    watch = trainer.actor.register_forward_hook(lambda module, given, output: outputs.append(output[0]))
+    strategy.backward = lambda loss, *_: taken.append(loss)
+    strategy.optimizer_step = lambda *_, **__: None
+
+    try:
+        for text, sampler in cases:
+            spec = KLSpec.parse(text)
+            trainer.args.algo.kl.estimator = text
+            vars(trainer).pop("_kl_plugins", None)
+            from kl_plugins.patches.openrlhf.worker import receipt
+
+            receipt(actor, str(spec), "sampler" if sampler else "old" if spec.needs_behaviour else "unused")
+            metrics = trainer.training_step(experience, beta, 0, info)["metrics"]
+            logp = outputs.pop()
+            (hooked,) = torch.autograd.grad(taken.pop(), logp, retain_graph=True)
+            policy_loss = trainer.actor_loss_fn(
+                logp,
+                experience.action_log_probs,
+                experience.advantages,
+                action_mask=mask,
+                rollout_log_probs=experience.rollout_log_probs,
+                **info,
+            )[0]
+            term = kl_term(
+                spec,
+                logp,
+                experience.base_action_log_probs,
+                mask.bool(),
+                old_logp=None if sampler else experience.action_log_probs,
+                sampler_logp=experience.rollout_log_probs if sampler else None,
+            )
+            (expected,) = torch.autograd.grad(policy_loss + aggregate_loss(term.loss, mask, **info) * beta, logp)
+            shown = {key: float(metrics[key].mean()) for key in ("kl", "logprobs_diff")}
+            found.append((torch.equal(hooked, expected), expected, shown))
+    finally:
+        watch.remove()
+        del strategy.backward, strategy.optimizer_step
+    return found
+
+
+def controller(actor):
+    """State of a worker's beta controller."""
+    return dict(actor.trainer._kl_plugins.beta.state)
+
+
+def move(actor, scale):
+    """Move the policy away from what it was at rollout time, the same way each time."""
+    import torch
+
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in actor.actor.model.module.parameters():
+            parameter.add_((scale * torch.randn(parameter.shape, generator=random)).to(parameter.dtype))
+
+
+def token_rewards(rewards, kl, mask, beta):
+    """Reward at each response's last token, minus beta times the KL of each token; nested lists."""
+    rows = []
+    for reward, kls, live in zip(rewards, kl, mask, strict=True):
+        last = max(t for t, on in enumerate(live) if on)
+        rows.append(
+            [(-beta * k + (reward if t == last else 0.0)) * on for t, (k, on) in enumerate(zip(kls, live, strict=True))]
+        )
+    return rows
+
+
+def baselined(estimator, rewards, group):
+    """OpenRLHF's reward of each sequence after its group's baseline; a list."""
+    found = []
+    for start in range(0, len(rewards), group):
+        rows = rewards[start : start + group]
+        mean = sum(rows) / group
+        spread = (sum((r - mean) ** 2 for r in rows) / (group - 1)) ** 0.5
+        for r in rows:
+            if estimator == "rloo":
+                found.append(r - (sum(rows) - r) / (group - 1))
+            elif estimator in ("reinforce_baseline", "dr_grpo"):
+                found.append(r - mean)
+            elif estimator == "group_norm":
+                found.append((r - mean) / (spread + 1e-9))
+            elif estimator == "flash_reinforce":
+                found.append(r - sum(rewards) / len(rewards))
+            else:
+                found.append(r)
+    return found
+
+
+def advantages(estimator, rewards, kl, mask, beta, *, group, gamma, lambd, values):
+    """OpenRLHF's final advantages of a whole rollout, one list per sequence.
+
+    Args:
+        estimator: the value of ``--algo.advantage.estimator``.
+        rewards: of each sequence.
+        kl: what is subtracted from token rewards, per unit beta.
+        mask: 1 on response tokens.
+        beta: coefficient.
+        group: sequences per prompt.
+        gamma, lambd: of the estimator.
+        values: the critic's.
+    """
+    rows = []
+    rewarded = token_rewards(baselined(estimator, rewards, group), kl, mask, beta)
+    for tokens, live, value in zip(rewarded, mask, values, strict=True):
+        running, row = 0.0, [0.0] * len(tokens)
+        for t in reversed(range(len(tokens))):
+            if estimator == "gae":
+                following = value[t + 1] * live[t + 1] if t + 1 < len(tokens) else 0.0
+                running = tokens[t] + gamma * following - value[t] * live[t] + gamma * lambd * running
+            else:
+                running = tokens[t] + (gamma if estimator == "reinforce" else 1.0) * running
+            row[t] = running
+        rows.append(row)
+    if estimator not in ("gae", "reinforce", "reinforce_baseline"):
+        return rows
+    flat = [a for row, live in zip(rows, mask, strict=True) for a, on in zip(row, live, strict=True) if on]
+    mean = sum(flat) / len(flat)
+    variance = sum((a - mean) ** 2 for a in flat) / len(flat)
+    return [[(a - mean) / max(variance, 1e-8) ** 0.5 for a in row] for row in rows]

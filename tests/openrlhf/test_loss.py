@@ -1,0 +1,170 @@
+"""``@loss`` in OpenRLHF's real policy worker: gradients, beta, metrics, receipts, checkpoints."""
+
+import pytest
+import ray
+import torch
+
+from kl_plugins import KLSpec, kl_term
+from kl_plugins.metrics import REDUCTIONS
+from tests.openrlhf import by_hand
+from tests.openrlhf.command_line import ONE_STEP
+from tests.openrlhf.test_refusals import CORRECTED, LOSS, SAMPLER, SPEC
+
+USE = LOSS[:2]
+"""``--algo.kl.use_loss --algo.kl.estimator``; the spec follows."""
+
+OLD = (
+    "k2@loss",
+    "k3@loss",
+    "k3+@loss",
+    "abs@loss",
+    "jeffreys@loss",
+    "k1@loss/allow:biased",
+    "k2@loss/is:token",
+    "k2@loss/is:token/behaviour:old/cap:1.5",
+    "k2@loss/is:token/band:0.5-1.2",
+    "k2@loss/is:token/norm",
+    "k2@loss/clip:0.2",
+    "k2@loss/is:prefix",
+    "k2@loss/is:sequence/cap:5",
+    "k2@loss/horizon:sequence/is:decision",
+    "k2@loss/horizon:sequence/gamma:0.9/future:k3",
+)
+WITH_SAMPLER = (
+    "k2@loss/is:token/behaviour:sampler",
+    "k2@loss/is:prefix/behaviour:sampler/cap:5",
+    "k2@loss/horizon:sequence/is:decision/behaviour:sampler",
+    "k2@loss/clip:0.2/behaviour:sampler",
+)
+CASES = [(text, False) for text in OLD] + [(text, True) for text in WITH_SAMPLER]
+
+
+@pytest.fixture(scope="module")
+def computed(harness, rollouts):
+    """What :func:`tests.openrlhf.by_hand.losses` finds in the worker, by spec, after the policy has moved."""
+    ray.cloudpickle.register_pickle_by_value(by_hand)
+    trainer = harness.start((*LOSS, *ONE_STEP, "--rollout.micro_batch_size", "8"))
+    (experience,) = trainer.experience_maker.make_experience_batch(rollouts.experiences())
+    harness.ask(by_hand.move, 0.004)
+    (found,) = harness.ask(by_hand.losses, CASES, experience, 0.5)
+    return dict(zip([text for text, _ in CASES], found, strict=True))
+
+
+@pytest.mark.parametrize("text", [text for text, _ in CASES])
+def test_the_gradient_is_that_of_the_core_called_by_hand(computed, text):
+    equal, gradient, metrics = computed[text]
+    assert equal
+    assert gradient.abs().max() > 0.01
+    assert metrics["logprobs_diff"] != 0
+
+
+def test_specs_differ_from_one_another(computed):
+    same = [
+        (one, other)
+        for index, one in enumerate(computed)
+        for other in list(computed)[index + 1 :]
+        if torch.equal(computed[one][1], computed[other][1])
+    ]
+    assert same == [("k2@loss", "k3+@loss")]  # another value, the same coefficient
+
+
+def test_the_logged_kl_is_the_estimators_value(computed):
+    # OpenRLHF's adaptive controller reads it: weights and future terms are not in it.
+    assert computed["k2@loss/is:prefix"][2]["kl"] == pytest.approx(computed["k2@loss"][2]["kl"])
+    assert computed["k3@loss"][2]["kl"] > 0
+
+
+def test_metrics_are_weighted_by_tokens_over_micro_batches(harness, rollouts):
+    flags = (*USE, "k2@loss/is:token", *ONE_STEP)
+    (small,) = harness.run((*flags, "--train.micro_batch_size", "2"), rollouts).metrics
+    (whole,) = harness.run((*flags, "--train.micro_batch_size", "8"), rollouts).metrics
+    ours = {key for key in whole if key.startswith("kl/")}
+    assert ours == {key for key in small if key.startswith("kl/")} == {*REDUCTIONS, "kl/beta"} - {"kl/exact"}
+    linear = ("kl/value", "kl/reverse_k1", "kl/log_ratio/mean", "kl/coef/mean", "kl/cap_frac", "kl/active", "kl/beta")
+    for key in (*linear, *(key for key in ours if REDUCTIONS.get(key) == "max")):
+        assert small[key] == pytest.approx(whole[key], rel=1e-5), key
+    assert whole["kl/active"] == 1
+    assert whole["kl/beta"] == 0.5
+    assert all(isinstance(whole[key], float) for key in ours)
+
+
+def test_metrics_are_those_of_the_core(harness, rollouts):
+    flags = (*USE, "k2@loss/is:token/cap:1.01", *ONE_STEP, "--train.micro_batch_size", "8", *CORRECTED)
+    result = harness.run((*flags, "--rollout.micro_batch_size", "8"), rollouts)
+    (batch,) = result.experiences
+    logp = batch.action_log_probs  # before its first update the policy is the old one
+    term = kl_term(
+        KLSpec.parse("k2@loss/is:token/cap:1.01"),
+        logp,
+        batch.base_action_log_probs,
+        batch.action_mask.bool(),
+        sampler_logp=batch.rollout_log_probs,
+    )
+    assert term.metrics["kl/cap_frac"] > 0.1
+    for key, value in term.metrics.items():
+        assert result.metrics[0][key] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
+    assert result.receipts[0].behaviour == "sampler"
+
+
+def test_receipts_name_worker_target_and_behaviour(harness, rollouts):
+    trainer = harness.start(SAMPLER)
+    (receipt,) = harness.receipts(trainer)
+    assert (receipt.spec, receipt.target) == ("k2@loss/is:token/behaviour:sampler", "reverse_kl_token_behaviour")
+    assert (receipt.behaviour, receipt.rank, receipt.world_size, receipt.host) == ("sampler", 0, 1, "OpenRLHF")
+    assert "ActorPPOTrainer.training_step" in receipt.patches
+
+
+def test_the_specs_own_beta_moves_once_per_optimizer_step(harness, rollouts):
+    flags = (*USE, "k2@loss/beta:linear-1-0-4")
+    (metrics,) = harness.run(flags, rollouts).metrics  # 4 optimizer steps of 2 micro-batches each
+    assert metrics["kl/beta"] == pytest.approx((1 + 0.75 + 0.5 + 0.25) / 4)
+    (state,) = harness.ask(by_hand.controller)
+    assert (state["step"], state["beta"]) == (4, 0)
+
+
+def test_a_constant_schedule_is_the_hosts_coefficient(harness, rollouts):
+    ours = harness.run((*USE, "k2@loss/beta:linear-0.5-0.5-9", "--algo.kl.init_coef", "0.1"), rollouts).parameters
+    hosts = harness.run((*USE, "k2@loss", "--algo.kl.init_coef", "0.5"), rollouts).parameters
+    assert all(value.equal(hosts[name]) for name, value in ours.items())
+
+
+def test_openrlhfs_adaptive_controller_goes_on_with_the_specs_kl(harness, rollouts):
+    flags = (*USE, "k2@loss", "--algo.kl.target", "0.01", "--algo.kl.horizon", "80")
+    result = harness.run(flags, rollouts, steps=2)
+    assert result.metrics[0]["kl/beta"] == 0.5
+    assert result.metrics[1]["kl/beta"] == pytest.approx(0.5 * (1 + 0.2 * 8 / 80))
+
+
+@pytest.mark.parametrize("schedule", ["beta:dual-0.1-0.01", "beta:linear-1-0-20"])
+def test_a_checkpoint_holds_the_controller_and_resume_restores_it(harness, rollouts, tmp_path, schedule):
+    checkpoints = ("--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1")
+    flags = (*USE, f"k2@loss/{schedule}", *checkpoints)
+    trainer = harness.start(flags)
+    trainer.init_checkpoint_states()
+    harness.train(trainer, rollouts)
+    states = {"episode": 0, "global_step": 1, "total_consumed_prompts": 4, "data_loader_state_dict": {}}
+    trainer.save_logs_and_checkpoints(1, {}, states)
+    (left,) = harness.ask(by_hand.controller)
+    assert left["step"] == 4
+    resumed = harness.start((*flags, "--ckpt.load_enable"))
+    assert resumed.init_checkpoint_states()["global_step"] == 1
+    assert harness.ask(by_hand.controller) == [left]
+    harness.start(flags).init_checkpoint_states()
+    assert harness.ask(by_hand.controller)[0]["step"] == 0
+
+
+def test_another_schedules_state_is_not_taken(harness, rollouts, tmp_path, caplog):
+    checkpoints = ("--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1")
+    trainer = harness.start((*USE, "k2@loss/beta:linear-1-0-20", *checkpoints))
+    trainer.init_checkpoint_states()
+    trainer.save_logs_and_checkpoints(1, {}, {"episode": 0, "global_step": 1})
+    harness.start((*USE, "k2@loss/beta:cosine-1-0-20", *checkpoints, "--ckpt.load_enable")).init_checkpoint_states()
+    assert harness.ask(by_hand.controller)[0]["kind"] == "cosine"
+
+
+def test_nothing_of_ours_is_in_a_checkpoint_without_a_spec(harness, rollouts, tmp_path):
+    trainer = harness.start((SPEC, "k2", "--algo.kl.use_loss", "--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1"))
+    states = {"episode": 0}
+    trainer.save_logs_and_checkpoints(1, {}, states)
+    assert "kl_plugins" not in states
+    assert "_kl_plugins" not in vars(trainer)
