@@ -9,6 +9,7 @@ from kl_plugins.adapters.openrlhf.score import ScoreBeta
 from kl_plugins.patches.arguments import Function, arguments, replaced
 from kl_plugins.patches.openrlhf import worker
 from kl_plugins.patches.openrlhf.cli import checked
+from kl_plugins.patches.patch import Hook
 from kl_plugins.spec import KLSpec
 
 ATTRIBUTE = "_kl_plugins"
@@ -39,6 +40,16 @@ def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[st
     if spec is not None:
         trainer.kl_ctl = trainer.experience_maker.kl_ctl
         setattr(trainer, ATTRIBUTE, TrainerSession(spec))
+        _bind_hooks(trainer)
+
+
+def _bind_hooks(trainer: Any) -> None:
+    # OpenRLHF's trainers are Ray actors, and Ray gives the actor's class copies of the methods that it inherits. They
+    # were made while the module was imported, before the hooks went in, and would bypass them.
+    for owner in type(trainer).__mro__:
+        for name, hook in vars(owner).items():
+            if isinstance(hook, Hook) and name not in vars(trainer) and not name.startswith("__"):
+                vars(trainer)[name] = hook.__get__(trainer, type(trainer))
 
 
 def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
