@@ -57,20 +57,16 @@ def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    _confirm(trainer, session)
-    states = wrapped(*args, **kwargs)
-    if states.get("global_step"):
-        _restore(trainer, session, states.get(STATE_KEY))
-    return states
-
-
-def _confirm(trainer: Any, session: TrainerSession) -> None:
-    if session.spec.placement == "loss" and not session.confirmed:
+    if session.spec.placement == "loss":
         # Imported here: it needs Ray.
         from kl_plugins.adapters.openrlhf.receipts import collect
 
         collect(trainer.actor_model_group, session.spec, trainer.args)
     session.confirmed = True
+    states = wrapped(*args, **kwargs)
+    if states.get("global_step"):
+        _restore(trainer, session, states.get(STATE_KEY))
+    return states
 
 
 def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -78,7 +74,9 @@ def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: d
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    _confirm(trainer, session)
+    if not session.confirmed:
+        # The async trainer is asked for its states by remote call, which goes to Ray's copy and not through the hook.
+        trainer.init_checkpoint_states()
     status, step = wrapped(*args, **kwargs)
     if isinstance(trainer.kl_ctl, ScoreBeta):
         status.update(trainer.kl_ctl.metrics.reduced())

@@ -71,6 +71,16 @@ def controller(actor):
     return dict(actor.trainer._kl_plugins.beta.state)
 
 
+def pack_without_flash_attention(actor):
+    """Give OpenRLHF's packing the helpers of flash-attn that transformers has in plain torch."""
+    from openrlhf.models import ring_attn_utils
+    from transformers import modeling_flash_attention_utils as helpers
+
+    ring_attn_utils.index_first_axis = lambda tensor, indices: tensor[indices]
+    ring_attn_utils.pad_input = helpers._pad_input
+    ring_attn_utils.unpad_input = helpers._unpad_input
+
+
 def move(actor, scale):
     """Move the policy away from what it was at rollout time, the same way each time."""
     import torch

@@ -153,6 +153,17 @@ def test_a_checkpoint_holds_the_controller_and_resume_restores_it(harness, rollo
     assert harness.ask(by_hand.controller)[0]["step"] == 0
 
 
+def test_a_trainer_that_never_asks_for_its_states_resumes_with_its_first_step(harness, rollouts, tmp_path):
+    # The async trainer's states are asked for by a remote call that no hook sees.
+    flags = (*USE, "k2@loss/beta:linear-1-0-20", "--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1")
+    trainer = harness.start(flags)
+    harness.train(trainer, rollouts)
+    trainer.save_logs_and_checkpoints(1, {}, {"episode": 0, "global_step": 1})
+    resumed = harness.start((*flags, "--ckpt.load_enable"))
+    harness.train(resumed, rollouts)
+    assert harness.ask(by_hand.controller)[0]["step"] == 8
+
+
 def test_another_schedules_state_is_not_taken(harness, rollouts, tmp_path, caplog):
     checkpoints = ("--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1")
     trainer = harness.start((*USE, "k2@loss/beta:linear-1-0-20", *checkpoints))

@@ -1,0 +1,61 @@
+"""Packed and dynamic batches: the same regulariser, and one controller step per optimizer step.
+
+flash-attn, which OpenRLHF packs with, needs a GPU; here its helpers are transformers' own in plain torch, and attention
+is eager. Everything else is OpenRLHF's packing.
+"""
+
+import pytest
+import ray
+
+from tests.openrlhf import by_hand
+from tests.openrlhf import harness as module
+from tests.openrlhf.command_line import ONE_STEP, parse
+from tests.openrlhf.test_refusals import SPEC
+
+USE = ("--algo.kl.use_loss", SPEC)
+PACKED = ("--ds.packing_samples", "--vllm.num_engines", "1")
+DYNAMIC = ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "24", "--vllm.num_engines", "1")
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture
+def packing(harness, monkeypatch):
+    """The harness with packing that runs on a CPU."""
+    ray.cloudpickle.register_pickle_by_value(by_hand)
+    for group in (harness.policy, harness.reference):
+        ray.get([actor.__ray_call__.remote(by_hand.pack_without_flash_attention) for actor in group._actor_handlers])
+
+    def eager(*args, **kwargs):
+        args = parse(*args, **kwargs)
+        args.ds.attn_implementation = "eager"
+        return args
+
+    monkeypatch.setattr(module, "parse", eager)
+    return harness
+
+
+def test_packing_changes_neither_gradient_nor_metrics(packing, rollouts):
+    flags = (*USE, "k2@loss/is:prefix/behaviour:sampler/cap:5", *ONE_STEP)
+    plain, packed = (packing.run((*flags, *more), rollouts) for more in ((), PACKED))
+    assert plain.gradient.keys() == packed.gradient.keys()
+    for name, gradient in plain.gradient.items():
+        error = (gradient - packed.gradient[name]).norm() / gradient.norm().clamp_min(1e-6)
+        assert error < 0.05, name  # bfloat16, added up in another order
+    for key in ("kl/value", "kl/coef/mean", "kl/weight/max", "kl/ess"):
+        assert packed.metrics[0][key] == pytest.approx(plain.metrics[0][key], rel=0.02, abs=0.01), key
+
+
+def test_dynamic_batches_step_the_controller_once_per_optimizer_step(packing, rollouts):
+    result = packing.run((*USE, "k2@loss/beta:linear-1-0-4", *DYNAMIC), rollouts)
+    (state,) = packing.ask(by_hand.controller)
+    assert (state["step"], state["beta"]) == (4, 0)
+    assert 0.25 < result.metrics[0]["kl/beta"] < 1
+    assert result.metrics[0]["kl/active"] == 1
+
+
+@pytest.mark.parametrize("text", ["k1@advantage", "k1@reward"])
+def test_scores_reach_dynamic_batches(packing, rollouts, text):
+    result = packing.run((SPEC, text, "--algo.advantage.estimator", "group_norm", *DYNAMIC), rollouts)
+    assert result.metrics[0]["kl/active"] == 1
+    assert result.metrics[0]["kl/log_ratio/mean"] > 0.1
