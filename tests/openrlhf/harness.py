@@ -143,8 +143,7 @@ class Harness:
         trainer = self.start(flags)
         receipts = self.receipts(trainer)
         metrics, experiences = self.train(trainer, rollouts, steps=steps)
-        parameters, moments, count = self.ask(remote.state)[0]
-        gradient = moments if count == 1 else None
+        parameters, gradient = self.ask(remote.state)[0]
         return Result(metrics, parameters, gradient, experiences, trainer, receipts)
 
     def train(self, trainer: Any, rollouts: Rollouts, *, steps: int = 1) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -2,19 +2,20 @@
 
 
 def state(actor):
-    """Master weights, gradients of the first optimizer step, number of optimizer steps; every rank has to be asked."""
+    """Master weights, and the gradient where one optimizer step was made; every rank has to be asked."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     engine = actor.actor.model
+    named = dict(engine.module.named_parameters())
+    parameters = {name: safe_get_full_fp32_param(value).clone() for name, value in named.items()}
+    if engine.global_steps != 1:
+        return parameters, None
     # DeepSpeed links parameters to their optimizer state after the first group's first step, before others have one.
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()
-    beta = actor.actor_optim.param_groups[0]["betas"][0]
-    named = dict(engine.module.named_parameters())
-    parameters = {name: safe_get_full_fp32_param(value).clone() for name, value in named.items()}
-    # DeepSpeed drops gradients after the step; Adam's first moment after its first step is (1 - beta) times them.
-    moments = {name: safe_get_full_optimizer_state(value, "exp_avg") / (1 - beta) for name, value in named.items()}
-    return parameters, moments, engine.global_steps
+    # It drops gradients after the step; Adam's first moment after its first step is (1 - beta) times them.
+    rest = 1 - actor.actor_optim.param_groups[0]["betas"][0]
+    return parameters, {name: safe_get_full_optimizer_state(value, "exp_avg") / rest for name, value in named.items()}
 
 
 def imported(actor):
