@@ -13,12 +13,15 @@ VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 FIELD = "worker_process_setup_hook"
 
+PREFIX = "KL_PLUGINS_"
+"""Of our own environment variables; the workers, maybe on other nodes, get those of the launching process."""
+
 OWN_HOOK = "KL_PLUGINS_OWN_SETUP_HOOK"
 """Environment variable: set to 1, the job's own hook is left alone, because it calls ours."""
 
 
 def with_hook(environment: Mapping[str, str]) -> str:
-    """The job config of an environment, hook included. Safe to apply twice.
+    """The job config of an environment, hook and our own variables included. Safe to apply twice.
 
     Args:
         environment: of the process that will call ``ray.init``.
@@ -39,4 +42,7 @@ def with_hook(environment: Mapping[str, str]) -> str:
             f"kl-plugins: the Ray job's runtime environment has a {FIELD} already ({found}), and Ray takes one. Remove "
             f"it, or call {HOOK}() in it and set {OWN_HOOK}=1; a worker that it does not reach stops the run"
         )
+    ours = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
+    if ours:
+        runtime = {**runtime, "env_vars": {**ours, **(runtime.get("env_vars") or {})}}
     return json.dumps({**config, "runtime_env": {**runtime, FIELD: HOOK}})

@@ -116,6 +116,13 @@ def test_the_ray_job_gets_the_hook_and_keeps_the_rest():
     assert with_hook({VARIABLE: merged}) == merged
 
 
+def test_the_workers_get_our_own_variables():
+    job = {"runtime_env": {"env_vars": {"A": "1", "KL_PLUGINS_B": "job"}}}
+    environment = {VARIABLE: json.dumps(job), "KL_PLUGINS_ALLOW_UNTESTED": "1", "KL_PLUGINS_B": "process", "C": "2"}
+    variables = json.loads(with_hook(environment))["runtime_env"]["env_vars"]
+    assert variables == {"A": "1", "KL_PLUGINS_ALLOW_UNTESTED": "1", "KL_PLUGINS_B": "job"}
+
+
 def test_a_setup_hook_of_the_users_is_an_error_that_says_what_to_do():
     job = {"runtime_env": {"worker_process_setup_hook": "mine.set_up"}}
     with pytest.raises(ValueError, match=rf"mine\.set_up.*call {HOOK}\(\) in it and set {OWN_HOOK}=1"):
