@@ -67,7 +67,7 @@ def run(
     *,
     plugin: bool = True,
     environment: dict[str, str] | None = None,
-    seconds: float = 420,
+    seconds: float = 900,
     watch: Callable[[str], None] | None = None,
 ) -> Finished:
     """Run the program with `flags` over the defaults above, on a Ray cluster that starts and ends with it.

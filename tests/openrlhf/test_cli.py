@@ -11,7 +11,7 @@ KL = "--algo.kl.estimator"
 LOSS = ("--algo.kl.use_loss", KL)
 TWO_EPOCHS = ("--train.max_epochs", 2)
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def finished(result, least=2):
