@@ -71,19 +71,19 @@ def test_two_ranks(assets, tmp_path):
     assert [re.search(r"rank (\d) of 2", line)[1] for line in receipts(result)] == ["0", "1"]
 
 
-ASYNC = ["--train.async_enable", "--train.partial_rollout_enable", *TWO_EPOCHS, "--data.max_samples", 16]
-
-
 @pytest.mark.full
 def test_partial_rollouts_are_weighted_by_what_the_sampler_was(assets, tmp_path):
-    flags = [*ASYNC, "--actor.adam.lr", 1e-3, *LOSS]
+    # One update per rollout batch: the old policy is then the policy itself, however stale the sampler was.
+    flags = ["--train.async_enable", "--train.partial_rollout_enable", "--train.batch_size", 8]
+    flags += ["--data.max_samples", 16, "--actor.adam.lr", 1e-3, *LOSS]
     sampler, old = (
         finished(run(assets, tmp_path / source, [*flags, f"k2@loss/is:token/behaviour:{source}"]))
         for source in ("sampler", "old")
     )
-    # In its first epoch old is the policy itself, whatever sampled the tokens; only the sampler's log-probs show it.
-    spread = [[step["kl/ess"] for step in steps] for steps in (sampler, old)]
-    assert min(spread[0]) < min(spread[1])
+    assert all(step["kl/weight/max"] == pytest.approx(1, abs=0.02) for step in old)
+    assert all(step["kl/ess"] == pytest.approx(1, abs=1e-3) for step in old)
+    assert max(step["kl/weight/max"] for step in sampler) > 1.1
+    assert min(step["kl/ess"] for step in sampler) < 0.99
 
 
 @pytest.mark.full
