@@ -8,7 +8,17 @@ from torch import Tensor
 from kl_plugins.kernels.backend import run_compiled
 from kl_plugins.kernels.exact import eager
 from kl_plugins.kernels.exact.precise import repair
-from kl_plugins.kernels.exact.statistics import RowStatistics, RowSums, finish, row_gradients, row_sums
+from kl_plugins.kernels.exact.statistics import (
+    IGNORE_INDEX,
+    Options,
+    RowStatistics,
+    RowSums,
+    finish,
+    label_gradients,
+    label_logits,
+    row_gradients,
+    row_sums,
+)
 
 
 def forward(
@@ -26,12 +36,11 @@ def forward(
     Args:
         forced: raise where compiling fails, instead of taking the eager path.
     """
-    options = (scale, softcap, ref_softcap)
-    sums: RowSums = run_compiled(_sums, logits, ref_logits, labels, *options, forced=forced, instead=eager.sums)
-    statistics, doubtful = finish(sums, labels)
-    return repair(
-        statistics, doubtful, logits, ref_logits, labels, scale=scale, softcap=softcap, ref_softcap=ref_softcap
-    )
+    options = Options(scale, softcap, ref_softcap)
+    found = label_logits(logits, ref_logits, labels, options)
+    parts = run_compiled(_sums, logits, ref_logits, found.shift, options, forced=forced, instead=eager.eager_sums)
+    statistics, doubtful = finish(RowSums(*parts, found.shift, *found[:2]), labels)
+    return repair(statistics, doubtful, logits, ref_logits, labels, options)
 
 
 def backward(
@@ -51,36 +60,27 @@ def backward(
     """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
     if out is None:
         out = torch.empty_like(logits)
-    rows = (logits, ref_logits, labels, statistics, grad_kl, grad_logp, scale, softcap, ref_softcap, out)
-    run_compiled(_gradients, *rows, forced=forced, instead=eager.write_gradients)
-    return out
+    options = Options(scale, softcap, ref_softcap)
+    rows = (statistics, grad_kl, grad_logp, options, out)
+    # Before the first row is written: out may be the logits.
+    index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
+    kept = labels != IGNORE_INDEX
+    run_compiled(_gradients, logits, ref_logits, kept, *rows, forced=forced, instead=eager.write_gradients)
+    return out.scatter_(-1, index, at_label)
 
 
-def _sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> RowSums:
-    return row_sums(logits, ref_logits, labels, scale, softcap, ref_softcap)
+def _sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -> tuple[Tensor, ...]:
+    return row_sums(logits, ref_logits, shift, options)
 
 
 def _gradients(
     logits: Tensor,
     ref_logits: Tensor,
-    labels: Tensor,
+    kept: Tensor,
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     out: Tensor,
 ) -> None:
-    out.copy_(
-        row_gradients(
-            logits, ref_logits, labels, statistics, grad_kl, grad_logp, scale, softcap, ref_softcap, out.dtype
-        )
-    )
+    out.copy_(row_gradients(logits, ref_logits, kept, statistics, grad_kl, grad_logp, options, out.dtype))

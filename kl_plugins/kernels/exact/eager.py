@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact.precise import repair
-from kl_plugins.kernels.exact.statistics import RowStatistics, RowSums, finish, row_gradients, row_sums
+from kl_plugins.kernels.exact.statistics import (
+    IGNORE_INDEX,
+    Options,
+    RowStatistics,
+    RowSums,
+    finish,
+    label_gradients,
+    label_logits,
+    row_gradients,
+    row_sums,
+)
 
 TILE_BYTES = 16 * 2**20
 """Default bound on what a call holds beside its arguments and results: about what a CPU's caches hold."""
@@ -46,11 +56,11 @@ def forward(
     Returns:
         Statistics, (N,) each.
     """
-    found = sums(logits, ref_logits, labels, scale, softcap, ref_softcap, tile_bytes)
-    statistics, doubtful = finish(found, labels)
-    return repair(
-        statistics, doubtful, logits, ref_logits, labels, scale=scale, softcap=softcap, ref_softcap=ref_softcap
-    )
+    options = Options(scale, softcap, ref_softcap)
+    found = label_logits(logits, ref_logits, labels, options)
+    sums = RowSums(*eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found.shift, *found[:2])
+    statistics, doubtful = finish(sums, labels)
+    return repair(statistics, doubtful, logits, ref_logits, labels, options)
 
 
 def backward(
@@ -81,65 +91,35 @@ def backward(
     """
     if out is None:
         out = torch.empty_like(logits)
-    write_gradients(
-        logits,
-        ref_logits,
-        labels,
-        statistics,
-        grad_kl,
-        grad_logp,
-        scale,
-        softcap,
-        ref_softcap,
-        out,
-        tile_bytes,
-    )
-    return out
+    options = Options(scale, softcap, ref_softcap)
+    rows = (statistics, grad_kl, grad_logp, options, out)
+    # Before the first row is written: out may be the logits.
+    index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
+    write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, tile_bytes)
+    return out.scatter_(-1, index, at_label)
 
 
-def sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    tile_bytes: int = TILE_BYTES,
-) -> RowSums:
+def eager_sums(
+    logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, tile_bytes: int = TILE_BYTES
+) -> tuple[Tensor, ...]:
     """:func:`~kl_plugins.kernels.exact.statistics.row_sums`, tile by tile."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    result = RowSums(*torch.zeros(len(RowSums._fields), logits.shape[0], dtype=dtype, device=logits.device))
-    for rows in tiles(logits, tile_bytes):
-        found = row_sums(logits[rows], ref_logits[rows], labels[rows], scale, softcap, ref_softcap)
-        for target, source in zip(result, found, strict=True):
-            target[rows] = source
-    return result
+    parts = [row_sums(logits[rows], ref_logits[rows], shift[rows], options) for rows in tiles(logits, tile_bytes)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else (shift,) * 5
 
 
 def write_gradients(
     logits: Tensor,
     ref_logits: Tensor,
-    labels: Tensor,
+    kept: Tensor,
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     out: Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> None:
     """:func:`~kl_plugins.kernels.exact.statistics.row_gradients`, tile by tile, into ``out``."""
     for rows in tiles(logits, tile_bytes):
-        out[rows] = row_gradients(
-            logits[rows],
-            ref_logits[rows],
-            labels[rows],
-            RowStatistics(*(part[rows] for part in statistics)),
-            grad_kl[rows],
-            grad_logp[rows],
-            scale,
-            softcap,
-            ref_softcap,
-            out.dtype,
-        )
+        found = RowStatistics(*(part[rows] for part in statistics))
+        upstream = (grad_kl[rows], grad_logp[rows])
+        out[rows] = row_gradients(logits[rows], ref_logits[rows], kept[rows], found, *upstream, options, out.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import RowStatistics, log_ratio, saturated, scaled
+from kl_plugins.kernels.exact.statistics import Options, RowStatistics, log_ratio, saturated, scaled
 from kl_plugins.numerics import LINEAR_LIMIT
 
 TILE_BYTES = 32 * 2**20
@@ -17,45 +17,35 @@ def repair(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
 ) -> RowStatistics:
     """Compute the doubtful rows again, by two log-sum-exps in float64.
 
     Args:
         statistics: of all rows; overwritten in the doubtful ones.
         doubtful: (N,) bool, from :func:`~kl_plugins.kernels.exact.statistics.finish`.
-        logits, ref_logits, labels, scale, softcap, ref_softcap: as in the first pass.
+        logits, ref_logits, labels, options: as in the first pass.
 
     Returns:
         ``statistics``.
     """
     rows = doubtful.nonzero()[:, 0]
     step = max(1, TILE_BYTES // (8 * 6 * logits.shape[-1]))
-    for part in rows.split(step):
-        if part.numel():
-            found = precise_rows(logits[part], ref_logits[part], labels[part], scale, softcap, ref_softcap)
-            for target, source in zip(statistics, found, strict=True):
-                target[part] = source.to(target.dtype)
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        found = precise_rows(logits[part], ref_logits[part], labels[part], options)
+        for target, source in zip(statistics, found, strict=True):
+            target[part] = source
     return statistics
 
 
-def precise_rows(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> RowStatistics:
+def precise_rows(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options) -> RowStatistics:
     """The statistics of rows (n, V) by the textbook formulas in float64."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits, ref_logits = logits.double(), ref_logits.double()
-    z, u = scaled(logits, scale, softcap), scaled(ref_logits, scale, ref_softcap)
+    z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
     lse, ref_lse = z.logsumexp(-1), u.logsumexp(-1)
-    ratio = log_ratio(logits, ref_logits, scale, softcap, ref_softcap)
+    ratio = log_ratio(logits, ref_logits, *options)
     centre = (torch.exp(z - lse[:, None]) * ratio).sum(-1)
     # A reference without any mass is infinitely far, not a difference of infinities.
     kl = torch.where(ref_lse == -torch.inf, LINEAR_LIMIT, centre - lse + ref_lse)

@@ -6,8 +6,8 @@ With w = y - x = R - 1,
 
     KL(p || ref) = x + log R = y - (w - log1p(w)).
 
-The second form holds no difference of log-sum-exps: what it subtracts is of second order in d, like KL itself. It serves
-small divergences, the first large ones.
+The second form holds no difference of log-sum-exps: what it subtracts is of second order in d, like KL itself. It
+serves small divergences, the first large ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from kl_plugins.numerics import LINEAR_LIMIT
 IGNORE_INDEX = -100
 """Rows with this label give 0 and no gradient, whatever their logits hold."""
 
-AMPLIFICATION = 8.0
+AMPLIFICATION = 32.0
 """Rows whose sums are this many times larger than the KL that is left of them are computed again in float64."""
 
 NEGLIGIBLE = 1e-9
 """Below this size (nats) a loss of digits is nobody's concern."""
-
-_SERIES = (1 / 2, -1 / 6, 1 / 24, -1 / 120, 1 / 720, -1 / 5040, 1 / 40320)
 
 
 class RowStatistics(NamedTuple):
@@ -83,8 +81,8 @@ def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tupl
             ``sums.ref_mass`` it cannot overflow.
 
     Returns:
-        Statistics in the dtype of ``sums``, and a bool (N,): rows whose KL may have lost digits, or that overflowed, and
-        that have to be computed again (see :mod:`kl_plugins.kernels.exact.precise`).
+        Statistics in the dtype of ``sums``, and a bool (N,): rows whose KL may have lost digits, or that overflowed,
+        and that have to be computed again (see :mod:`kl_plugins.kernels.exact.precise`).
     """
     dtype = sums.mass.dtype
     maximum, mass, first, second, ref_mass, shift, label, ref_label = (part.double() for part in sums)
@@ -93,7 +91,7 @@ def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tupl
     log_ref_mass = (ref_mass / mass).log() if ref_lse is None else ref_lse.double() - lse
     w = y - x
     second_order = w - torch.log1p(w)
-    # Two forms of one number, each with the size of what was rounded: the one that loses less is taken. NaN is infinite.
+    # Two forms of one number, each with the size of what was rounded: the one that loses less is taken; NaN loses all.
     small, large = y - second_order, x + log_ref_mass
     loses_small = (y.abs() + second_order.abs()).nan_to_num(torch.inf)
     loses_large = (x.abs() + 2.0 + 0.0 * log_ref_mass).nan_to_num(torch.inf)
@@ -149,91 +147,137 @@ def k3(d: Tensor) -> Tensor:
     """exp(-d) - 1 + d for d between -1/2 and 1/2, to the last digit."""
     if d.dtype == torch.float64:
         return torch.expm1(-d) + d
-    polynomial = torch.full_like(d, _SERIES[-1])
-    for coefficient in reversed(_SERIES[:-1]):
-        polynomial = polynomial * d + coefficient
-    return polynomial * d * d
+    # Literals: the compiler would take numbers from a module's table for inputs that may change.
+    tail = 1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320)))
+    return d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * tail)))
 
 
-def row_sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-) -> RowSums:
+class Options(NamedTuple):
+    """What is the same in all rows.
+
+    Attributes:
+        scale: 1 / temperature.
+        softcap, ref_softcap: the models' final logit soft-caps, None for none.
+    """
+
+    scale: float
+    softcap: float | None
+    ref_softcap: float | None
+
+
+class LabelLogits(NamedTuple):
+    """Of each row's label, (N,): z, u, and their difference as :func:`log_ratio` has it, which is the shift c."""
+
+    label: Tensor
+    ref_label: Tensor
+    shift: Tensor
+
+
+def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options) -> LabelLogits:
+    """Read the labels' logits: d around them is small wherever the policies are close."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    index = labels.clamp_min(0)[:, None]
+    label, ref_label = (x.gather(-1, index)[:, 0].to(dtype) for x in (logits, ref_logits))
+    return LabelLogits(
+        scaled(label, options.scale, options.softcap),
+        scaled(ref_label, options.scale, options.ref_softcap),
+        log_ratio(label, ref_label, *options),
+    )
+
+
+def row_sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -> tuple[Tensor, ...]:
     """One pass over whole rows, in float32 (float64 for float64 logits).
 
     Args:
         logits, ref_logits: (N, V), any float dtype; policy and reference.
-        labels: (N,) int64.
-        scale: 1 / temperature.
-        softcap, ref_softcap: the models' final logit soft-caps, None for none.
+        shift: (N,) c, finite.
+        options: for all rows.
 
     Returns:
-        The sums, with the label's log-ratio as the shift: d is small wherever the policies are close.
+        The first five fields of :class:`RowSums`.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    index = labels.clamp_min(0)[:, None]
-    label, ref_label = logits.gather(-1, index).to(dtype), ref_logits.gather(-1, index).to(dtype)
-    shift = log_ratio(label, ref_label, scale, softcap, ref_softcap)
+    dtype, shift = shift.dtype, shift[:, None]
     logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    z, u = scaled(logits, scale, softcap), scaled(ref_logits, scale, ref_softcap)
-    d = log_ratio(logits, ref_logits, scale, softcap, ref_softcap) - shift
+    z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
+    d = log_ratio(logits, ref_logits, *options) - shift
     maximum = z.amax(-1, keepdim=True)
     e, r = torch.exp(z - maximum), torch.exp(u + (shift - maximum))
-    second = torch.where(d.abs() < 0.5, e * k3(d), r - e + e * d)
-    return RowSums(
-        maximum[:, 0],
-        e.sum(-1),
-        (e * d).sum(-1),
-        second.sum(-1),
-        r.sum(-1),
-        shift[:, 0],
-        scaled(label, scale, softcap)[:, 0],
-        scaled(ref_label, scale, ref_softcap)[:, 0],
-    )
+    # e = 0: the policy excludes the token, and what counts is the reference's mass there.
+    second = torch.where((d.abs() < 0.5) & (e > 0), e * k3(d), r - e + e * d)
+    return maximum[:, 0], e.sum(-1), (e * d).sum(-1), second.sum(-1), r.sum(-1)
 
 
 def row_gradients(
+    logits: Tensor,
+    ref_logits: Tensor,
+    kept: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    options: Options,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of ``grad_kl kl + grad_logp logp`` with respect to the policy's logits, but for the label's own part.
+
+    dKL/dz = p (z - u - E_p[z - u]) and dlogp/dz = onehot - p, times the derivative of scale and cap. The onehot is
+    added by :func:`label_gradients`, which costs nothing there.
+
+    Args:
+        logits, ref_logits: (N, V), or any columns of them.
+        kept: (N,) bool: False gives exactly 0, whatever the row holds.
+        statistics: of these rows.
+        grad_kl, grad_logp: (N,) upstream gradients.
+        options: for all rows.
+        dtype: of the result; what it cannot hold saturates.
+
+    Returns:
+        Gradients of the columns given.
+    """
+    info = torch.finfo(dtype)
+    gradient = _gradients(logits, ref_logits, statistics, grad_kl, grad_logp, options)
+    # torch.where, not a product: an ignored row may hold NaN.
+    return torch.where(kept[:, None], gradient.clamp(info.min, info.max), 0.0).to(dtype)
+
+
+def label_gradients(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     dtype: torch.dtype,
-) -> Tensor:
-    """Gradient of ``grad_kl . kl + grad_logp . logp`` with respect to the policy's logits.
-
-    dKL/dz = p (z - u - E_p[z - u]) and dlogp/dz = onehot - p, times the derivative of scale and cap.
-
-    Args:
-        logits, ref_logits, labels, scale, softcap, ref_softcap: as given to :func:`row_sums`.
-        statistics: of these rows.
-        grad_kl, grad_logp: (N,) upstream gradients.
-        dtype: of the result; what it cannot hold saturates.
+) -> tuple[Tensor, Tensor]:
+    """The label's column of the gradient, whole.
 
     Returns:
-        (N, V), exactly 0 in ignored rows.
+        (N, 1) its index, and (N, 1) the gradient there; 0 in ignored rows.
     """
-    compute = statistics.lse.dtype
-    logits, ref_logits = logits.to(compute), ref_logits.to(compute)
-    kept = labels != IGNORE_INDEX
-    to_kl, to_logp = grad_kl.to(compute)[:, None], grad_logp.to(compute)[:, None]
-    ratio = log_ratio(logits, ref_logits, scale, softcap, ref_softcap) - statistics.centre[:, None]
+    index, kept = labels.clamp_min(0)[:, None], (labels != IGNORE_INDEX)[:, None]
+    columns = (x.gather(-1, index) for x in (logits, ref_logits))
+    gradient = _gradients(*columns, statistics, grad_kl, grad_logp, options, grad_logp[:, None])
+    info = torch.finfo(dtype)
+    return index, torch.where(kept, gradient.clamp(info.min, info.max), 0.0).to(dtype)
+
+
+def _gradients(
+    logits: Tensor,
+    ref_logits: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    options: Options,
+    onehot: Tensor | None = None,
+) -> Tensor:
+    dtype, (scale, softcap, _) = statistics.lse.dtype, options
+    logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
+    ratio = log_ratio(logits, ref_logits, *options) - statistics.centre[:, None]
     # p <= 1 whatever lse was rounded to, and wherever z overflows.
     p = torch.exp((scaled(logits, scale, softcap) - statistics.lse[:, None]).clamp(max=0.0))
-    label = torch.arange(logits.shape[-1], device=logits.device) == labels[:, None]
-    gradient = p * (to_kl * ratio - to_logp) + torch.where(label, to_logp, 0.0)
+    gradient = p * (grad_kl.to(dtype)[:, None] * ratio - grad_logp.to(dtype)[:, None])
+    if onehot is not None:
+        gradient = gradient + onehot.to(dtype)
     if softcap is not None:
         gradient = gradient * (1 - torch.tanh(logits / softcap).square())
-    if scale != 1.0:
-        gradient = gradient * scale
-    info = torch.finfo(dtype)
-    # torch.where, not a product: an ignored row may hold NaN.
-    return torch.where(kept[:, None], gradient.clamp(info.min, info.max), 0.0).to(dtype)
+    return gradient if scale == 1.0 else gradient * scale
