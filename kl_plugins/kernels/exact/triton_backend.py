@@ -68,8 +68,17 @@ def forward(
     """
     index = labels.clamp_min(0)[:, None]
     label, ref_label = logits.gather(-1, index)[:, 0].float(), ref_logits.gather(-1, index)[:, 0].float()
-    options = {"scale": scale, "softcap": softcap, "ref_softcap": ref_softcap}
-    sums = part_sums(logits, ref_logits, labels, label, ref_label, **options, shift_again=True)
+    sums = part_sums(
+        logits,
+        ref_logits,
+        labels,
+        label,
+        ref_label,
+        scale=scale,
+        softcap=softcap,
+        ref_softcap=ref_softcap,
+        shift_again=True,
+    )
     whole = RowSums(
         sums.maximum,
         sums.mass,
@@ -135,6 +144,7 @@ def part_sums(
                 SHIFT_AGAIN=shift_again,
                 BLOCK=_block(vocab, FORWARD_BLOCK),
                 num_warps=FORWARD_WARPS,
+                enable_fp_fusion=True,  # said aloud: the default changes in Triton 3.10
             )
     return PartSums(*result)
 
@@ -162,7 +172,7 @@ def backward(
     block = _block(vocab, BACKWARD_BLOCK)
     if rows:
         with _on(logits):
-            gradient_kernel[(rows * triton.cdiv(vocab, block),)](
+            gradient_kernel[(rows * -(-vocab // block),)](
                 logits,
                 ref_logits,
                 labels != IGNORE_INDEX,
@@ -180,6 +190,7 @@ def backward(
                 *_caps(softcap, ref_softcap, torch.finfo(out.dtype).max),
                 BLOCK=block,
                 num_warps=BACKWARD_WARPS,
+                enable_fp_fusion=True,
             )
     return out if target is out else out.copy_(target)
 
@@ -191,7 +202,7 @@ def _caps(softcap: float | None, ref_softcap: float | None, *between: float) -> 
 
 
 def _block(vocab: int, largest: int) -> int:
-    return min(largest, max(128, triton.next_power_of_2(vocab)))
+    return min(largest, max(128, 1 << (vocab - 1).bit_length()))
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
@@ -200,7 +211,7 @@ def _unit_stride(logits: Tensor) -> Tensor:
 
 def _on(logits: Tensor) -> AbstractContextManager[object]:
     # Triton launches on the current device, which in a process with several need not be the tensor's.
-    return torch.cuda.device_of(logits) if logits.is_cuda else nullcontext()
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _check_dtype(*tensors: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels of the exact KL: the sums of a row in one pass over the vocabulary, and the gradient in another.
 
-The formulas are those of :mod:`kl_plugins.kernels.exact.statistics`. No libdevice function is used: those exist neither in
-Triton's interpreter nor under the same names in all its versions.
+The formulas are those of :mod:`kl_plugins.kernels.exact.statistics`. No libdevice function is used: those exist neither
+in Triton's interpreter nor under the same names in all its versions.
 """
 
 # No ``from __future__ import annotations``: Triton reads the annotations of its kernels.
