@@ -185,13 +185,16 @@ def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Op
     )
 
 
-def row_sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -> tuple[Tensor, ...]:
+def row_sums(
+    logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, maximum: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """One pass over whole rows, in float32 (float64 for float64 logits).
 
     Args:
         logits, ref_logits: (N, V), any float dtype; policy and reference.
         shift: (N,) c, finite.
         options: for all rows.
+        maximum: (N,) max z over whole rows, where these are parts of them.
 
     Returns:
         The first five fields of :class:`RowSums`.
@@ -200,7 +203,7 @@ def row_sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options
     logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
     z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
     d = log_ratio(logits, ref_logits, *options) - shift
-    maximum = z.amax(-1, keepdim=True)
+    maximum = z.amax(-1, keepdim=True) if maximum is None else maximum[:, None]
     e, r = torch.exp(z - maximum), torch.exp(u + (shift - maximum))
     # e = 0: the policy excludes the token, and what counts is the reference's mass there.
     second = torch.where((d.abs() < 0.5) & (e > 0), e * k3(d), r - e + e * d)
