@@ -60,7 +60,7 @@ def forward(
     found = label_logits(logits, ref_logits, labels, options)
     sums = RowSums(*eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found.shift, *found[:2])
     statistics, doubtful = finish(sums, labels)
-    return repair(statistics, doubtful, logits, ref_logits, labels, options)
+    return repair(statistics, doubtful, logits, ref_logits, labels, options, tile_bytes)
 
 
 def backward(

@@ -8,7 +8,7 @@ from torch import Tensor
 from kl_plugins.kernels.exact.statistics import Options, RowStatistics, log_ratio, saturated, scaled
 from kl_plugins.numerics import LINEAR_LIMIT
 
-TILE_BYTES = 32 * 2**20
+TILE_BYTES = 4 * 2**20
 
 
 def repair(
@@ -18,6 +18,7 @@ def repair(
     ref_logits: Tensor,
     labels: Tensor,
     options: Options,
+    tile_bytes: int = TILE_BYTES,
 ) -> RowStatistics:
     """Compute the doubtful rows again, by two log-sum-exps in float64.
 
@@ -25,12 +26,13 @@ def repair(
         statistics: of all rows; overwritten in the doubtful ones.
         doubtful: (N,) bool, from :func:`~kl_plugins.kernels.exact.statistics.finish`.
         logits, ref_logits, labels, options: as in the first pass.
+        tile_bytes: bound on the temporaries; at least one row's are needed.
 
     Returns:
         ``statistics``.
     """
     rows = doubtful.nonzero()[:, 0]
-    step = max(1, TILE_BYTES // (8 * 6 * logits.shape[-1]))
+    step = max(1, tile_bytes // (8 * 8 * logits.shape[-1]))
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
         found = precise_rows(logits[part], ref_logits[part], labels[part], options)
