@@ -10,7 +10,15 @@ import triton
 from torch import Tensor
 
 from kl_plugins.kernels.backend import BackendError, BackendStatus
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics, RowSums, finish, log_ratio, scaled
+from kl_plugins.kernels.exact.statistics import (
+    IGNORE_INDEX,
+    LabelLogits,
+    Options,
+    RowStatistics,
+    RowSums,
+    finish,
+    label_logits,
+)
 from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel
 
 # Tokens per step, and warps per program. Forward keeps four sums per lane: larger blocks leave room for fewer programs
@@ -66,29 +74,10 @@ def forward(
 
     Nothing is computed in float64 but a few numbers per row, and the host never waits for the device.
     """
-    index = labels.clamp_min(0)[:, None]
-    label, ref_label = logits.gather(-1, index)[:, 0].float(), ref_logits.gather(-1, index)[:, 0].float()
-    sums = part_sums(
-        logits,
-        ref_logits,
-        labels,
-        label,
-        ref_label,
-        scale=scale,
-        softcap=softcap,
-        ref_softcap=ref_softcap,
-        shift_again=True,
-    )
-    whole = RowSums(
-        sums.maximum,
-        sums.mass,
-        sums.first,
-        sums.second,
-        sums.ref_mass,
-        sums.shift,
-        scaled(label, scale, softcap),
-        scaled(ref_label, scale, ref_softcap),
-    )
+    options = Options(scale, softcap, ref_softcap)
+    at_label = label_logits(logits, ref_logits, labels, options)
+    sums = part_sums(logits, ref_logits, labels, at_label, options, shift_again=True)
+    whole = RowSums(sums.maximum, *sums[2:], *at_label[:2])
     ref_lse = sums.ref_maximum.double() + sums.ref_mass.double().log() + sums.shift.double()
     # What the kernel passed again is no longer doubtful, and ref_lse cannot overflow.
     return finish(whole, labels, ref_lse)[0]
@@ -98,22 +87,18 @@ def part_sums(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
-    label: Tensor,
-    ref_label: Tensor,
+    at_label: LabelLogits,
+    options: Options,
     *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
     shift_again: bool = False,
 ) -> PartSums:
-    """One pass over a part of the vocabulary.
+    """One pass over rows, or over the same columns of all rows.
 
     Args:
         logits, ref_logits: (N, V), 16 or 32 bits; policy and reference.
         labels: (N,) int64, read for :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` only: such rows hold 0.
-        label, ref_label: (N,) float32, the label's logits as the models gave them; the label may be in another part.
-        scale: 1 / temperature.
-        softcap, ref_softcap: the models' final logit soft-caps, None for none.
+        at_label: of each row's label, which may be in other columns.
+        options: for all rows.
         shift_again: pass rows whose label is an outlier once more, around E_p[z - u]. Parts of one row must not: they
             have to share their shift.
 
@@ -123,7 +108,6 @@ def part_sums(
     _check_dtype(logits, ref_logits)
     rows, vocab = logits.shape
     logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
-    shift = log_ratio(label, ref_label, scale, softcap, ref_softcap)
     result = torch.zeros(len(PartSums._fields), rows, dtype=torch.float32, device=logits.device)
     if rows:
         with _on(logits):
@@ -131,16 +115,14 @@ def part_sums(
                 logits,
                 ref_logits,
                 labels != IGNORE_INDEX,
-                scaled(label, 1.0, softcap),
-                scaled(ref_label, 1.0, ref_softcap),
-                shift,
+                *(part.contiguous() for part in at_label),
                 result,
                 logits.stride(0),
                 ref_logits.stride(0),
                 rows,
                 vocab,
-                scale,
-                *_caps(softcap, ref_softcap),
+                options.scale,
+                *_caps(options.softcap, options.ref_softcap),
                 SHIFT_AGAIN=shift_again,
                 BLOCK=_block(vocab, FORWARD_BLOCK),
                 num_warps=FORWARD_WARPS,

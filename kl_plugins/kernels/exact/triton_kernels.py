@@ -99,8 +99,8 @@ def row_sums_kernel(
         if wanted:
             # The maxima start at the label. From -inf, a first block without policy mass would lose the reference's.
             state = (
-                tl.maximum(tl.load(label_ptr + row), -1e30),
-                tl.maximum(tl.load(ref_label_ptr + row), -1e30),
+                tl.maximum(tl.load(label_ptr + row) / scale, -1e30),
+                tl.maximum(tl.load(ref_label_ptr + row) / scale, -1e30),
                 tl.zeros([BLOCK], tl.float32),
                 tl.zeros([BLOCK], tl.float32),
                 tl.zeros([BLOCK], tl.float32),

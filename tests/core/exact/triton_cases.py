@@ -122,7 +122,12 @@ def _strided(logits: Tensor, margin: int) -> Tensor:
 
 def reference(case: Case) -> Results:
     """The same in float64, by the textbook."""
-    logits, ref_logits, labels, grad_kl, grad_logp = inputs(case)
+    return reference_of(inputs(case), case)
+
+
+def reference_of(given: Inputs, case: Case) -> Results:
+    """The same of inputs that were altered."""
+    logits, ref_logits, labels, grad_kl, grad_logp = given
     kept = labels != -100
     logits = logits.double().masked_fill(~kept[:, None], 0.0).requires_grad_()
     logp = torch.log_softmax(_scaled(logits, case.temperature, case.softcap), -1)
