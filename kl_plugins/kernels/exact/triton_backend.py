@@ -123,7 +123,7 @@ def part_sums(
                 vocab,
                 options.scale,
                 *_caps(options.softcap, options.ref_softcap),
-                SHIFT_AGAIN=shift_again,
+                PASSES=2 if shift_again else 1,
                 BLOCK=_block(vocab, FORWARD_BLOCK),
                 num_warps=FORWARD_WARPS,
                 enable_fp_fusion=True,  # said aloud: the default changes in Triton 3.10

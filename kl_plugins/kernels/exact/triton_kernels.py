@@ -46,11 +46,10 @@ def _capped(z, u, scale, cap, ref_cap, CAPPED: tl.constexpr, REF_CAPPED: tl.cons
 
 @triton.jit
 def _add_block(
-    z_row, u_row, columns, inside, state, scale, shift, cap, ref_cap,
+    z_row, u_row, columns, inside, max_z, max_u, s, a, y, r, scale, shift, cap, ref_cap,
     MASKED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
 ):  # fmt: skip
     """Add one block of the vocabulary to the sums, which are kept per lane."""
-    max_z, max_u, s, a, y, r = state
     if MASKED:
         z = tl.load(z_row + columns, mask=inside, other=0.0).to(tl.float32)
         u = tl.load(u_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -85,7 +84,7 @@ def _add_block(
 def row_sums_kernel(
     z_ptr, u_ptr, kept_ptr, label_ptr, ref_label_ptr, shift_ptr, sums_ptr,
     z_stride, u_stride, rows, vocab, scale, cap, ref_cap,
-    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr, SHIFT_AGAIN: tl.constexpr,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr, PASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row: writes maxima, masses, first, second and shift to ``sums_ptr``, (7, rows)."""
@@ -95,43 +94,36 @@ def row_sums_kernel(
     columns = tl.arange(0, BLOCK)
     whole = vocab // BLOCK * BLOCK
     wanted = tl.load(kept_ptr + row) != 0  # an ignored row is not read, whatever it holds
-    for attempt in range(2):
+    for attempt in range(PASSES):
         if wanted:
             # The maxima start at the label. From -inf, a first block without policy mass would lose the reference's.
-            state = (
-                tl.maximum(tl.load(label_ptr + row) / scale, -1e30),
-                tl.maximum(tl.load(ref_label_ptr + row) / scale, -1e30),
-                tl.zeros([BLOCK], tl.float32),
-                tl.zeros([BLOCK], tl.float32),
-                tl.zeros([BLOCK], tl.float32),
-                tl.zeros([BLOCK], tl.float32),
-            )
+            max_z = tl.maximum(tl.load(label_ptr + row) / scale, -1e30)
+            max_u = tl.maximum(tl.load(ref_label_ptr + row) / scale, -1e30)
+            lanes_s, lanes_a = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            lanes_y, lanes_r = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
             for start in tl.range(0, whole, BLOCK, num_stages=3):
-                state = _add_block(
-                    z_row, u_row, start + columns, columns < BLOCK, state, scale, shift, cap, ref_cap,
-                    False, CAPPED, REF_CAPPED, SAME_CAP,
+                max_z, max_u, lanes_s, lanes_a, lanes_y, lanes_r = _add_block(
+                    z_row, u_row, start + columns, columns < BLOCK, max_z, max_u, lanes_s, lanes_a, lanes_y, lanes_r,
+                    scale, shift, cap, ref_cap, False, CAPPED, REF_CAPPED, SAME_CAP,
                 )  # fmt: skip
             if whole < vocab:
-                state = _add_block(
-                    z_row, u_row, whole + columns, whole + columns < vocab, state, scale, shift, cap, ref_cap,
-                    True, CAPPED, REF_CAPPED, SAME_CAP,
+                rest = whole + columns
+                max_z, max_u, lanes_s, lanes_a, lanes_y, lanes_r = _add_block(
+                    z_row, u_row, rest, rest < vocab, max_z, max_u, lanes_s, lanes_a, lanes_y, lanes_r,
+                    scale, shift, cap, ref_cap, True, CAPPED, REF_CAPPED, SAME_CAP,
                 )  # fmt: skip
-            top, ref_top, lanes_s, lanes_a, lanes_y, lanes_r = state
             s, a, y, r = tl.sum(lanes_s, 0), tl.sum(lanes_a, 0), tl.sum(lanes_y, 0), tl.sum(lanes_r, 0)
-            tl.store(sums_ptr + row, top * scale)
-            tl.store(sums_ptr + rows + row, ref_top * scale)
+            tl.store(sums_ptr + row, max_z * scale)
+            tl.store(sums_ptr + rows + row, max_u * scale)
             tl.store(sums_ptr + 2 * rows + row, s)
             tl.store(sums_ptr + 3 * rows + row, a)
             tl.store(sums_ptr + 4 * rows + row, y)
             tl.store(sums_ptr + 5 * rows + row, r)
             tl.store(sums_ptr + 6 * rows + row, shift)
-            if SHIFT_AGAIN:
-                # The label is an outlier: KL is the small difference of large sums. Around E_p[z - u] it is not.
-                wanted = (attempt == 0) & (a * a > OUTLIER * y * s)
-                if wanted:
-                    shift += a / s
-            else:
-                wanted = attempt > 0
+            # Where the label is an outlier, KL is the small difference of large sums. Around E_p[z - u] it is not.
+            wanted = (attempt + 1 < PASSES) & (a * a > OUTLIER * y * s)
+            if wanted:
+                shift += a / s
 
 
 @triton.jit

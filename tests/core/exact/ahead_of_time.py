@@ -38,7 +38,7 @@ def compile_kernel(kernel: Any, arch: int, dtype: str, flags: tuple[str, ...], b
     for position, name in enumerate(kernel.arg_names):
         if name.isupper():
             signature[name] = "constexpr"
-            constants[name] = block if name == "BLOCK" else name in (*flags, "SHIFT_AGAIN")
+            constants[name] = {"BLOCK": block, "PASSES": 2}.get(name, name in flags)
         elif name in ("z_ptr", "u_ptr", "out_ptr"):
             signature[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
