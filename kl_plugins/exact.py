@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 
 import torch
 
 from kl_plugins.kernels.exact.linear import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, LinearInputs
 from kl_plugins.kernels.exact.linear_autograd import (
-    LinearKL,
-    LinearLoss,
+    linear_loss,
+    linear_rows,
     settings_of,
     tensors_of,
     wanted_gradients,
 )
-from kl_plugins.kernels.exact.logits import LogitsKL, RowOptions
+from kl_plugins.kernels.exact.logits import RowOptions, logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX
+from kl_plugins.kernels.exact.top_k import top_k
+from kl_plugins.numerics import Limits, masked_difference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+
+_F = TypeVar("_F", bound="Callable[..., object]")
+
+
+def _opaque(function: _F) -> _F:
+    # An outer torch.compile calls these as they are: they choose and compile their own kernels.
+    disabled: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+DEFAULT_BOUND = 30.0
+"""Largest log-weight of a sampled tail, as a spec's ``bound`` has it by default."""
 
 
 class ExactKL(NamedTuple):
@@ -40,7 +57,7 @@ class ExactKLLoss(NamedTuple):
     ref_logp: Tensor
 
 
-@torch.compiler.disable
+@_opaque
 def exact_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -50,6 +67,8 @@ def exact_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
     ref_softcap: float | None = None,
+    top: int | None = None,
+    behaviour_logp: Tensor | None = None,
     backend: str = "auto",
     max_tile_bytes: int | None = None,
 ) -> ExactKL:
@@ -64,6 +83,10 @@ def exact_kl(
         mask: (...) True where a position counts; the others give 0 and no gradient, whatever they hold.
         temperature: divides the logits of both, as in sampling.
         softcap, ref_softcap: final logit soft-caps, for logits that were taken before the model's own capping.
+        top: only the policy's ``top`` most probable tokens are summed, the others enter by the sampled label, unbiased
+            (a spec's ``top:<k>``); None for all.
+        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data: what
+            ``is:prefix`` and ``is:decision`` need (their weight ends one token earlier). Else leave it out.
         backend: ``auto``, ``eager``, ``compiled`` or ``triton``; ``auto`` heeds ``KL_PLUGINS_EXACT_BACKEND``.
         max_tile_bytes: bound on temporaries beside arguments, results and the gradient (one row's at least).
 
@@ -83,7 +106,15 @@ def exact_kl(
     labels = _labels(labels, mask, shape)
     options = _options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
     rows = (_rows(logits), _rows(ref_logits.detach()), labels.reshape(-1))
-    kl, logp, ref_logp, *_ = LogitsKL.apply(*rows, options)
+    if top is None:
+        if behaviour_logp is not None:
+            raise ValueError("behaviour_logp weights the sampled tail of top=; without top nothing is sampled")
+        kl, logp, ref_logp, *_ = logits_kl(*rows, options)
+    else:
+        if top < 1:
+            raise ValueError(f"top={top}: must be at least 1")
+        weight = None if behaviour_logp is None else _tail_weight(rows, behaviour_logp, options)
+        kl, logp, ref_logp, *_ = top_k(*rows, weight, top, options)
     return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_logp.reshape(shape))
 
 
@@ -130,7 +161,7 @@ def linear_kl(
 ) -> ExactKLLoss: ...
 
 
-@torch.compiler.disable
+@_opaque
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -203,12 +234,22 @@ def linear_kl(
     wanted = wanted_gradients(inputs)
     if kl_weight is None and logp_weight is None:
         rows_first = wanted.hidden and not (wanted.weight or wanted.bias or differentiable_logp)
-        found = LinearKL.apply(*tensors_of(inputs), settings_of(inputs), rows_first)
+        found = linear_rows(*tensors_of(inputs), settings_of(inputs), rows_first)
         kl, logp, ref_logp = (part.reshape(shape) for part in found[:3])
         return ExactKL(kl, logp if differentiable_logp else logp.detach(), ref_logp)
     weights = [_weight(kl_weight, shape, hidden), _weight(logp_weight, shape, hidden)]
-    loss, *rows = LinearLoss.apply(*tensors_of(inputs), settings_of(inputs), *weights, wanted)[:4]
+    loss, *rows = linear_loss(*tensors_of(inputs), settings_of(inputs), *weights, wanted)[:4]
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
+
+
+def _tail_weight(rows: tuple[Tensor, Tensor, Tensor], behaviour_logp: Tensor, options: RowOptions) -> Tensor:
+    if behaviour_logp.numel() != rows[2].numel():
+        raise ValueError(f"behaviour_logp {tuple(behaviour_logp.shape)}: must be one per position")
+    with torch.no_grad():
+        logp = logits_kl(*rows, options)[1]
+    kept = (rows[2] != IGNORE_INDEX)[None]
+    log_weight = masked_difference(logp[None], behaviour_logp.detach().reshape(1, -1), kept, logp.dtype)
+    return Limits.of(logp.dtype, DEFAULT_BOUND).exponent(log_weight)[0].exp()
 
 
 def _rows(tensor: Tensor) -> Tensor:

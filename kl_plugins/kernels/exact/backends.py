@@ -99,8 +99,8 @@ def _load(name: str, tile_bytes: int | None, *, forced: bool) -> ExactBackend:
     if name == "eager":
         from kl_plugins.kernels.exact import eager
 
-        bound = {} if tile_bytes is None else {"tile_bytes": tile_bytes}
-        return ExactBackend(name, partial(eager.forward, **bound), partial(eager.backward, **bound))
+        bound = eager.TILE_BYTES if tile_bytes is None else tile_bytes
+        return ExactBackend(name, partial(eager.forward, tile_bytes=bound), partial(eager.backward, tile_bytes=bound))
     if name == "compiled":
         from kl_plugins.kernels.exact import compiled
 

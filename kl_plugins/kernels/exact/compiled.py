@@ -12,12 +12,12 @@ from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     Options,
     RowStatistics,
-    RowSums,
     finish,
     label_gradients,
     label_logits,
     row_gradients,
     row_sums,
+    whole_rows,
 )
 
 
@@ -39,7 +39,7 @@ def forward(
     options = Options(scale, softcap, ref_softcap)
     found = label_logits(logits, ref_logits, labels, options)
     parts = run_compiled(_sums, logits, ref_logits, found.shift, options, forced=forced, instead=eager.eager_sums)
-    statistics, doubtful = finish(RowSums(*parts, found.shift, *found[:2]), labels)
+    statistics, doubtful = finish(whole_rows(parts, found), labels)
     return repair(statistics, doubtful, logits, ref_logits, labels, options)
 
 

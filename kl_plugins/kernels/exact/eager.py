@@ -12,12 +12,12 @@ from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     Options,
     RowStatistics,
-    RowSums,
     finish,
     label_gradients,
     label_logits,
     row_gradients,
     row_sums,
+    whole_rows,
 )
 
 TILE_BYTES = 16 * 2**20
@@ -58,7 +58,7 @@ def forward(
     """
     options = Options(scale, softcap, ref_softcap)
     found = label_logits(logits, ref_logits, labels, options)
-    sums = RowSums(*eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found.shift, *found[:2])
+    sums = whole_rows(eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found)
     statistics, doubtful = finish(sums, labels)
     return repair(statistics, doubtful, logits, ref_logits, labels, options, tile_bytes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class LinearKL(torch.autograd.Function):
             scaled = torch.where(rows == 0, 0.0, rows.to(grad_kl.dtype) * grad_kl[:, None])
             return cast_saturating(scaled, ctx.dtype), None, None, *unused
         tensors, statistics = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
-        found = LinearGradient.apply(*tensors, ctx.settings, *statistics, grad_kl, grad_logp, ctx.needs_input_grad[:3])
+        found = linear_gradient(*tensors, ctx.settings, *statistics, grad_kl, grad_logp, ctx.needs_input_grad[:3])
         return *found, *unused
 
 
@@ -155,3 +156,13 @@ class LinearLoss(torch.autograd.Function):
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, *(None,) * (_TENSORS - 3 + 4)
+
+
+linear_rows: Callable[..., tuple[Tensor, ...]] = LinearKL.apply
+""":class:`LinearKL` as the function it is."""
+
+linear_gradient: Callable[..., tuple[Tensor | None, ...]] = LinearGradient.apply
+""":class:`LinearGradient` as the function it is."""
+
+linear_loss: Callable[..., tuple[Tensor, ...]] = LinearLoss.apply
+""":class:`LinearLoss` as the function it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,8 @@ class LogitsKL(torch.autograd.Function):
         """Statistics of the rows (N, V)."""
         check_labels(labels, logits.shape[-1])
         with torch.autocast(logits.device.type, enabled=False):
-            return tuple(options.backend_for(logits).forward(logits, ref_logits, labels, **options.for_rows))
+            found = options.backend_for(logits).forward(logits, ref_logits, labels, **options.for_rows)
+        return found.kl, found.logp, found.ref_logp, found.lse, found.centre
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -72,13 +74,13 @@ class LogitsKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
         """Both gradients at once, in the dtype of the logits."""
-        return LogitsGradient.apply(*ctx.saved_tensors, grad_kl, grad_logp, ctx.options), None, None, None
+        return logits_gradient(*ctx.saved_tensors, grad_kl, grad_logp, ctx.options), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """A batch of rows is more rows."""
-        found = LogitsKL.apply(*(_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)))
-        return tuple(part.unflatten(0, (info.batch_size, -1)) for part in found), (0,) * len(found)
+        found = logits_kl(*(_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)))
+        return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
 
 
 class LogitsGradient(torch.autograd.Function):
@@ -118,7 +120,7 @@ class LogitsGradient(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         """A batch of rows is more rows."""
         rows = [_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
-        return LogitsGradient.apply(*rows).unflatten(0, (info.batch_size, -1)), 0
+        return logits_gradient(*rows).reshape(info.batch_size, -1, rows[0].shape[-1]), 0
 
 
 def _flat(value: Any, dim: int | None, size: int) -> Any:
@@ -126,3 +128,10 @@ def _flat(value: Any, dim: int | None, size: int) -> Any:
         return value
     batched = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
     return batched.flatten(0, 1)
+
+
+logits_kl: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = LogitsKL.apply
+""":class:`LogitsKL` as the function it is."""
+
+logits_gradient: Callable[..., Tensor] = LogitsGradient.apply
+""":class:`LogitsGradient` as the function it is."""

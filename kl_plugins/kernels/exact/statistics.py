@@ -210,6 +210,12 @@ def row_sums(
     return maximum[:, 0], e.sum(-1), (e * d).sum(-1), second.sum(-1), r.sum(-1)
 
 
+def whole_rows(parts: tuple[Tensor, ...], label: LabelLogits) -> RowSums:
+    """Sums of whole rows from what :func:`row_sums` and :func:`label_logits` return."""
+    maximum, mass, first, second, ref_mass = parts
+    return RowSums(maximum, mass, first, second, ref_mass, label.shift, label.label, label.ref_label)
+
+
 def row_gradients(
     logits: Tensor,
     ref_logits: Tensor,
@@ -258,8 +264,8 @@ def label_gradients(
         (N, 1) its index, and (N, 1) the gradient there; 0 in ignored rows.
     """
     index, kept = labels.clamp_min(0)[:, None], (labels != IGNORE_INDEX)[:, None]
-    columns = (x.gather(-1, index) for x in (logits, ref_logits))
-    gradient = _gradients(*columns, statistics, grad_kl, grad_logp, options, grad_logp[:, None])
+    one, other = logits.gather(-1, index), ref_logits.gather(-1, index)
+    gradient = _gradients(one, other, statistics, grad_kl, grad_logp, options, grad_logp[:, None])
     info = torch.finfo(dtype)
     return index, torch.where(kept, gradient.clamp(info.min, info.max), 0.0).to(dtype)
 
