@@ -13,6 +13,7 @@ from tests.trl import support
 @pytest.mark.parametrize(
     ("cls", "changes", "reason"),
     [
+        (GRPOConfig, {"kl": "exact@loss/top:8"}, "drop top:"),
         (GRPOConfig, {"kl": "k2@loss", "beta": 0.0}, "no reference model"),
         (GRPOConfig, {"kl": "k2@loss/beta:dual-0.1-0.1", "beta": 0.0}, "no reference model"),
         (RLOOConfig, {"kl": "k1@reward", "beta": 0.0}, "no reference model"),
