@@ -42,7 +42,7 @@ def _contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> 
     if config.beta < 0:
         yield f"beta is {config.beta}; a negative coefficient drives the policy away from the reference"
     if spec.top is not None:
-        yield "TRL's exact terms sum the whole vocabulary, without making the logits that top: would pick from; drop top:"
+        yield "TRL's exact terms sum the whole vocabulary; there are no logits that top: could pick from; drop top:"
     if algorithm == "RLOO" and spec.placement == "loss":
         yield (
             "RLOO has no KL term in its loss and one importance ratio per sequence; use k1@reward (RLOO's own site) or "
