@@ -37,6 +37,8 @@ def forward(
         forced: raise where compiling fails, instead of taking the eager path.
     """
     options = Options(scale, softcap, ref_softcap)
+    # The compiler would look for the graph that these carry, and compile once more for each kind.
+    logits, ref_logits = logits.detach(), ref_logits.detach()
     found = label_logits(logits, ref_logits, labels, options)
     parts = run_compiled(_sums, logits, ref_logits, found.shift, options, forced=forced, instead=eager.eager_sums)
     statistics, doubtful = finish(whole_rows(parts, found), labels)

@@ -54,6 +54,7 @@ def test_large_vocabularies(dtype: torch.dtype, distance: float) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 @pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936, 256_000])
 @pytest.mark.parametrize(("dtype", "std", "distance"), CASES)
