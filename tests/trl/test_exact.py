@@ -80,6 +80,31 @@ def test_gradient_is_that_of_the_full_softmax(spec, model, tmp_path):
     check_gradient(*moved_on(model, tmp_path, spec), spec)
 
 
+def capped_model(model: str, folder: Path) -> str:
+    """A Gemma2, whose head caps its logits, with the tokenizer of the usual model."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), final_logit_softcapping=2.0, max_position_embeddings=128, **sizes, **heads
+    )
+    capped = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        capped.get_input_embeddings().weight.mul_(20.0)  # logits in the cap's bend
+    capped.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_soft_cap_of_the_model_is_kept(model, tmp_path):
+    built, inputs = moved_on(capped_model(model, tmp_path / "capped"), tmp_path, "exact@loss")
+    assert built.model.config.final_logit_softcapping == 2.0
+    check_gradient(built, inputs, "exact@loss")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_reference_is_the_model_without_its_adapter(checkpointing, model, tmp_path):
     built, inputs = moved_on(model, tmp_path, "exact@loss", lora=True, gradient_checkpointing=checkpointing)
