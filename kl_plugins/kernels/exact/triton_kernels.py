@@ -41,6 +41,7 @@ def _capped(z, u, scale, cap, ref_cap, CAPPED: tl.constexpr, REF_CAPPED: tl.cons
         if REF_CAPPED:
             u = _tanh(u / ref_cap) * ref_cap
         difference = (z - u) * scale  # before the temperature: the difference of near logits is exact
+    # Of a number and NaN, both take the number: -inf minus -inf becomes finite too.
     return z, u, tl.minimum(tl.maximum(difference, -LINEAR_LIMIT), LINEAR_LIMIT)
 
 
@@ -57,7 +58,7 @@ def _add_block(
         z = tl.load(z_row + columns).to(tl.float32)
         u = tl.load(u_row + columns).to(tl.float32)
     z, u, difference = _capped(z, u, scale, cap, ref_cap, CAPPED, REF_CAPPED, SAME_CAP)
-    if MASKED:
+    if MASKED:  # -inf: e and f, and with them every term, are 0
         z, u = tl.where(inside, z, float("-inf")), tl.where(inside, u, float("-inf"))
 
     top, ref_top = tl.maximum(max_z, tl.max(z, 0)), tl.maximum(max_u, tl.max(u, 0))
@@ -68,15 +69,12 @@ def _add_block(
     top_exponent, ref_exponent = top * exponent_scale, ref_top * exponent_scale
     e = tl.exp2(z * exponent_scale - top_exponent)
     f = tl.exp2(u * exponent_scale - ref_exponent)
-    d = difference - shift
-    # 0 where the policy has no mass, though d be infinite there; the reference's mass stays in f.
-    ed = tl.where(e > 0, e * d, 0.0)
+    d = difference - shift  # finite: where the policy has no mass, e d is 0, and f keeps the reference's mass
+    ed = e * d
     # k3(d) = e^-d - 1 + d. Its Taylor series where the three terms would cancel; else e e^-d is f, rescaled.
     series = 1 / 2 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 + d * (-1 / 5040 + d * (1 / 40320 + d * (-1 / 362880)))))))  # fmt: skip # noqa: E501
     rescale = tl.exp2(shift * LOG2_E + ref_exponent - top_exponent)
     ek3 = tl.where(tl.abs(d) < 1.0, ed * d * series, f * rescale - e + ed)
-    if MASKED:
-        ek3 = tl.where(inside, ek3, 0.0)
     return top, ref_top, s + e, a + ed, y + ek3, r + f
 
 
@@ -151,7 +149,7 @@ def gradient_kernel(
         p = tl.exp(tl.minimum(z * scale - tl.load(lse_ptr + row), 0.0))
         score = grad_kl * (difference - tl.load(centre_ptr + row)) - grad_logp
         at_label = columns == tl.load(labels_ptr + row)
-        grad = (tl.where(p > 0, p * score, 0.0) + tl.where(at_label, grad_logp, 0.0)) * slope
+        grad = (p * score + tl.where(at_label, grad_logp, 0.0)) * slope
         grad = tl.minimum(tl.maximum(grad, -largest), largest)
         tl.store(out, grad.to(out_ptr.dtype.element_ty), mask=inside)
     else:

@@ -19,8 +19,10 @@ class Case(NamedTuple):
     Attributes:
         std: of the reference's logits.
         distance: standard deviation of policy minus reference logits.
-        labels: ``sampled`` from the policy, or the ``outlier`` whose log-ratio is largest.
-        masked: every third token has no mass under the policy, every seventh under neither.
+        labels: ``sampled`` from the policy, or the ``outlier``: the least likely token, and a nat likelier under the
+            reference, which makes no difference to the KL.
+        masked: ``scattered``: every third token has no mass under the policy, every seventh under neither; ``head``:
+            the first 1500 tokens have none under the policy and little under the reference.
         layout: ``contiguous``, ``strided`` rows, ``transposed`` or ``expanded`` (all rows one).
     """
 
@@ -33,7 +35,7 @@ class Case(NamedTuple):
     softcap: float | None = None
     ref_softcap: float | None = None
     labels: str = "sampled"
-    masked: bool = False
+    masked: str = ""
     ignored: bool = False
     layout: str = "contiguous"
 
@@ -53,6 +55,7 @@ CASES = {
     "bf16, near": Case(dtype=BF16, vocab=3000, distance=0.005),
     "fp16": Case(dtype=FP16, vocab=3000),
     "temperature": Case(temperature=0.7),
+    "temperature, near": Case(temperature=0.7, std=8.0, distance=0.005),
     "soft cap": Case(softcap=30.0, ref_softcap=30.0, temperature=0.7),
     "soft cap, near": Case(softcap=30.0, ref_softcap=30.0, std=8.0, distance=0.005),
     "soft cap, bf16": Case(softcap=30.0, ref_softcap=30.0, dtype=BF16),
@@ -60,9 +63,10 @@ CASES = {
     "soft cap of the reference": Case(ref_softcap=20.0),
     "different soft caps": Case(softcap=30.0, ref_softcap=20.0),
     "outlying labels": Case(std=2.0, labels="outlier"),
-    "outlying labels, near": Case(std=2.0, labels="outlier", distance=0.01),
-    "masked tokens": Case(masked=True, std=2.0),
-    "masked tokens, bf16": Case(masked=True, std=2.0, dtype=BF16, vocab=2000),
+    "outlying labels, near": Case(std=2.0, labels="outlier", distance=0.005),
+    "masked tokens": Case(masked="scattered", std=2.0),
+    "masked tokens, bf16": Case(masked="scattered", std=2.0, dtype=BF16, vocab=2000),
+    "masked head": Case(masked="head", std=1.0, distance=0.005, vocab=3000),
     "ignored rows": Case(ignored=True),
     "strided rows": Case(layout="strided"),
     "transposed": Case(layout="transposed"),
@@ -94,13 +98,17 @@ def inputs(case: Case) -> Inputs:
     ref_logits = normal(case.rows, case.vocab) * case.std
     logits = (ref_logits + case.distance * normal(case.rows, case.vocab)).to(case.dtype)
     ref_logits = ref_logits.to(case.dtype)
-    if case.masked:
+    if case.masked == "head":
+        logits[:, :1500] = -torch.inf
+        ref_logits[:, :1500] -= 12.0
+    if case.masked == "scattered":
         logits[:, ::3] = -torch.inf
         logits[:, ::7] = ref_logits[:, ::7] = -torch.inf
     if case.layout == "expanded":
         logits, ref_logits = (logits[:1].expand_as(logits), ref_logits[:1].expand_as(logits))
     if case.labels == "outlier":
-        labels = (logits - ref_logits).abs().argmax(-1)
+        labels = logits.argmin(-1)
+        ref_logits.scatter_add_(-1, labels[:, None], torch.ones(case.rows, 1, dtype=case.dtype))
     else:
         labels = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
     if case.layout == "strided":
