@@ -54,8 +54,8 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
         found.append(f"The divergence is {_divergence(spec)}.")
     if spec.needs_exact:
         found.append(
-            "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps or "
-            "recomputes for that, or refuses, is in its receipt."
+            "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps"
+            " or recomputes for that is in its receipt."
         )
     if spec.top is not None:
         found.append(
