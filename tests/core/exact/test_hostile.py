@@ -137,6 +137,8 @@ def test_finite_logits_never_give_anything_else(dtype: torch.dtype, options: dic
     assert leaf.grad is not None
     for tensor in (*found, leaf.grad):
         assert tensor.isfinite().all()
+    # p (z - u - centre) and 1 - p: probabilities beyond 1 would show here, not in what saturates.
+    assert float(leaf.grad.abs().max()) <= 2.1e4 / options.get("temperature", 1.0)
     assert float(found.kl.detach().min()) >= 0
     assert float(found.logp.detach().max()) <= 0
 
@@ -148,3 +150,13 @@ def test_finite_stand_ins_for_minus_infinity(fill: float) -> None:
     labels = torch.full((16,), 7)
     wanted = textbook(*(excluded(x, 1, 2) for x in rows[:2]), labels)
     assert norm_error(exact_kl(*hidden, labels).kl, wanted.kl) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_that_the_dtype_cannot_hold_saturate(dtype: torch.dtype) -> None:
+    rows = make_rows(4, 50, distance=5.0, dtype=dtype)
+    leaf = live(rows.logits)
+    exact_kl(leaf, rows.ref_logits, rows.labels).kl.backward(torch.full((4,), 3e38))
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert float(leaf.grad.abs().max()) == torch.finfo(dtype).max
