@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 
 import torch
 
+from kl_plugins.kernels.exact.arguments import (
+    check_floats,
+    check_head,
+    checked_labels,
+    flat_rows,
+    loss_weight,
+    row_options,
+)
 from kl_plugins.kernels.exact.linear import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, LinearInputs
 from kl_plugins.kernels.exact.linear_autograd import (
     linear_loss,
@@ -99,13 +106,13 @@ def exact_kl(
         TypeError: a dtype that cannot be.
         BackendError: the backend asked for is unknown or cannot be used here.
     """
-    _check_floats(logits=logits, ref_logits=ref_logits)
+    check_floats(logits=logits, ref_logits=ref_logits)
     if logits.dim() < 1 or logits.shape != ref_logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be one (..., V)")
     shape = logits.shape[:-1]
-    labels = _labels(labels, mask, shape)
-    options = _options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
-    rows = (_rows(logits), _rows(ref_logits.detach()), labels.reshape(-1))
+    labels = checked_labels(labels, mask, shape)
+    options = row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
+    rows = (flat_rows(logits), flat_rows(ref_logits.detach()), labels.reshape(-1))
     if top is None:
         if behaviour_logp is not None:
             raise ValueError("behaviour_logp weights the sampled tail of top=; without top nothing is sampled")
@@ -208,9 +215,9 @@ def linear_kl(
         TypeError: a dtype that cannot be, or a sharded weight.
         BackendError: the backend asked for is unknown or cannot be used here.
     """
-    _check_floats(hidden=hidden, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
-    _check_head(hidden, weight, bias, "")
-    _check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+    check_floats(hidden=hidden, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
+    check_head(hidden, weight, bias, "")
+    check_head(ref_hidden, ref_weight, ref_bias, "ref_")
     shape = hidden.shape[:-1]
     if ref_hidden.shape[:-1] != shape or ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -220,14 +227,14 @@ def linear_kl(
     if max_tile_bytes is None:
         max_tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else ACCELERATOR_TILE_BYTES
     inputs = LinearInputs(
-        _rows(hidden),
+        flat_rows(hidden),
         weight,
         bias,
-        _rows(ref_hidden),
+        flat_rows(ref_hidden),
         ref_weight,
         ref_bias,
-        _labels(labels, mask, shape).reshape(-1),
-        _options(temperature, softcap, ref_softcap, backend, max_tile_bytes),
+        checked_labels(labels, mask, shape).reshape(-1),
+        row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes),
         (operand_dtype(hidden, weight), operand_dtype(ref_hidden, ref_weight)),
         max_tile_bytes,
     )
@@ -237,7 +244,7 @@ def linear_kl(
         found = linear_rows(*tensors_of(inputs), settings_of(inputs), rows_first)
         kl, logp, ref_logp = (part.reshape(shape) for part in found[:3])
         return ExactKL(kl, logp if differentiable_logp else logp.detach(), ref_logp)
-    weights = [_weight(kl_weight, shape, hidden), _weight(logp_weight, shape, hidden)]
+    weights = [loss_weight(kl_weight, shape, hidden), loss_weight(logp_weight, shape, hidden)]
     loss, *rows = linear_loss(*tensors_of(inputs), settings_of(inputs), *weights, wanted)[:4]
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
 
@@ -250,61 +257,3 @@ def _tail_weight(rows: tuple[Tensor, Tensor, Tensor], behaviour_logp: Tensor, op
     kept = (rows[2] != IGNORE_INDEX)[None]
     log_weight = masked_difference(logp[None], behaviour_logp.detach().reshape(1, -1), kept, logp.dtype)
     return Limits.of(logp.dtype, DEFAULT_BOUND).exponent(log_weight)[0].exp()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _check_floats(**tensors: Tensor) -> None:
-    devices = {tensor.device for tensor in tensors.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            "all tensors must be on one device: " + ", ".join(f"{n} {t.device}" for n, t in tensors.items())
-        )
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} holds {tensor.dtype}, expected floating point")
-        if hasattr(tensor, "placements"):
-            raise TypeError(f"{name} is a DTensor: gather it first (under FSDP, call where the head is unsharded)")
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
-    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{prefix}weight {tuple(weight.shape)} must be (V, D) for {prefix}hidden {tuple(hidden.shape)}; "
-            "a sharded head has to be gathered first"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{prefix}bias {tuple(bias.shape)} must be (V,) = {tuple(weight.shape[:1])}")
-
-
-def _labels(labels: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
-    if labels.shape != shape or (mask is not None and mask.shape != shape):
-        given = f"labels {tuple(labels.shape)}" + ("" if mask is None else f", mask {tuple(mask.shape)}")
-        raise ValueError(f"{given}: must be {tuple(shape)}, one per position")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise TypeError(f"labels hold {labels.dtype}, expected token ids")
-    labels = labels.long()
-    return labels if mask is None else labels.masked_fill(~mask.bool(), IGNORE_INDEX)
-
-
-def _options(
-    temperature: float, softcap: float | None, ref_softcap: float | None, backend: str, tile_bytes: int | None
-) -> RowOptions:
-    for name, value in (("temperature", temperature), ("softcap", softcap), ("ref_softcap", ref_softcap)):
-        if value is not None and not (0 < value < math.inf):
-            raise ValueError(f"{name}={value}: must be finite and above 0")
-    if tile_bytes is not None and tile_bytes <= 0:
-        raise ValueError(f"max_tile_bytes={tile_bytes}: must be above 0")
-    return RowOptions(1.0 / temperature, softcap, ref_softcap, backend, tile_bytes)
-
-
-def _weight(weight: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    if weight is None:
-        return torch.zeros(shape.numel(), dtype=dtype, device=hidden.device)
-    if weight.shape != shape:
-        raise ValueError(f"a weight has shape {tuple(weight.shape)}: must be {tuple(shape)}, one per position")
-    return weight.detach().to(dtype).reshape(-1)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from kl_plugins.exact import ExactKL, _check_floats, _labels, _options, _rows
+from kl_plugins.exact import ExactKL
 from kl_plugins.kernels.backend import BackendError
+from kl_plugins.kernels.exact.arguments import check_floats, checked_labels, flat_rows, row_options
 from kl_plugins.kernels.exact.sharded import Shard, sharded_logits_kl
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def sharded_exact_kl(
         BackendError: the backend asked for is unknown or cannot be used here.
         RuntimeError: torch.distributed is not initialised.
     """
-    _check_floats(logits=logits, ref_logits=ref_logits)
+    check_floats(logits=logits, ref_logits=ref_logits)
     if logits.dim() < 1 or logits.shape != ref_logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be one (..., V)")
     if not logits.shape[-1] or vocab_start < 0:
@@ -67,7 +68,7 @@ def sharded_exact_kl(
     if not dist.is_initialized():
         raise RuntimeError("sharded_exact_kl needs torch.distributed; for whole rows of logits use exact_kl")
     shape = logits.shape[:-1]
-    rows = (_rows(logits), _rows(ref_logits.detach()), _labels(labels, mask, shape).reshape(-1))
-    options = _options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
+    rows = (flat_rows(logits), flat_rows(ref_logits.detach()), checked_labels(labels, mask, shape).reshape(-1))
+    options = row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
     kl, logp, ref_logp, *_ = sharded_logits_kl(*rows, Shard(vocab_start, group), options)
     return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_logp.reshape(shape))
