@@ -83,8 +83,7 @@ def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard
         *(x.amax(-1).to(dtype) for x in (logits, ref_logits)),
         *(_at(x, local).to(dtype).masked_fill(~owned, -torch.inf) for x in (logits, ref_logits)),
     ]
-    # Ignored rows may hold NaN, which ranks need not agree on.
-    highest = torch.stack(raw).masked_fill(~kept, 0.0)
+    highest = torch.stack(raw)  # with what ignored rows hold: each row is on its own, and finish clears those
     dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
     maximum, label = (scaled(highest[i], for_rows.scale, for_rows.softcap) for i in (0, 2))
     ref_maximum, ref_label = (scaled(highest[i], for_rows.scale, for_rows.ref_softcap) for i in (1, 3))
@@ -94,7 +93,7 @@ def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard
         sums = _triton_sums(logits, ref_logits, labels, at_label, maximum, ref_maximum, for_rows)
     else:
         sums = _eager_sums(logits, ref_logits, at_label.shift, maximum, ref_maximum, for_rows, options.tile_bytes)
-    total = torch.stack([*sums, owned.to(dtype)]).masked_fill(~kept, 0.0)
+    total = torch.stack([*sums, owned.to(dtype)])
     dist.all_reduce(total, dist.ReduceOp.SUM, shard.group)
     mass, first, second, ref_mass, owners = total
     _check_owners(owners, kept)

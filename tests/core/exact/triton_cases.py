@@ -193,7 +193,21 @@ def main(path: str) -> None:
     results = {name: tuple(compute(case, "cpu")) for name, case in CASES.items()}
     results["fp16, steep"] = tuple(steep("cpu"))
     results["public"] = tuple(public("cpu"))
+    results["ignored sums"] = (ignored_sums("cpu"),)
     torch.save(results, path)
+
+
+def ignored_sums(device: str) -> Tensor:
+    """What the forward kernel leaves of rows that it need not read."""
+    from kl_plugins.kernels.exact import triton_backend
+    from kl_plugins.kernels.exact.statistics import Options, label_logits
+
+    logits, ref_logits, labels, *_ = (part.to(device) for part in inputs(CASES["ignored rows"]))
+    options = Options(1.0, None, None)
+    at_label = label_logits(logits, ref_logits, labels, options)
+    sums = torch.stack(triton_backend.part_sums(logits, ref_logits, labels, at_label, options))
+    assert sums[:, labels >= 0].any()
+    return sums[:, labels < 0].cpu()
 
 
 def steep(device: str) -> Results:
