@@ -67,6 +67,18 @@ def test_ignored_positions_of_hidden_states() -> None:
     assert torch.equal(nothing.kl, torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize("differentiable_logp", [True, False])
+def test_upstream_gradients_of_ignored_positions_may_be_anything(differentiable_logp: bool) -> None:
+    torch.manual_seed(0)
+    leaf, heads = live(torch.randn(4, 8)), (torch.randn(50, 8), torch.randn(4, 8), torch.randn(50, 8))
+    labels = torch.tensor([3, -100, 5, -100])
+    found = linear_kl(leaf, *heads, labels, differentiable_logp=differentiable_logp)
+    found.kl.backward(torch.tensor([1.0, math.nan, 1.0, INF]))
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad[labels < 0], torch.zeros(2, 8))
+    assert leaf.grad[labels >= 0].abs().amax(-1).min() > 0
+
+
 def excluded(tensor: Tensor, *columns: int) -> Tensor:
     return tensor.index_fill(-1, torch.tensor(columns), -INF)
 
