@@ -1,0 +1,75 @@
+"""What the exact functions accept: shapes, dtypes and options, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.logits import RowOptions
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX
+
+
+def flat_rows(tensor: Tensor) -> Tensor:
+    """(..., n) as (N, n), copied only where it has to be."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Raise unless all hold floats, whole, on one device."""
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            "all tensors must be on one device: " + ", ".join(f"{n} {t.device}" for n, t in tensors.items())
+        )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} holds {tensor.dtype}, expected floating point")
+        if hasattr(tensor, "placements"):
+            raise TypeError(f"{name} is a DTensor: gather it first (under FSDP, call where the head is unsharded)")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
+    """Raise unless an output head fits its hidden states."""
+    if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight {tuple(weight.shape)} must be (V, D) for {prefix}hidden {tuple(hidden.shape)}; "
+            "a sharded head has to be gathered first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{prefix}bias {tuple(bias.shape)} must be (V,) = {tuple(weight.shape[:1])}")
+
+
+def checked_labels(labels: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
+    """Labels as int64, the ignored one where the mask is False."""
+    if labels.shape != shape or (mask is not None and mask.shape != shape):
+        given = f"labels {tuple(labels.shape)}" + ("" if mask is None else f", mask {tuple(mask.shape)}")
+        raise ValueError(f"{given}: must be {tuple(shape)}, one per position")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels hold {labels.dtype}, expected token ids")
+    labels = labels.long()
+    return labels if mask is None else labels.masked_fill(~mask.bool(), IGNORE_INDEX)
+
+
+def row_options(
+    temperature: float, softcap: float | None, ref_softcap: float | None, backend: str, tile_bytes: int | None
+) -> RowOptions:
+    """The options of a call, checked."""
+    for name, value in (("temperature", temperature), ("softcap", softcap), ("ref_softcap", ref_softcap)):
+        if value is not None and not (0 < value < math.inf):
+            raise ValueError(f"{name}={value}: must be finite and above 0")
+    if tile_bytes is not None and tile_bytes <= 0:
+        raise ValueError(f"max_tile_bytes={tile_bytes}: must be above 0")
+    return RowOptions(1.0 / temperature, softcap, ref_softcap, backend, tile_bytes)
+
+
+def loss_weight(weight: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor:
+    """(N,) detached weights of a loss, zeros for None."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if weight is None:
+        return torch.zeros(shape.numel(), dtype=dtype, device=hidden.device)
+    if weight.shape != shape:
+        raise ValueError(f"a weight has shape {tuple(weight.shape)}: must be {tuple(shape)}, one per position")
+    return weight.detach().to(dtype).reshape(-1)
