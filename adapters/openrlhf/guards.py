@@ -47,9 +47,21 @@ def _contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
             "leave beta out of the spec"
         )
     if spec.needs_exact:
-        yield "exact terms need the logits of every token, which this adapter does not compute; use a sampled estimator"
+        yield from _exact_problems(spec, args)
     if spec.placement == "advantage":
         yield from _advantage_problems(args)
+
+
+def _exact_problems(spec: KLSpec, args: Any) -> Iterator[str]:
+    if spec.placement != "loss":
+        yield "exact terms need the logits, which OpenRLHF has only while it trains; use an exact @loss spec"
+    for flag, on in (
+        ("--ds.packing_samples", args.ds.packing_samples),
+        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1),
+        ("--ds.ring_attn_size", args.ds.ring_attn_size > 1),
+    ):
+        if on:
+            yield f"exact terms were not tested with {flag}, under which logits are packed or sharded; drop it"
 
 
 def _advantage_problems(args: Any) -> Iterator[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from kl_plugins.adapters.beta import LossBeta, restored
 from kl_plugins.adapters.openrlhf.loss import MicroBatch
@@ -20,12 +23,14 @@ class Session:
         beta: the spec's controller.
         confirmed: the trainer has asked for this worker's receipt.
         metrics: of the micro-batches since the last report.
+        reference: gives the reference's logits, where the spec needs them.
     """
 
     spec: KLSpec
     beta: LossBeta
     confirmed: bool = False
     metrics: Accumulator = field(default_factory=Accumulator)
+    reference: Callable[[Any], Tensor] | None = None
 
     def require_confirmed(self) -> None:
         """Raise before an update that no trainer has vouched for.

@@ -6,11 +6,13 @@ from importlib.metadata import version
 from typing import Any
 
 from kl_plugins.adapters.beta import LossBeta
+from kl_plugins.adapters.openrlhf.exact import cost
 from kl_plugins.adapters.openrlhf.loss import MicroBatch, carried, current
 from kl_plugins.adapters.openrlhf.session import Session
 from kl_plugins.adapters.openrlhf.settings import behaviour_source, spec_of
 from kl_plugins.adapters.receipts import announce
 from kl_plugins.patches.arguments import Function, arguments, replaced
+from kl_plugins.patches.openrlhf import exact
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import looks_like_spec
 
@@ -57,7 +59,7 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
     args, kwargs = replaced(wrapped, args, kwargs, kl_ctl=beta)
     engine = trainer.actor.model
     before = engine.global_steps
-    with carried(batch):
+    with carried(batch), exact.watching(trainer, session.reference, batch, named["experience"]):
         status = wrapped(*args, **kwargs)
     session.finish(batch, beta)
     if engine.global_steps != before:  # DeepSpeed made an optimizer step of the accumulated gradients
@@ -100,6 +102,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     source = behaviour_source(session.spec, trainer.args)
     if source != behaviour:
         raise RuntimeError(f"it takes the behaviour policy's log-probs from {source}, not from {behaviour}")
+    if session.spec.needs_exact and session.reference is None:
+        session.reference = exact.reference_of(trainer)
     used = [patch for patch in PATCHES.patches if patch.module == ACTOR]
     made = Receipt(
         rank=int(process._rank),
@@ -111,6 +115,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         spec=str(session.spec),
         target=session.spec.target,
         behaviour=source,
+        cost=cost(session.spec, trainer.args),
     )
     session.confirmed = True
     announce(made)

@@ -66,6 +66,75 @@ def losses(actor, cases, experience, beta):
     return found
 
 
+def name_reference(actor, path):
+    """Let a worker take its reference from where the harness took that of the reference actor."""
+    actor.trainer.args.actor.model_name_or_path = path
+
+
+def exact_losses(actor, cases, experience, beta, path):
+    """Gradients of OpenRLHF's training step with respect to the logits, and those of the whole softmax by hand.
+
+    Args:
+        actor: a ``PolicyModelActor``.
+        cases: specs.
+        experience: one micro-batch; its advantages are put to zero, so that all there is is the KL.
+        beta: the host's coefficient.
+        path: of the reference model.
+
+    Returns:
+        Per case: relative distance of the two gradients, the size of the hand's, and the mean KL.
+    """
+    import torch
+    from openrlhf.models import aggregate_loss
+    from openrlhf.utils.loss_utils import get_loss_batch_info
+    from transformers import AutoModelForCausalLM
+
+    from kl_plugins import KLSpec, kl_term
+    from kl_plugins.patches.openrlhf.worker import receipt
+
+    trainer, strategy, mask, found = actor.trainer, actor.trainer.strategy, experience.action_mask.bool(), []
+    experience.advantages = torch.zeros_like(experience.advantages)
+    policy = trainer.actor.model.module
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=policy.dtype)
+    position = (experience.attention_mask.long().cumsum(-1) - 1).masked_fill(experience.attention_mask == 0, 1)
+    given = {"attention_mask": experience.attention_mask, "position_ids": position}
+    with torch.no_grad():
+        ref_logits = reference(experience.sequences, **given).logits
+    info = get_loss_batch_info(strategy, experience.action_mask)
+    states, labels = slice(-mask.shape[1] - 1, -1), experience.sequences[:, -mask.shape[1] :].unsqueeze(-1)
+    taken, outputs = [], []
+    watch = trainer.actor.register_forward_hook(lambda module, given, output: outputs.append(output[1]["logits"]))
+    strategy.backward = lambda loss, *_: taken.append(loss)
+    strategy.optimizer_step = lambda *_, **__: None
+    try:
+        for text in cases:
+            spec = KLSpec.parse(text)
+            trainer.args.algo.kl.estimator = text
+            vars(trainer).pop("_kl_plugins", None)
+            receipt(actor, str(spec), "old" if spec.needs_behaviour else "unused")
+            trainer.training_step(experience, beta, 0, info)
+            logits = outputs.pop(0)
+            outputs.clear()  # the reference's, under LoRA
+            (hooked,) = torch.autograd.grad(taken.pop(), logits, retain_graph=True)
+            logp, ref_logp = (part[:, states].double().log_softmax(-1) for part in (logits, ref_logits))
+            kl = (logp.exp() * (logp - ref_logp)).sum(-1).masked_fill(~mask, 0.0)
+            term = kl_term(
+                spec,
+                logp.gather(-1, labels).squeeze(-1),
+                experience.base_action_log_probs.double(),
+                mask,
+                old_logp=experience.action_log_probs.double(),
+                exact=kl,
+            )
+            (expected,) = torch.autograd.grad(aggregate_loss(term.loss, mask.double(), **info) * beta, logits)
+            gap = float((hooked - expected).norm() / expected.norm())
+            found.append((gap, float(expected.norm()), float(kl.sum() / mask.sum())))
+    finally:
+        watch.remove()
+        del strategy.backward, strategy.optimizer_step
+    return found
+
+
 def controller(actor):
     """State of a worker's beta controller."""
     return dict(actor.trainer._kl_plugins.beta.state)

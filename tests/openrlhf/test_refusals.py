@@ -51,7 +51,8 @@ def test_openrlhfs_own_estimators_are_no_specs(assets, flags):
         ((*LOSS, "--algo.kl.unbiased_gradient"), "drop it .k2@loss/is:token/cap:10/behaviour:old"),
         ((*REWARD, "--algo.kl.unbiased_gradient"), "unbiased_gradient"),
         (("--algo.kl.use_loss", SPEC, "k2@loss/beta:dual-0.1-0.01", "--algo.kl.target", "6"), "both control beta"),
-        (("--algo.kl.use_loss", SPEC, "exact@loss"), "logits of every token"),
+        ((SPEC, "k1@advantage/future:exact"), "use an exact @loss spec"),
+        (("--algo.kl.use_loss", SPEC, "exact@loss", "--ds.tensor_parallel_size", "2"), "tensor_parallel_size"),
         ((*ADVANTAGE, "--actor.policy_loss_type", "gspo"), "ratio of the whole sequence"),
     ],
 )

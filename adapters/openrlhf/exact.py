@@ -1,0 +1,77 @@
+"""Full-vocabulary KL from the logits of OpenRLHF's training step and those of a reference beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.exact import ExactKL, exact_kl
+from kl_plugins.spec import KLSpec
+from kl_plugins.term import behaviour_log_probs
+
+MEAN_DEVIATION, MEAN_DEVIATION_16_BIT = 1e-3, 0.1
+"""Largest mean |difference| between the reference's log-probs here and OpenRLHF's own, nats."""
+
+
+def cost(spec: KLSpec, args: Any) -> str:
+    """What exact terms add to OpenRLHF's own work, in words; empty for sampled specs."""
+    if not spec.needs_exact:
+        return ""
+    copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
+    return f"{copy}a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
+
+
+def states_kl(
+    spec: KLSpec, logits: Tensor, reference: Callable[[], Tensor], experience: Any, sampler_logp: Tensor | None
+) -> ExactKL:
+    """KL(policy || reference) in the states that the response tokens were drawn in.
+
+    Args:
+        spec: a spec with exact terms.
+        logits: (B, L, V) of the policy, scaled by the temperature, with their graph.
+        reference: gives the same of the reference.
+        experience: OpenRLHF's micro-batch: ``sequences`` (B, L), ``action_mask`` (B, T), ``action_log_probs`` (B, T).
+        sampler_logp: (B, T) the sampler's log-probs, nats, where the weight divides by them.
+
+    Returns:
+        (B, T) each, nats, float32.
+    """
+    mask, sequences = experience.action_mask.bool(), experience.sequences
+    states = slice(-mask.shape[1] - 1, -1)
+    # Whole rows, most of them left out: a slice of the logits would be a copy.
+    labels = torch.full_like(sequences, -100)
+    labels[:, states] = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
+    behaviour = None
+    if spec.top is not None and spec.needs_behaviour:
+        chosen = behaviour_log_probs(spec, experience.action_log_probs, sampler_logp)
+        assert chosen is not None
+        behaviour = torch.zeros(sequences.shape, dtype=chosen.dtype, device=chosen.device)
+        behaviour[:, states] = chosen
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.estimator == "exact"):
+        found = exact_kl(logits, reference(), labels, top=spec.top, behaviour_logp=behaviour)
+    return ExactKL(*(part[:, states] for part in found))
+
+
+def check_reference(found: ExactKL, ref_logp: Tensor, mask: Tensor, rounded: bool) -> None:
+    """Raise unless the reference here is OpenRLHF's own.
+
+    Args:
+        found: per-token results.
+        ref_logp: (B, T) log-probs that OpenRLHF's reference actor gave the same tokens, nats.
+        mask: (B, T) response tokens.
+        rounded: the models compute in 16 bits.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    mask = mask.bool()
+    deviation = (found.ref_logp - ref_logp.float()).abs().masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+    if not deviation <= (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
+        raise RuntimeError(
+            "kl-plugins: the reference model in this worker gives log-probs that differ from those of OpenRLHF's "
+            f"reference actor by {float(deviation):.2g} nats on average, so an exact KL would be to another model. Use "
+            "a sampled spec, such as k2@loss/is:token"
+        )
