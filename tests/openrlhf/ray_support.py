@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 
 CPU_HOST = Path(__file__).parent / "cpu_host"
 EXTENSIONS = Path(sys.prefix) / "torch_extensions"
+STALE = 300.0
+"""Seconds after which a lock of torch's compiler belongs to nobody."""
+
 SEARCH_PATH = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ["PATH"]])
 
 ENVIRONMENT = {
@@ -40,10 +44,13 @@ def prepare_extensions() -> None:
     EXTENSIONS.mkdir(exist_ok=True)
     with (EXTENSIONS / "guard").open("w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        # Whoever is killed while it compiles leaves this behind, and then everybody waits for ever.
+        # Whoever is killed while it compiles or loads leaves a lock behind, and then everybody waits for ever. A young
+        # one may be that of a process that loads right now, which takes moments once all is compiled.
+        prepared = (EXTENSIONS / "prepared").exists()
         for lock in EXTENSIONS.glob("*/lock"):
-            lock.unlink()
-        if not (EXTENSIONS / "prepared").exists():
+            if not prepared or time.time() - lock.stat().st_mtime > STALE:
+                lock.unlink(missing_ok=True)
+        if not prepared:
             program = "from deepspeed.ops.op_builder.cpu import FusedAdamBuilder, ShareMemCommBuilder as Comm\n"
             program += "FusedAdamBuilder().load(); Comm().load()"
             command = [sys.executable, "-W", "ignore", "-c", program]
