@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.verl.ray_support import ENVIRONMENT
+from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 SETTINGS = {
     "algorithm.adv_estimator": "grpo",
@@ -134,6 +134,8 @@ def run(
         "trainer.default_local_dir": work / "checkpoints",
         "+ray_kwargs.ray_init.num_gpus": ranks,
         "+ray_kwargs.ray_init._temp_dir": ray_folder,
+        # Older veRL asks Ray for a resource called after the device.
+        "+ray_kwargs.ray_init.resources.cpu": None if SINCE_0_9 else ranks,
         **settings,
     }
     overrides = [f"{key}={value}" for key, value in merged.items() if value is not None]

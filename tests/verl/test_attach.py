@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import entry_points, version
 
 import pytest
+import torch
 from verl.trainer.ppo import core_algos, ray_trainer
 from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import config as verl_config
@@ -95,6 +96,9 @@ def test_detach_restores_verls_own_objects_and_attach_comes_back():
         assert not any(isinstance(vars(owner)[name], Hook) for owner, name in places)
         with pytest.raises(UnsupportedHostError, match="has no hook in this process"):
             support.check_process()
+        for text in ("k2@loss/is:token", "k1@reward"):
+            with pytest.raises(NotImplementedError):  # veRL's own answer to an unknown estimator
+                core_algos.kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), text)
         detach()
     finally:
         attach()

@@ -165,16 +165,3 @@ def test_an_unknown_version_ends_the_launching_process(tmp_path):
     assert result.returncode != 0
     assert "verl 0.99.0 is not among the versions that were checked (" in result.stderr
     assert "ray init kwargs" not in result.stdout
-
-
-@pytest.mark.full
-def test_a_driver_without_the_package_knows_no_such_estimator(tmp_path):
-    program = (
-        "import torch\nfrom verl.trainer.ppo.core_algos import kl_penalty\n"
-        "kl_penalty(torch.zeros(1), torch.zeros(1), 'k2@loss/is:token')\n"
-    )
-    variables = {**os.environ, **ENVIRONMENT, "VERL_USE_EXTERNAL_PLUGINS": "none"}
-    result = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=240)
-    assert result.returncode != 0
-    assert "NotImplementedError" in result.stderr
-    assert "kl_penalty_forward" in result.stderr

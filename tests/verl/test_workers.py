@@ -7,6 +7,7 @@ import torch
 
 from kl_plugins.adapters.verl import metrics as kl_metrics
 from kl_plugins.metrics import REDUCTIONS
+from tests.verl.ray_support import WITHOUT_PLUGIN
 from tests.verl.reference import by_hand, distance
 from tests.verl.workers import BETA, Group, make_batch
 
@@ -88,7 +89,7 @@ def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch):
 
 
 def test_an_unused_plugin_changes_no_bit(assets, cluster, group, model):
-    stock = Group(str(assets / "model"), 1, packed=True, environment={"VERL_USE_EXTERNAL_PLUGINS": "none"})
+    stock = Group(str(assets / "model"), 1, packed=True, environment=WITHOUT_PLUGIN)
     batch = make_batch(model, advantages=True)
     for kl in (None, "low_var_kl", "k2"):
         with_plugin, without = group.run(kl, batch), stock.run(kl, batch)
