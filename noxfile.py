@@ -85,7 +85,9 @@ TRL_OLDER = [
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
 VERL = Environment("verl-0.9", "", CONSTRAINTS / "verl-0.9.txt", locked=True)
-VERL_OLDER = Environment("verl-0.9.0", "", CONSTRAINTS / "verl-0.9.0.txt", locked=True)
+VERL_OLDER = [
+    Environment(f"verl-{version}", "", CONSTRAINTS / f"verl-{version}.txt", locked=True) for version in ("0.9.0", "0.8")
+]
 VERL_VLLM = Environment("verl-vllm", "", CONSTRAINTS / "verl-vllm.txt", locked=True)
 
 
@@ -135,7 +137,7 @@ def verl(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("environment", [VERL, VERL_OLDER], ids=["0.9.1", "0.9.0"])
+@nox.parametrize("environment", [VERL, *VERL_OLDER], ids=["0.9.1", "0.9.0", "0.8"])
 def verl_full(session: nox.Session, environment: Environment) -> None:
     """Test the veRL adapter, all real runs included, against each veRL of the supported range."""
     environment.run(session, "-m", "pytest", "--full", "tests/verl")

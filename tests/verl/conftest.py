@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     importlib.import_module("verl")
     importlib.import_module("verl.workers.engine_workers")
+    importlib.import_module("verl.trainer.ppo.ray_trainer")
     if SINCE_0_9:
         importlib.import_module("verl.trainer.ppo.v1")
 

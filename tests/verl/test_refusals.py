@@ -17,12 +17,14 @@ from kl_plugins.patches.patch import UnsupportedHostError
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.trainer import checked
 from kl_plugins.spec import KLSpec, KLSpecError
-from tests.verl.ray_support import ENVIRONMENT
+from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
 REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
+V1 = pytest.mark.skipif(not SINCE_0_9, reason="veRL without v1 trainers")
+LAUNCHER = pytest.mark.skipif(not SINCE_0_9, reason="veRL that checks its config in Ray's task runner")
 BYPASS = "algorithm.rollout_correction.bypass_mode=True"
 
 
@@ -84,7 +86,7 @@ def test_contradictions_are_refused(overrides, message):
         (("actor_rollout_ref.model.use_fused_kernels=True",), "use_fused_kernels"),
         (("actor_rollout_ref.actor.use_prefix_grouper=True",), "use_prefix_grouper"),
         (("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",), "ulysses_sequence_parallel_size"),
-        (("trainer.v1.trainer_mode=separate_async",), "trainer_mode=separate_async"),
+        pytest.param(("trainer.v1.trainer_mode=separate_async",), "trainer_mode=separate_async", marks=V1),
         (("distillation.enabled=True",), "distillation"),
     ],
 )
@@ -98,6 +100,7 @@ def test_parts_that_were_not_tested_are_refused_by_name(overrides, part, monkeyp
     assert not checked(config(*overrides)), "without a spec nothing is refused"
 
 
+@V1
 def test_trainers_that_were_not_tested_are_refused_by_name():
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
@@ -137,6 +140,7 @@ def main_ppo(*overrides, environment=None, folder=None):
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240, cwd=folder)
 
 
+@LAUNCHER
 def test_a_typo_ends_the_launching_process(tmp_path):
     result = main_ppo("actor_rollout_ref.actor.kl_loss_type=k2@loss/is:tokn", folder=tmp_path)
     assert result.returncode != 0
@@ -144,6 +148,7 @@ def test_a_typo_ends_the_launching_process(tmp_path):
     assert "ray init kwargs" not in result.stdout
 
 
+@LAUNCHER
 def test_a_tampered_source_ends_the_launching_process(tmp_path):
     shutil.copytree(Path(verl.__file__).parent, tmp_path / "verl", ignore=shutil.ignore_patterns("__pycache__"))
     losses = tmp_path / "verl" / "workers" / "utils" / "losses.py"
@@ -157,6 +162,7 @@ def test_a_tampered_source_ends_the_launching_process(tmp_path):
     assert "ray init kwargs" not in result.stdout
 
 
+@LAUNCHER
 def test_an_unknown_version_ends_the_launching_process(tmp_path):
     info = tmp_path / "verl-0.99.0.dist-info"
     info.mkdir()
