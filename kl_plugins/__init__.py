@@ -15,6 +15,7 @@ _HOMES = {
     "kl_penalty": "kl_plugins.penalty",
     "exact_kl": "kl_plugins.exact",
     "linear_kl": "kl_plugins.exact",
+    "sharded_exact_kl": "kl_plugins.tensor_parallel",
     "register_estimator": "kl_plugins.estimators",
 }
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kl_plugins.penalty import kl_penalty as kl_penalty
     from kl_plugins.spec import KLSpec as KLSpec
     from kl_plugins.spec import KLSpecError as KLSpecError
+    from kl_plugins.tensor_parallel import sharded_exact_kl as sharded_exact_kl
     from kl_plugins.term import KLTerm as KLTerm
     from kl_plugins.term import kl_term as kl_term
 

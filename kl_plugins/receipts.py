@@ -26,6 +26,7 @@ class Receipt:
         target: which gradient its expectation estimates.
         behaviour: where the behaviour policy's log-probs come from (``sampler``, ``old``, ``current``, ``unused``).
         reward_site: what this host does with a KL in reward, or empty.
+        cost: what the spec makes this host do beside its own work, or empty.
     """
 
     rank: int
@@ -38,16 +39,18 @@ class Receipt:
     target: str
     behaviour: str
     reward_site: str = ""
+    cost: str = ""
     pid: int = field(default_factory=os.getpid)
     node: str = field(default_factory=socket.gethostname)
 
     def line(self) -> str:
         """One log line."""
         site = f", reward site: {self.reward_site}" if self.reward_site else ""
+        cost = f", costs {self.cost}" if self.cost else ""
         return (
             f"kl-plugins: {self.spec} active in {self.host} {self.host_version}, "
             f"rank {self.rank} of {self.world_size} (pid {self.pid} on {self.node}), "
-            f"target {self.target}, behaviour {self.behaviour}{site}, "
+            f"target {self.target}, behaviour {self.behaviour}{site}{cost}, "
             f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]"
         )
 

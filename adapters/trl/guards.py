@@ -41,8 +41,8 @@ def _contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> 
         yield "beta is 0, so TRL loads no reference model; set beta to the coefficient of the KL regulariser"
     if config.beta < 0:
         yield f"beta is {config.beta}; a negative coefficient drives the policy away from the reference"
-    if spec.needs_exact:
-        yield "exact terms need the logits of every token, which TRL does not keep; use a sampled estimator"
+    if spec.top is not None:
+        yield "TRL's exact terms sum the whole vocabulary; there are no logits that top: could pick from; drop top:"
     if algorithm == "RLOO" and spec.placement == "loss":
         yield (
             "RLOO has no KL term in its loss and one importance ratio per sequence; use k1@reward (RLOO's own site) or "

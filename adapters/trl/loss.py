@@ -19,7 +19,9 @@ def response_mask(inputs: Mapping[str, Any]) -> Tensor:
     return mask.bool() if tool_mask is None else (mask * tool_mask).bool()
 
 
-def loss_term(spec: KLSpec, source: str, inputs: Mapping[str, Any], logp: Tensor) -> KLTerm:
+def loss_term(
+    spec: KLSpec, source: str, inputs: Mapping[str, Any], logp: Tensor, exact: Tensor | None = None
+) -> KLTerm:
     """The spec's term on one of TRL's micro-batches.
 
     Args:
@@ -27,9 +29,11 @@ def loss_term(spec: KLSpec, source: str, inputs: Mapping[str, Any], logp: Tensor
         source: where the behaviour policy's log-probs come from.
         inputs: TRL's micro-batch.
         logp: (B, T) the policy's log-probs, nats, with their graph.
+        exact: (B, T) full-vocabulary KL of the states, where the spec needs it.
 
     Returns:
         The term; (B, T) like the host's own KL.
     """
     mask = response_mask(inputs)
-    return kl_term(spec, logp, inputs["ref_per_token_logps"], mask, **behaviour_log_probs(source, inputs, logp, mask))
+    behaviour = behaviour_log_probs(source, inputs, logp, mask)
+    return kl_term(spec, logp, inputs["ref_per_token_logps"], mask, **behaviour, exact=exact)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.trl import metrics
 from kl_plugins.adapters.trl.beta import BetaControl
+from kl_plugins.adapters.trl.exact import StateKL
 from kl_plugins.adapters.trl.log_probs import Recorder, Scored, policy_and_reference
 from kl_plugins.adapters.trl.loss import loss_term, response_mask
 from kl_plugins.metrics import penalty_metrics
@@ -37,6 +38,7 @@ class Session:
         accelerator: the trainer's.
         beta: current coefficient.
         receipt: makes this process's receipt.
+        state_kl: source of full-vocabulary KLs, where the spec needs them.
         recorder: the host's log-prob calls.
         applied: seams the host has gone through since the last optimizer step (``loss``) or ever (``rollout``).
     """
@@ -46,6 +48,7 @@ class Session:
     accelerator: Any
     beta: BetaControl
     receipt: Callable[[], Receipt]
+    state_kl: StateKL | None = None
     recorder: Recorder = field(default_factory=Recorder)
     applied: set[str] = field(default_factory=set)
 
@@ -61,19 +64,26 @@ class Session:
             score_policy: scores the same tokens under the policy, where the host did not.
             mask: (B, T) response tokens; by default the response part of the attention mask that the host scored with.
         """
+        exact = None if self.state_kl is None else self.state_kl.of_rollout(self.recorder.calls[-1], score_policy)
         policy, reference, attended = policy_and_reference(self.recorder.calls, score_policy)
         self.applied.add("rollout")
-        return kl_penalty(self.spec, policy, reference, attended if mask is None else mask)
+        return kl_penalty(self.spec, policy, reference, attended if mask is None else mask, exact=exact)
 
     def beta_times_loss(
-        self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor
+        self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor, exact: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Beta times the spec's (B, T) term, in the place of the host's, and the term's metrics.
+
+        Args:
+            inputs: the host's micro-batch.
+            logp: (B, T) the policy's log-probs, nats, with their graph.
+            host_kl: the host's own KL, for its shape.
+            exact: (B, T) full-vocabulary KL of the states, where the spec needs it.
 
         Raises:
             RuntimeError: the host's KL has another shape, so the host would aggregate ours in another way.
         """
-        term = loss_term(self.spec, self.behaviour, inputs, logp)
+        term = loss_term(self.spec, self.behaviour, inputs, logp, exact)
         if host_kl.shape != term.loss.shape:
             raise RuntimeError(
                 f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term "

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from kl_plugins.hosts import Finding
+
+if TYPE_CHECKING:
+    from kl_plugins.kernels.backend import BackendStatus
 
 
 def backend_findings() -> Iterator[Finding]:
@@ -24,7 +29,9 @@ def backend_findings() -> Iterator[Finding]:
     for device in devices:
         yield _compiled(device, *backend.backend_status(device))
     yield _triton(needed="cuda" in devices)
-    yield from _choice(devices, backend.ENVIRONMENT_VARIABLE, backend.BACKENDS)
+    yield from (_exact(device) for device in devices)
+    yield from _choice(devices, backend.ENVIRONMENT_VARIABLE, backend.BACKENDS, backend.backend_status)
+    yield from _exact_choice(devices)
 
 
 def _compiled(device: str, usable: bool, reason: str) -> Finding:
@@ -49,9 +56,29 @@ def _triton(needed: bool) -> Finding:
         return Finding("ok", "triton", "version unknown")
 
 
-def _choice(devices: list[str], variable: str, known: tuple[str, ...]) -> Iterator[Finding]:
-    from kl_plugins.kernels.backend import backend_status
+def _exact(device: str) -> Finding:
+    from kl_plugins.kernels.exact.backends import EXACT_BACKENDS, exact_backend_status
 
+    subject, usable = f"exact KL on {device}", []
+    for name in EXACT_BACKENDS[1:]:
+        if exact_backend_status(name, device).usable:
+            usable.append(name)
+    if device != "cpu" and "triton" not in usable:
+        reason = exact_backend_status("triton", device).reason
+        return Finding("warning", subject, f"{', '.join(usable)}; no Triton kernels: {reason}", "pip install triton")
+    return Finding("ok", subject, ", ".join(usable))
+
+
+def _exact_choice(devices: list[str]) -> Iterator[Finding]:
+    from kl_plugins.kernels.exact.backends import EXACT_BACKENDS, EXACT_ENVIRONMENT_VARIABLE, exact_backend_status
+
+    asked = os.environ.get(EXACT_ENVIRONMENT_VARIABLE, "auto")
+    yield from _choice(devices, EXACT_ENVIRONMENT_VARIABLE, EXACT_BACKENDS, partial(exact_backend_status, asked))
+
+
+def _choice(
+    devices: list[str], variable: str, known: tuple[str, ...], status: Callable[[str], BackendStatus]
+) -> Iterator[Finding]:
     asked = os.environ.get(variable)
     if asked is None:
         return
@@ -59,7 +86,7 @@ def _choice(devices: list[str], variable: str, known: tuple[str, ...]) -> Iterat
         yield Finding(
             "fault", variable, f"{asked!r} is no backend", f"set it to one of {', '.join(known)}, or unset it"
         )
-    elif asked == "compiled" and not all(backend_status(device).compiled for device in devices):
-        yield Finding("fault", variable, "compiled is asked for, and cannot run on every device", "set it to auto")
+    elif asked not in ("auto", "eager") and not all(status(device).usable for device in devices):
+        yield Finding("fault", variable, f"{asked} is asked for, and cannot run on every device", "set it to auto")
     else:
         yield Finding("ok", variable, asked)

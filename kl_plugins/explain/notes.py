@@ -54,8 +54,13 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
         found.append(f"The divergence is {_divergence(spec)}.")
     if spec.needs_exact:
         found.append(
-            "The full-vocabulary kernel is not part of this version: this spec parses and explains, training with it "
-            "is an error."
+            "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps or "
+            "recomputes for that, or refuses, is in its receipt."
+        )
+    if spec.top is not None:
+        found.append(
+            "The sum's gradient is sum_i u_i grad p_i with every u detached, so a sampled tail of coefficient u is "
+            "unbiased; a head that differentiates u beside it would not be. Its value is unbiased, but may be negative."
         )
     return tuple(found)
 

@@ -1,4 +1,4 @@
-"""Choice between the eager and the compiled path of the sampled terms."""
+"""Choice between the eager and the compiled path, and what the exact kernels' backends have in common with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ few milliseconds a call, which short runs do not earn back: compiling takes seco
 
 
 class BackendStatus(NamedTuple):
-    """Whether the compiled path can be used on a device, and why."""
+    """Whether the compiled path (or another backend) can be used on a device, and why."""
 
     compiled: bool
     reason: str
+
+    @property
+    def usable(self) -> bool:
+        """``compiled``, for backends of other names."""
+        return self.compiled
 
 
 class BackendError(RuntimeError):
@@ -51,6 +56,18 @@ def backend_status(device_type: str = "cpu") -> BackendStatus:
     return BackendStatus(True, "triton")
 
 
+def asked_by_environment(variable: str, known: tuple[str, ...]) -> str:
+    """The backend that an environment variable names, ``auto`` where it is not set.
+
+    Raises:
+        BackendError: it names an unknown one.
+    """
+    asked = os.environ.get(variable, "auto")
+    if asked not in known:
+        raise BackendError(f"{variable}={asked!r}: expected one of {', '.join(known)}")
+    return asked
+
+
 def chosen_backend(elements: int, device_type: str) -> str:
     """``eager`` or ``compiled`` for a call of this size.
 
@@ -64,9 +81,7 @@ def chosen_backend(elements: int, device_type: str) -> str:
     Raises:
         BackendError: the environment variable names an unknown backend, or ``compiled`` where it cannot run.
     """
-    asked = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if asked not in BACKENDS:
-        raise BackendError(f"{ENVIRONMENT_VARIABLE}={asked!r}: expected one of {', '.join(BACKENDS)}")
+    asked = asked_by_environment(ENVIRONMENT_VARIABLE, BACKENDS)
     if asked == "eager" or torch.compiler.is_compiling():  # an outer torch.compile inlines the eager code
         return "eager"
     if asked == "auto" and elements < COMPILE_ABOVE:
@@ -78,12 +93,13 @@ def chosen_backend(elements: int, device_type: str) -> str:
         raise BackendError(
             f"{ENVIRONMENT_VARIABLE}=compiled on {device_type}: {status.reason}. Install it, or use auto."
         )
-    _say_once(f"kl-plugins: eager path on {device_type}: {status.reason}; results are the same, large batches slower")
+    say_once(f"kl-plugins: eager path on {device_type}: {status.reason}; results are the same, large batches slower")
     return "eager"
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning the first time that it is given in this process."""
     logger.warning(message)
 
 
@@ -100,13 +116,28 @@ def run(function: Callable[..., Any], *args: Any, like: Tensor) -> Any:
 
     A compiler that is present but broken costs one warning and the eager path, never the run.
     """
-    if chosen_backend(like.numel(), like.device.type) == "eager" or function in _failed:
+    if chosen_backend(like.numel(), like.device.type) == "eager":
         return function(*args)
+    return run_compiled(function, *args, forced=os.environ.get(ENVIRONMENT_VARIABLE) == "compiled")
+
+
+def run_compiled(
+    function: Callable[..., Any], *args: Any, forced: bool, instead: Callable[..., Any] | None = None
+) -> Any:
+    """Call a tensor function compiled, or ``instead`` (default: the function itself) where compiling it fails.
+
+    Args:
+        function: compiled once per process and kept.
+        forced: let the compiler's error out instead.
+    """
+    instead = instead or function
+    if function in _failed and not forced:
+        return instead(*args)
     try:
         return _compiled(function)(*args)
     except RuntimeError as error:  # dynamo's and inductor's errors derive from it
-        if os.environ.get(ENVIRONMENT_VARIABLE) == "compiled":
+        if forced:
             raise
         _failed.add(function)  # trying again would cost seconds at every step
-        _say_once(f"kl-plugins: eager path: torch.compile failed ({type(error).__name__}: {str(error)[:300]})")
-        return function(*args)
+        say_once(f"kl-plugins: eager path: torch.compile failed ({type(error).__name__}: {str(error)[:300]})")
+        return instead(*args)

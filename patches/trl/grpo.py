@@ -22,9 +22,11 @@ post_init = partial(shared.check_then_post_init, "GRPO")
 
 def init(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around ``__init__``."""
+    from trl.trainer.grpo_trainer import disable_gradient_checkpointing
+
     from kl_plugins.patches.trl.targets import GRPO_TRAINER
 
-    shared.init_with_session("GRPO", GRPO_TRAINER, wrapped, trainer, args, kwargs)
+    shared.init_with_session("GRPO", GRPO_TRAINER, disable_gradient_checkpointing, wrapped, trainer, args, kwargs)
 
 
 def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -37,12 +39,13 @@ def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict
         return wrapped(*args, **kwargs)
     inputs = micro_batch(args, kwargs)
     found: list[dict[str, Tensor]] = []
-    with session.recorder.recording() as calls:
+    with session.recorder.recording() as calls, shared.watching_states(session, inputs) as states:
 
         def product(host_kl: Tensor) -> Tensor:
             if session.is_score:
                 return host_kl.new_zeros(())
-            loss, metrics = session.beta_times_loss(inputs, calls[-1].logp, host_kl)
+            exact = shared.exact_of(session, states, calls[-1])
+            loss, metrics = session.beta_times_loss(inputs, calls[-1].logp, host_kl, exact)
             found.append(metrics)
             return loss
 

@@ -20,9 +20,11 @@ post_init = partial(shared.check_then_post_init, "RLOO")
 
 def init(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around ``__init__``."""
+    from trl.trainer.rloo_trainer import disable_gradient_checkpointing
+
     from kl_plugins.patches.trl.targets import RLOO_TRAINER
 
-    shared.init_with_session("RLOO", RLOO_TRAINER, wrapped, trainer, args, kwargs)
+    shared.init_with_session("RLOO", RLOO_TRAINER, disable_gradient_checkpointing, wrapped, trainer, args, kwargs)
 
 
 def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

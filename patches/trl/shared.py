@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import Tensor
 from kl_plugins.adapters.trl import config as kl_config
 from kl_plugins.adapters.trl import guards
 from kl_plugins.adapters.trl.beta import BetaControl
+from kl_plugins.adapters.trl.exact import cost
 from kl_plugins.adapters.trl.log_probs import Scored, behaviour_source
 from kl_plugins.adapters.trl.reward import site
 from kl_plugins.adapters.trl.session import Session
+from kl_plugins.exact import ExactKL
 from kl_plugins.patches.patch import PatchSet
+from kl_plugins.patches.trl.exact import TrainerStates
 from kl_plugins.receipts import Receipt
 
 ATTRIBUTE = "_kl_plugins"
@@ -53,7 +57,13 @@ def check_then_post_init(algorithm: str, wrapped: Any, config: Any, args: Any, k
 
 
 def init_with_session(
-    algorithm: str, patches: tuple[Any, ...], wrapped: Any, trainer: Any, args: Any, kwargs: Any
+    algorithm: str,
+    patches: tuple[Any, ...],
+    no_checkpointing: Callable[..., Any],
+    wrapped: Any,
+    trainer: Any,
+    args: Any,
+    kwargs: Any,
 ) -> None:
     """Around a trainer's ``__init__``: refusals before TRL builds anything, the session after."""
     arguments = inspect.signature(wrapped).bind_partial(*args, **kwargs).arguments
@@ -86,9 +96,12 @@ def init_with_session(
             target=spec.target,
             behaviour=source,
             reward_site=site(algorithm, config) if spec.placement == "reward" else "",
+            cost=cost(spec),
         )
 
-    session = Session(spec, source, trainer.accelerator, BetaControl(spec.beta, float(trainer.beta)), receipt)
+    beta = BetaControl(spec.beta, float(trainer.beta))
+    states = TrainerStates(trainer, no_checkpointing) if spec.needs_exact else None
+    session = Session(spec, source, trainer.accelerator, beta, receipt, states)
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(KLCallback(session))
 
@@ -100,6 +113,22 @@ def record_log_probs(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: 
     if session is not None:
         session.recorder.record(Scored(result[0], args, kwargs))
     return result
+
+
+@contextmanager
+def watching_states(session: Session, inputs: dict[str, Any]) -> Iterator[list[ExactKL]]:
+    """Within the block, the policy's forward pass also gives the full-vocabulary KL that a ``@loss`` spec needs."""
+    if session.state_kl is None or session.is_score:
+        yield []
+        return
+    differentiable = session.spec.estimator == "exact"
+    with session.state_kl.watching(inputs["completion_ids"].shape[1], differentiable) as states:
+        yield states
+
+
+def exact_of(session: Session, states: list[ExactKL], call: Scored) -> Tensor | None:
+    """(B, T) full-vocabulary KL of what the host has just scored, where the spec needs it."""
+    return None if session.state_kl is None else session.state_kl.checked(states, call.logp, call.response_mask())
 
 
 def policy_scorer(trainer: Any, no_checkpointing: Callable[..., Any]) -> Callable[[Scored], Tensor]:

@@ -104,6 +104,15 @@ def test_the_chosen_backend_is_checked(backend: str, status: int) -> None:
     assert (finding["level"] == "fault") is bool(status)
 
 
+@pytest.mark.parametrize(("backend", "status"), [("eager", 0), ("turbo", 1), ("triton", 1)])
+def test_the_chosen_exact_backend_is_checked(backend: str, status: int) -> None:
+    result = run_cli("doctor", "--json", env={"KL_PLUGINS_EXACT_BACKEND": backend})
+    found = findings(document(result), "backends")
+    assert result.returncode == status
+    assert (found["KL_PLUGINS_EXACT_BACKEND"]["level"] == "fault") is bool(status)
+    assert found["exact KL on cpu"]["message"].startswith("eager")
+
+
 def test_without_a_compiler_the_eager_path_is_named() -> None:
     result = run_cli("doctor", "--json", env={"CXX": "no-such-compiler"})
     finding = findings(document(result), "backends")["compiled on cpu"]

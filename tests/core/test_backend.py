@@ -19,10 +19,10 @@ from kl_plugins.kernels.backend import COMPILE_ABOVE, ENVIRONMENT_VARIABLE, Back
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("CXX", raising=False)
-    for cached in (backend.backend_status, backend._say_once):
+    for cached in (backend.backend_status, backend.say_once):
         cached.cache_clear()
     yield
-    for cached in (backend.backend_status, backend._say_once):
+    for cached in (backend.backend_status, backend.say_once):
         cached.cache_clear()
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
-from kl_plugins.exact import ExactKLUnavailableError, exact_kl, linear_kl
 from kl_plugins.numerics import cast_saturating
 from tests.core.specs import SAMPLED
 from tests.core.tensors import batch
@@ -79,7 +78,7 @@ def test_neither_reference_nor_behaviour_gets_a_gradient() -> None:
     assert found[2] is None
 
 
-def test_exact_values_are_needed_and_their_kernel_is_not_here() -> None:
+def test_exact_values_are_needed() -> None:
     data = batch()
     for text in ("exact@loss", "k2@loss/horizon:sequence/future:exact"):
         with pytest.raises(ValueError, match="pass exact="):
@@ -87,10 +86,6 @@ def test_exact_values_are_needed_and_their_kernel_is_not_here() -> None:
     for text in ("exact@advantage", "k1@advantage/future:exact"):
         with pytest.raises(ValueError, match="pass exact="):
             kl_penalty(KLSpec.parse(text), data.logp, data.ref, data.mask)
-    with pytest.raises(ExactKLUnavailableError, match="k2@loss/is:token"):
-        exact_kl(data.logp, data.ref, data.mask)
-    with pytest.raises(ExactKLUnavailableError, match="not part of this version"):
-        linear_kl()
 
 
 def test_the_loss_may_be_scaled_in_place() -> None:

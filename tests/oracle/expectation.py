@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins import KLSpec, KLTerm, kl_penalty, kl_term
+from kl_plugins import KLSpec, KLTerm, exact_kl, kl_penalty, kl_term
 from tests.oracle.enumeration import Problem
-from tests.oracle.targets import per_state, reverse_kl
 
 
 def padded(problem: Problem, values: Tensor) -> Tensor:
@@ -15,10 +14,43 @@ def padded(problem: Problem, values: Tensor) -> Tensor:
     return values.masked_fill(~problem.mask, float("nan"))
 
 
-def full_vocabulary_kl(problem: Problem, policy: str = "current") -> Tensor:
-    """(N, T) KL to the reference of every state passed through, differentiable for `current`: what a kernel returns."""
-    values = per_state(problem, reverse_kl, policy)
-    return padded(problem, torch.stack([kl[problem.states[:, t]] for t, kl in enumerate(values)], 1))
+def logits(problem: Problem, policy: str) -> Tensor:
+    """(N, T, V) logits of every state passed through, NaN where a sequence has ended."""
+    columns = [table[problem.states[:, t]] for t, table in enumerate(problem.policies[policy])]
+    return torch.stack(columns, 1).masked_fill(~problem.mask[..., None], float("nan"))
+
+
+def full_vocabulary_kl(
+    problem: Problem, policy: str = "current", *, top: int | None = None, behaviour: str | None = None
+) -> Tensor:
+    """(N, T) KL to the reference of every state passed through, as the exact kernels return it to a host.
+
+    Args:
+        problem: policies and sequences.
+        policy: whose KL; differentiable for `current`.
+        top: tokens summed exactly, None for all.
+        behaviour: the policy that drew the tokens, where `top` has to weight the sampled tail.
+    """
+    drawn = None if behaviour is None else padded(problem, problem.log_probs(behaviour).detach())
+    found = exact_kl(
+        logits(problem, policy),
+        logits(problem, "reference"),
+        problem.tokens,
+        mask=problem.mask,
+        top=top,
+        behaviour_logp=drawn,
+    )
+    torch.testing.assert_close(found.logp, problem.log_probs(policy), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.ref_logp, problem.log_probs("reference"), rtol=1e-12, atol=1e-12)
+    return padded(problem, found.kl)
+
+
+def exact_for(spec: KLSpec, problem: Problem, policy: str, data: str) -> Tensor | None:
+    """What a host passes as `exact`: None where the spec has no use for it."""
+    if not spec.needs_exact:
+        return None
+    tail = spec.top is not None and spec.correction in ("prefix", "decision")
+    return full_vocabulary_kl(problem, policy, top=spec.top, behaviour=data if tail else None)
 
 
 def term_for(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...] | None = None) -> KLTerm:
@@ -41,7 +73,7 @@ def term_for(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...
         padded(problem, problem.log_probs("current")),
         padded(problem, problem.log_probs("reference")),
         problem.mask,
-        exact=full_vocabulary_kl(problem) if spec.needs_exact else None,
+        exact=exact_for(spec, problem, "current", data),
         **behaviour,
     )
 
@@ -60,7 +92,7 @@ def penalty_for(spec: KLSpec, problem: Problem, evaluated: str = "current") -> T
         padded(problem, problem.log_probs(evaluated).detach()),
         padded(problem, problem.log_probs("reference")),
         problem.mask,
-        exact=full_vocabulary_kl(problem, evaluated) if spec.needs_exact else None,
+        exact=exact_for(spec, problem, evaluated, evaluated),
     )
     assert penalty.dtype == torch.float64
     assert not penalty.requires_grad

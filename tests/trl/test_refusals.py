@@ -13,11 +13,11 @@ from tests.trl import support
 @pytest.mark.parametrize(
     ("cls", "changes", "reason"),
     [
+        (GRPOConfig, {"kl": "exact@loss/top:8"}, "drop top:"),
         (GRPOConfig, {"kl": "k2@loss", "beta": 0.0}, "no reference model"),
         (GRPOConfig, {"kl": "k2@loss/beta:dual-0.1-0.1", "beta": 0.0}, "no reference model"),
         (RLOOConfig, {"kl": "k1@reward", "beta": 0.0}, "no reference model"),
         (GRPOConfig, {"kl": "k2@loss", "beta": -0.1}, "negative"),
-        (GRPOConfig, {"kl": "exact@loss"}, "sampled estimator"),
         (RLOOConfig, {"kl": "k2@loss"}, "k1@reward"),
         (GRPOConfig, {"kl": "k1@reward", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
         (GRPOConfig, {"kl": "k1@advantage", "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),

@@ -42,11 +42,14 @@ def stock(model: str, folder: Path) -> dict[str, object]:
 
 def train(model: str, folder: Path) -> dict[str, object]:
     """Every placement, with a controller."""
-    specs = ("k2@loss/is:token/beta:adaptive-0.001-64", "k1@reward", "k1@advantage")
+    specs = ("k2@loss/is:token/beta:adaptive-0.001-64", "k1@reward", "k1@advantage", "exact@loss", "exact@advantage")
     found: dict[str, object] = {
         spec: outcome(adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl=spec, num_iterations=2)
         for spec in specs
     }
+    found["exact@loss lora"] = outcome(
+        adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl="exact@loss", num_iterations=2, lora=True
+    )
     for name, cls, config, extra in (
         ("RLOO stock", trl.RLOOTrainer, trl.RLOOConfig, {}),
         ("RLOO", adapter.RLOOTrainer, adapter.RLOOConfig, {"kl": "k1@reward"}),

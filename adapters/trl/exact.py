@@ -1,0 +1,170 @@
+"""Full-vocabulary KL from what TRL's models hold: hidden states and output heads, never the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kl_plugins.adapters.trl.log_probs import Scored
+from kl_plugins.exact import ExactKL, linear_kl
+from kl_plugins.spec import KLSpec
+
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+"""Names that model configs give to a factor on the logits."""
+
+MEAN_DEVIATION, MEAN_DEVIATION_16_BIT = 1e-3, 0.1
+"""Largest mean |difference| between TRL's log-probs and those of the head found here, nats."""
+
+
+class StateKL(Protocol):
+    """Computes the full-vocabulary KL of the states that a trainer scores; see ``patches/trl/exact.py``."""
+
+    def watching(self, positions: int, differentiable: bool) -> AbstractContextManager[list[ExactKL]]:
+        """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states."""
+
+    def checked(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> Tensor:
+        """(B, T) KL of one host call's batches, once the head has been seen to give the host's log-probs."""
+
+    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> Tensor:
+        """(B, T) KL of a rollout's states, without graph."""
+
+
+def cost(spec: KLSpec) -> str:
+    """What exact terms add to TRL's own work, in words; empty for sampled specs."""
+    if not spec.needs_exact:
+        return ""
+    if spec.placement != "loss":
+        return "one more forward pass of policy and reference, with their heads, per rollout"
+    passes = "forward and backward" if spec.estimator == "exact" else "forward"
+    return f"a forward pass of the reference and both heads once more ({passes}), per micro-batch"
+
+
+class Head(NamedTuple):
+    """How a model turns hidden states into logits.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) or None.
+        scale: factor on the logits, before the soft cap.
+        softcap: c of c * tanh(logits / c), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+def head_of(model: Any) -> Head:
+    """The output head of a transformers causal language model.
+
+    Args:
+        model: the model without its wrappers, inside its forward pass, where a sharded head is whole.
+
+    Raises:
+        TypeError: the head is not a linear layer.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear):
+        raise TypeError(
+            f"kl-plugins: the output head of {type(model).__name__} is a {type(layer).__name__}; exact terms are "
+            "computed from a plain linear head. Use a sampled spec, such as k2@loss/is:token"
+        )
+    weight, bias = (_whole(parameter) for parameter in (layer.weight, layer.bias))
+    assert weight is not None
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, _logit_scale(config), None if softcap is None else float(softcap))
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    # FSDP2 shows a sharded parameter as a DTensor.
+    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
+
+
+def _logit_scale(config: Any) -> float:
+    for name in SCALES:
+        factor = getattr(config, name, None)
+        if factor is not None:
+            return float(factor)
+    divisor = getattr(config, "logits_scaling", None)
+    return 1.0 if divisor is None else 1.0 / float(divisor)
+
+
+def kl_of_states(
+    hidden: Tensor,
+    head: Head,
+    ref_hidden: Tensor,
+    ref_head: Head,
+    input_ids: Tensor,
+    attended: Tensor,
+    temperature: float,
+) -> ExactKL:
+    """KL(policy || reference) in the state before each of the last T tokens.
+
+    Args:
+        hidden: (B, L, D) last hidden states of the policy, with their graph.
+        head: the policy's head.
+        ref_hidden: (B, L, D') those of the reference.
+        ref_head: the reference's head.
+        input_ids: (B, L) int64.
+        attended: (B, T) bool; elsewhere the result is 0 without a gradient.
+        temperature: divides the logits of both.
+
+    Returns:
+        (B, T) each, nats, float32.
+    """
+    states = slice(-attended.shape[1] - 1, -1)
+    return linear_kl(
+        _scaled(hidden[:, states], head),
+        head.weight,
+        _scaled(ref_hidden[:, states], ref_head),
+        ref_head.weight,
+        input_ids[:, -attended.shape[1] :],
+        bias=head.bias,
+        ref_bias=ref_head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        ref_softcap=ref_head.softcap,
+        mask=attended,
+        differentiable_logp=False,  # the policy loss has TRL's own; with a frozen head the backward pass is then free
+    )
+
+
+def _scaled(hidden: Tensor, head: Head) -> Tensor:
+    if head.scale != 1.0 and head.bias is not None:
+        raise TypeError("kl-plugins: a head with a bias and a logit scale is not one that exact terms know")
+    hidden = hidden.to(head.weight.dtype)  # cast_lm_head_to_fp32
+    return hidden if head.scale == 1.0 else hidden * head.scale
+
+
+def in_16_bits(hidden: Tensor) -> bool:
+    """Whether TRL multiplies these hidden states by the head in 16 bits."""
+    return hidden.element_size() < 4 or torch.is_autocast_enabled(hidden.device.type)
+
+
+def check_head(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool, model: str) -> None:
+    """Raise unless the head gives the log-probs that TRL computed itself: a model may do more than its head shows.
+
+    Args:
+        exact: (B, T) per-token results.
+        logp: (B, T) TRL's own log-probs of the same tokens, nats.
+        mask: (B, T) bool.
+        rounded: TRL computed them in 16 bits.
+        model: its class, for the message.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    deviation = ((exact.logp.detach() - logp.detach().float()).abs() * mask).sum() / mask.sum().clamp(min=1)
+    if not deviation <= (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
+        raise RuntimeError(
+            f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {float(deviation):.2g} "
+            "nats on average, so its logits are more than its head shows and an exact KL would be wrong. Use a sampled "
+            "spec, such as k2@loss/is:token"
+        )

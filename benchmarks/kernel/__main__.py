@@ -1,0 +1,81 @@
+"""Command line of the kernel benchmark."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.kernel.contestants import Contestant, of_hidden_states, of_logits
+from benchmarks.kernel.measure import compare
+from benchmarks.kernel.problems import Size, problem
+from benchmarks.kernel.report import plot, table
+from benchmarks.reporting import machine, write_json
+
+SIZES = {
+    "smoke": (Size(8, 1024), Size(8, 1024, 16)),
+    "cpu": (
+        *(Size(512, 32_768), Size(128, 152_064)),
+        *(Size(256, 32_768, 512), Size(128, 152_064, 896), Size(4096, 32_768, 256)),
+    ),
+    "cuda": (Size(8192, 32_768), Size(8192, 152_064), Size(4096, 152_064, 896), Size(8192, 152_064, 3584)),
+}
+PEERS = ("trl", "liger-kernel", "verl", "triton")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where JSON and plots go.")] = Path("out/bench/kernel"),
+    rounds: Annotated[int, typer.Option(min=3, help="Timed passes of each contestant.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sizes: Annotated[str, typer.Option(help="smoke, cpu or cuda; the device's by default.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Comma-separated torch dtypes.")] = "float32,bfloat16",
+    only: Annotated[str, typer.Option(help="logits or hidden; both by default.")] = "",
+) -> None:
+    """Measure every contestant on every size, print tables, write JSON and a plot per dtype."""
+    console = Console()
+    chosen = [size for size in SIZES[sizes or device] if only in ("", "hidden" if size.width else "logits")]
+    for name in dtypes.split(","):
+        cases = []
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(name, total=None)
+            for size in chosen:
+                found = list((of_hidden_states if size.width else of_logits)())
+                present = [it for it in found if isinstance(it, Contestant)]
+                progress.update(task, description=f"{name}, {size}")
+                given = problem(size, getattr(torch, name), device)
+                rows = compare(present, given, rounds, partial(progress.update, task, advance=1))
+                absent = [str(it) for it in found if not isinstance(it, Contestant)]
+                cases.append({"title": f"{size}, {name}", "size": size._asdict(), "rows": rows, "absent": absent})
+        for case in cases:
+            console.print(table(case))
+            for line in case["absent"]:
+                console.print(f"not measured: {line}")
+        write_json(out / f"kernel-{device}-{name}.json", {**surroundings(), "rounds": rounds, "cases": cases})
+        plot(cases, out / f"kernel-{device}-{name}.png")
+
+
+def surroundings() -> dict[str, object]:
+    """Machine, command and peers' versions."""
+    peers = {}
+    for name in PEERS:
+        try:
+            peers[name] = version(name)
+        except PackageNotFoundError:
+            peers[name] = None
+    return {"machine": machine(), "command": f"python -m benchmarks.kernel {' '.join(sys.argv[1:])}", "peers": peers}
+
+
+if __name__ == "__main__":
+    if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
+        # Fixed, so that glibc gives freed tensors back and the peak of one contestant is not hidden by another's.
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kernel", *sys.argv[1:]])
+    typer.run(main)

@@ -1,0 +1,187 @@
+"""Who takes part: each turns a problem into a scalar loss whose backward pass reaches the policy.
+
+``exact`` ones compute the full-vocabulary KL, ``sampled`` ones what a host does for a sampled k3: log-probs of the
+labels under policy and reference. Peers run their own code as installed; one that is not installed is left out and
+named.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel.problems import Problem
+from kl_plugins import exact_kl, linear_kl
+
+Loss = Callable[[Problem], Tensor]
+
+
+class Contestant(NamedTuple):
+    """One way to a loss.
+
+    Attributes:
+        name: what tables call it.
+        kind: ``exact`` or ``sampled``.
+        ours: whether it is kl-plugins'.
+        loss: the way.
+    """
+
+    name: str
+    kind: str
+    ours: bool
+    loss: Loss
+
+
+class AbsentPeerError(RuntimeError):
+    """A peer is not installed."""
+
+
+def of_logits() -> Iterator[Contestant | AbsentPeerError]:
+    """Contestants that start from logits."""
+    yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
+    yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
+    yield Contestant("naive", "exact", False, lambda it: _naive(it.policy, it.reference, it.token_weight))
+    compiled = torch.compile(_naive)
+    yield Contestant("compile(naive)", "exact", False, lambda it: compiled(it.policy, it.reference, it.token_weight))
+    yield _peer(_trl_logits)
+
+
+def of_hidden_states() -> Iterator[Contestant | AbsentPeerError]:
+    """Contestants that start from hidden states and heads."""
+    yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
+    yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
+    yield Contestant("naive", "exact", False, _naive_linear(_naive))
+    yield Contestant("compile(naive)", "exact", False, _naive_linear(torch.compile(_naive)))
+    for peer in (_trl_divergence, _liger_divergence, _trl_log_probs, _verl_log_probs):
+        yield _peer(peer)
+
+
+def _peer(make: Callable[[], Contestant]) -> Contestant | AbsentPeerError:
+    try:
+        return make()
+    except (ImportError, PackageNotFoundError) as error:
+        return AbsentPeerError(f"{make.__name__.strip('_')}: {error}")
+
+
+def _our_exact(backend: str) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        return (exact_kl(it.policy, it.reference, it.labels, backend=backend).kl * it.token_weight).sum()
+
+    return loss
+
+
+def _our_linear(*, joint: bool) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        arguments = (it.policy, it.weight, it.reference, it.ref_weight, it.labels)
+        if joint:
+            return linear_kl(*arguments, kl_weight=it.token_weight).loss
+        return (linear_kl(*arguments).kl * it.token_weight).sum()
+
+    return loss
+
+
+def _naive(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
+    logp, ref_logp = policy.float().log_softmax(-1), reference.float().log_softmax(-1)
+    return ((logp.exp() * (logp - ref_logp)).sum(-1) * weight).sum()
+
+
+def _naive_linear(of_logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        assert it.weight is not None
+        assert it.ref_weight is not None
+        return of_logits(it.policy @ it.weight.T, it.reference @ it.ref_weight.T, it.token_weight)
+
+    return loss
+
+
+def _k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
+    delta = ref_logp - logp
+    return ((delta.exp() - delta - 1) * weight).sum()
+
+
+def _trl_logits() -> Contestant:
+    from trl.trainer.utils import selective_log_softmax
+
+    def loss(it: Problem) -> Tensor:
+        with torch.no_grad():
+            ref_logp = selective_log_softmax(it.reference, it.labels)
+        return _k3(selective_log_softmax(it.policy, it.labels), ref_logp, it.token_weight)
+
+    return Contestant(f"TRL {_version('trl')}, sampled k3", "sampled", False, loss)
+
+
+def _trl_divergence() -> Contestant:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(it: Problem) -> Tensor:
+        reverse_kl = 1.0
+        divergence = ChunkedDivergenceFunction.apply(
+            it.policy, it.weight, None, it.reference, it.ref_weight, None, reverse_kl
+        )[0]
+        return (divergence * it.token_weight).sum()
+
+    return Contestant(f"TRL {_version('trl')}, ChunkedDivergence", "exact", False, loss)
+
+
+def _liger_divergence() -> Contestant:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    def loss(it: Problem) -> Tensor:
+        # Hard loss off, beta 1: the reverse KL, as one scalar; it knows no weights of tokens.
+        found: Any = LigerFusedLinearJSDFunction.apply(
+            it.policy, it.weight, it.reference, it.ref_weight, it.labels, None, None, 0.0, 1.0, 1.0, -100, 1.0, True
+        )
+        return found[0] if isinstance(found, tuple) else found
+
+    return Contestant(f"Liger {_version('liger-kernel')}, JSD beta=1", "exact", False, loss)
+
+
+def _trl_log_probs() -> Contestant:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def score(hidden: Tensor, weight: Tensor | None, labels: Tensor, outputs: tuple[str, ...]) -> Tensor:
+        logp: Tensor = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
+        return logp
+
+    def loss(it: Problem) -> Tensor:
+        with torch.no_grad():
+            ref_logp = score(it.reference, it.ref_weight, it.labels, ("log_probs",))
+        return _k3(score(it.policy, it.weight, it.labels, ("log_probs",)), ref_logp, it.token_weight)
+
+    return Contestant(f"TRL {_version('trl')}, sampled k3", "sampled", False, loss)
+
+
+def _verl_log_probs() -> Contestant:
+    fused = _module_of("verl", "verl/utils/experimental/torch_functional.py").FusedLinearForPPO()
+
+    def loss(it: Problem) -> Tensor:
+        with torch.no_grad():
+            ref_logp = fused(it.reference, it.ref_weight, it.labels)[0]
+        return _k3(fused(it.policy, it.weight, it.labels)[0], ref_logp, it.token_weight)
+
+    return Contestant(f"veRL {_version('verl')}, sampled k3 with entropy", "sampled", False, loss)
+
+
+def _module_of(name: str, path: str) -> Any:
+    """One file of an installed distribution, without what its package imports at start."""
+    file = next((f for f in distribution(name).files or () if str(f) == path), None)
+    if file is None:
+        raise ImportError(f"{name} has no {path}")
+    module_name = f"benchmarked_{name}"
+    spec = importlib.util.spec_from_file_location(module_name, str(file.locate()))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _version(name: str) -> str:
+    return distribution(name).version

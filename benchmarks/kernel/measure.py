@@ -1,0 +1,107 @@
+"""Time and peak memory of forward plus backward, contestants taking turns."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernel.contestants import Contestant
+from benchmarks.kernel.problems import Problem
+
+
+def once(contestant: Contestant, problem: Problem) -> None:
+    """One forward and backward pass; the gradients stay."""
+    problem.clear()
+    contestant.loss(problem).backward()
+    if problem.policy.is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(contestant: Contestant, problem: Problem) -> float:
+    """Wall-clock time of one pass."""
+    start = time.perf_counter()
+    once(contestant, problem)
+    return time.perf_counter() - start
+
+
+def transient_bytes(contestant: Contestant, problem: Problem) -> int:
+    """Peak memory of one pass beyond what was there, gradients of policy and head included.
+
+    On a GPU the allocator's own peak; on a CPU the peak of the process's resident memory, as Linux counts it.
+    """
+    problem.clear()
+    gc.collect()
+    if problem.policy.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once(contestant, problem)
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    once(contestant, problem)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line for line in lines if line.startswith(field + ":")).split()[1]
+    return int(kilobytes) * 1024
+
+
+def compare(
+    contestants: Sequence[Contestant], problem: Problem, rounds: int, progress: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Median, quartiles and memory of each, measured in turns: round after round, each once.
+
+    Args:
+        contestants: who takes part.
+        problem: what they get.
+        rounds: timed passes of each, after two that warm up.
+        progress: called after each pass.
+
+    Returns:
+        One row per contestant; ``ratios`` are to the first one, per round, so that a change of the machine's speed
+        between rounds falls out.
+    """
+    for contestant in contestants:
+        for _ in range(2):
+            once(contestant, problem)
+            progress()
+    times: list[list[float]] = [[] for _ in contestants]
+    for _ in range(rounds):
+        for found, contestant in zip(times, contestants, strict=True):
+            found.append(seconds(contestant, problem))
+            progress()
+    gradient_bytes = sum(t.numel() * t.element_size() for t in (problem.policy, problem.weight) if t is not None)
+    rows = []
+    for found, contestant in zip(times, contestants, strict=True):
+        ratios = [own / first for own, first in zip(found, times[0], strict=True)]
+        peak = max(transient_bytes(contestant, problem) for _ in range(2))
+        rows.append(
+            {
+                "contestant": contestant.name,
+                "kind": contestant.kind,
+                "ours": contestant.ours,
+                "seconds": spread(found),
+                "ratio_to_first": spread(ratios),
+                "peak_bytes": peak,
+                "peak_bytes_beyond_gradients": max(0, peak - gradient_bytes),
+            }
+        )
+        progress()
+    problem.clear()
+    return rows
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    lower, _, upper = statistics.quantiles(values, n=4)
+    return {"median": statistics.median(values), "lower": lower, "upper": upper}

@@ -1,0 +1,125 @@
+"""The reference backend: plain torch operations, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.precise import repair
+from kl_plugins.kernels.exact.statistics import (
+    IGNORE_INDEX,
+    Options,
+    RowStatistics,
+    finish,
+    label_gradients,
+    label_logits,
+    row_gradients,
+    row_sums,
+    whole_rows,
+)
+
+TILE_BYTES = 16 * 2**20
+"""Default bound on what a call holds beside its arguments and results: about what a CPU's caches hold."""
+
+_TEMPORARIES = 8
+
+
+def tiles(logits: Tensor, tile_bytes: int) -> Iterator[slice]:
+    """Slices of rows whose temporaries fit ``tile_bytes``, at least one row each."""
+    size = 8 if logits.dtype == torch.float64 else 4
+    step = max(1, tile_bytes // (_TEMPORARIES * size * max(1, logits.shape[-1])))
+    for start in range(0, logits.shape[0], step):
+        yield slice(start, start + step)
+
+
+def forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    tile_bytes: int = TILE_BYTES,
+) -> RowStatistics:
+    """Statistics of each row.
+
+    Args:
+        logits, ref_logits: (N, V), any float dtype; policy and reference.
+        labels: (N,) int64, :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` where a row is left out.
+        scale: 1 / temperature.
+        softcap, ref_softcap: the models' final logit soft-caps, None for none.
+        tile_bytes: bound on the temporaries; at least one row's are needed.
+
+    Returns:
+        Statistics, (N,) each.
+    """
+    options = Options(scale, softcap, ref_softcap)
+    found = label_logits(logits, ref_logits, labels, options)
+    sums = whole_rows(eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found)
+    statistics, doubtful = finish(sums, labels)
+    return repair(statistics, doubtful, logits, ref_logits, labels, options, tile_bytes)
+
+
+def backward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    ref_softcap: float | None,
+    out: Tensor | None = None,
+    tile_bytes: int = TILE_BYTES,
+) -> Tensor:
+    """Gradient with respect to the policy's logits.
+
+    Args:
+        logits, ref_logits, labels, scale, softcap, ref_softcap: as given to :func:`forward`.
+        statistics: what it returned.
+        grad_kl, grad_logp: (N,) upstream gradients.
+        out: (N, V) to write into, of any float dtype; ``logits`` itself is allowed. Default: a new tensor like it.
+        tile_bytes: bound on the temporaries; at least one row's are needed.
+
+    Returns:
+        (N, V): ``out``, or a tensor in the dtype of ``logits``.
+    """
+    if out is None:
+        out = torch.empty_like(logits)
+    options = Options(scale, softcap, ref_softcap)
+    rows = (statistics, grad_kl, grad_logp, options, out)
+    # Before the first row is written: out may be the logits.
+    index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
+    write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, tile_bytes)
+    return out.scatter_(-1, index, at_label)
+
+
+def eager_sums(
+    logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, tile_bytes: int = TILE_BYTES
+) -> tuple[Tensor, ...]:
+    """:func:`~kl_plugins.kernels.exact.statistics.row_sums`, tile by tile."""
+    parts = [row_sums(logits[rows], ref_logits[rows], shift[rows], options) for rows in tiles(logits, tile_bytes)]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else (shift,) * 5
+
+
+def write_gradients(
+    logits: Tensor,
+    ref_logits: Tensor,
+    kept: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    options: Options,
+    out: Tensor,
+    tile_bytes: int = TILE_BYTES,
+) -> None:
+    """:func:`~kl_plugins.kernels.exact.statistics.row_gradients`, tile by tile, into ``out``."""
+    for rows in tiles(logits, tile_bytes):
+        found = RowStatistics(*(part[rows] for part in statistics))
+        upstream = (grad_kl[rows], grad_logp[rows])
+        out[rows] = row_gradients(logits[rows], ref_logits[rows], kept[rows], found, *upstream, options, out.dtype)

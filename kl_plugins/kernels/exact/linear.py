@@ -1,0 +1,201 @@
+"""Exact KL from hidden states and the output head: logits exist a tile at a time.
+
+Two modes. With autograd, tiles are computed again in the backward pass, for any upstream gradient. With weights known
+up front the gradient is computed in the forward pass, while the tile is there, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.logits import RowOptions
+from kl_plugins.kernels.exact.products import Head
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
+
+CPU_TILE_BYTES = 128 * 2**20
+ACCELERATOR_TILE_BYTES = 2**30
+
+
+class Wanted(NamedTuple):
+    """Which gradients somebody waits for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Of the hidden states (N, D), the head's weight (V, D) and its bias (V,); None where nobody waits."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Tile(NamedTuple):
+    """Logits of some rows, in buffers that the next tile will overwrite."""
+
+    rows: Tensor | slice
+    hidden: Tensor
+    labels: Tensor
+    logits: Tensor
+    ref_logits: Tensor
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Two heads and what goes through them; ignored rows are never computed.
+
+    Attributes:
+        hidden, ref_hidden: (N, D) and (N, D').
+        weight, ref_weight: (V, D) and (V, D').
+        bias, ref_bias: (V,) or None.
+        labels: (N,) int64.
+        options: for the rows.
+        operands: dtypes that the two products read, from :func:`~kl_plugins.kernels.exact.products.operand_dtype`.
+        tile_bytes: bound on everything that is neither argument, result nor the weight's gradient.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor
+    ref_weight: Tensor
+    ref_bias: Tensor | None
+    labels: Tensor
+    options: RowOptions
+    operands: tuple[torch.dtype, torch.dtype]
+    tile_bytes: int
+
+    def heads(self) -> tuple[Head, Head]:
+        """Policy's and reference's."""
+        block = self.tile_bytes // 8
+        return (
+            Head(self.weight, self.bias, self.operands[0], block),
+            Head(self.ref_weight, self.ref_bias, self.operands[1], block),
+        )
+
+    def tiles(self, heads: tuple[Head, Head]) -> Iterator[Tile]:
+        """Logits of the rows that count, tile by tile."""
+        head, ref_head = heads
+        kept = (self.labels != IGNORE_INDEX).nonzero()[:, 0]
+        whole, count, vocabulary = len(kept) == len(self.labels), len(kept), self.weight.shape[0]
+        if count == 0:
+            return
+        per_row = vocabulary * (head.compute.itemsize + ref_head.compute.itemsize)
+        per_row += vocabulary * head.operands.itemsize if head.mixed else 0
+        per_row += 2 * head.compute.itemsize * (self.hidden.shape[1] + self.ref_hidden.shape[1])
+        most = max(1, self.tile_bytes * 3 // 4 // per_row)
+        number = -(-count // most)
+        step = -(-count // number)  # tiles of one size: a narrow last one would waste a pass over the weight
+        buffer = torch.empty(step, vocabulary, dtype=head.compute, device=self.hidden.device)
+        ref_buffer = torch.empty(step, vocabulary, dtype=ref_head.compute, device=self.hidden.device)
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count)) if whole else kept[start : start + step]
+            hidden, size = self.hidden[rows], min(step, count - start)
+            logits = head.logits(hidden, buffer[:size])
+            ref_logits = ref_head.logits(self.ref_hidden[rows], ref_buffer[:size])
+            yield Tile(rows, hidden, self.labels[rows], logits, ref_logits)
+
+    def row_options(self) -> RowOptions:
+        """Options with the eager backend's share of the tile."""
+        return RowOptions(
+            self.options.scale,
+            self.options.softcap,
+            self.options.ref_softcap,
+            self.options.backend,
+            min(16 * 2**20, self.tile_bytes // 8),
+        )
+
+
+class _Accumulated:
+    """Gradients summed over tiles; the head's in float32 whatever its dtype."""
+
+    def __init__(self, inputs: LinearInputs, head: Head, wanted: Wanted) -> None:
+        self.head, self.inputs = head, inputs
+        # float16 would lose what a loss that is scaled later still brings into range.
+        held = head.compute if inputs.hidden.dtype == torch.float16 else inputs.hidden.dtype
+        self.hidden = torch.zeros_like(inputs.hidden, dtype=held) if wanted.hidden else None
+        self.weight = torch.zeros_like(inputs.weight, dtype=head.compute) if wanted.weight else None
+        self.bias = torch.zeros_like(inputs.weight[:, 0], dtype=head.compute) if wanted.bias else None
+
+    def add(self, tile: Tile, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor) -> None:
+        """Add a tile's, overwriting its logits."""
+        head, inputs = self.head, self.inputs
+        options = inputs.row_options()
+        # float16 needs the float32 gradient's size first; bfloat16 has its range, and is written at once.
+        out = tile.logits
+        if head.operands == torch.bfloat16:
+            out = torch.empty_like(tile.logits, dtype=head.operands)
+        options.backend_for(tile.logits).backward(
+            tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, out=out, **options.for_rows
+        )
+        if self.bias is not None:
+            self.bias += out.sum(0, dtype=head.compute)
+        gradient, factor = (out, None) if out.dtype == head.operands else head.operand(out)
+        if self.hidden is not None:
+            self.hidden[tile.rows] = head.hidden_gradient(gradient, factor).to(self.hidden.dtype)
+        if self.weight is not None:
+            head.add_weight_gradient(self.weight, gradient, factor, tile.hidden)
+
+    def result(self) -> Gradients:
+        """In the dtypes of the arguments; float32 instead of float16."""
+        weight = self.weight
+        if weight is not None and self.inputs.weight.dtype != torch.float16:
+            weight = weight.to(self.inputs.weight.dtype)
+        return Gradients(self.hidden, weight, self.bias)
+
+
+def statistics_of(inputs: LinearInputs) -> RowStatistics:
+    """Row statistics (N,), zeros in ignored rows; two products."""
+    heads, options = inputs.heads(), inputs.row_options()
+    result = empty_statistics(inputs, heads[0])
+    for tile in inputs.tiles(heads):
+        _put(result, tile, _forward(tile, options))
+    return result
+
+
+def gradients_of(
+    inputs: LinearInputs, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor, wanted: Wanted
+) -> Gradients:
+    """Gradients for upstream gradients (N,), from tiles computed again: four products."""
+    heads = inputs.heads()
+    total = _Accumulated(inputs, heads[0], wanted)
+    for tile in inputs.tiles(heads):
+        found = RowStatistics(*(part[tile.rows] for part in statistics))
+        total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])
+    return total.result()
+
+
+def statistics_and_gradients(
+    inputs: LinearInputs, grad_kl: Tensor, grad_logp: Tensor, wanted: Wanted
+) -> tuple[RowStatistics, Gradients]:
+    """Both from one visit to each tile: four products in all."""
+    heads, options = inputs.heads(), inputs.row_options()
+    result = empty_statistics(inputs, heads[0])
+    total = _Accumulated(inputs, heads[0], wanted)
+    for tile in inputs.tiles(heads):
+        found = _forward(tile, options)
+        _put(result, tile, found)
+        total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])
+    return result, total.result()
+
+
+def empty_statistics(inputs: LinearInputs, head: Head) -> RowStatistics:
+    """Zeros for every row."""
+    shape = (len(RowStatistics._fields), inputs.labels.shape[0])
+    return RowStatistics(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))
+
+
+def _forward(tile: Tile, options: RowOptions) -> RowStatistics:
+    return options.backend_for(tile.logits).forward(tile.logits, tile.ref_logits, tile.labels, **options.for_rows)
+
+
+def _put(result: RowStatistics, tile: Tile, found: RowStatistics) -> None:
+    for target, source in zip(result, found, strict=True):
+        target[tile.rows] = source

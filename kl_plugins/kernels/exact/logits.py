@@ -1,0 +1,137 @@
+"""Exact KL of rows of logits as a differentiable function: its gradient is written into one tensor, and only that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.backends import ExactBackend, exact_backend
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What is the same for every row of a call.
+
+    Attributes:
+        scale: 1 / temperature.
+        softcap, ref_softcap: the models' final logit soft-caps, None for none.
+        backend: as in :func:`~kl_plugins.kernels.exact.backends.exact_backend`.
+        tile_bytes: bound on temporaries, None for the default.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    ref_softcap: float | None = None
+    backend: str = "auto"
+    tile_bytes: int | None = None
+
+    def backend_for(self, logits: Tensor) -> ExactBackend:
+        """The backend for logits like these."""
+        return exact_backend(self.backend, logits, self.tile_bytes)
+
+    @property
+    def for_rows(self) -> dict[str, Any]:
+        """The keyword arguments of a backend."""
+        return {"scale": self.scale, "softcap": self.softcap, "ref_softcap": self.ref_softcap}
+
+
+def check_labels(labels: Tensor, vocabulary: int) -> None:
+    """Raise where a label is neither a token nor the ignored one; without waiting for it on an accelerator."""
+    valid = ((labels >= 0) & (labels < vocabulary)) | (labels == IGNORE_INDEX)
+    if labels.device.type == "cpu":
+        if not valid.all():
+            wrong = int(labels[~valid][0])
+            raise ValueError(f"label {wrong} is outside the vocabulary of {vocabulary} (ignored ones are -100)")
+    else:
+        torch._assert_async(valid.all(), f"kl-plugins: a label is outside the vocabulary of {vocabulary}")
+
+
+class LogitsKL(torch.autograd.Function):
+    """(logits, ref_logits, labels, options) -> the five row statistics; kl and logp are differentiable."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, ref_logits: Tensor, labels: Tensor, options: RowOptions
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Statistics of the rows (N, V)."""
+        check_labels(labels, logits.shape[-1])
+        with torch.autocast(logits.device.type, enabled=False):
+            found = options.backend_for(logits).forward(logits, ref_logits, labels, **options.for_rows)
+        return found.kl, found.logp, found.ref_logp, found.lse, found.centre
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the logits, which the model keeps anyway, and five numbers a row."""
+        *rows, ctx.options = inputs
+        ctx.save_for_backward(*rows, *output)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+        """Both gradients at once, in the dtype of the logits."""
+        return logits_gradient(*ctx.saved_tensors, grad_kl, grad_logp, ctx.options), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """A batch of rows is more rows."""
+        found = logits_kl(*(_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)))
+        return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
+
+
+class LogitsGradient(torch.autograd.Function):
+    """The backward pass of :class:`LogitsKL`; not differentiable again."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        ref_logits: Tensor,
+        labels: Tensor,
+        kl: Tensor,
+        logp: Tensor,
+        ref_logp: Tensor,
+        lse: Tensor,
+        centre: Tensor,
+        grad_kl: Tensor,
+        grad_logp: Tensor,
+        options: RowOptions,
+    ) -> Tensor:
+        """Gradient (N, V) with respect to the policy's logits."""
+        statistics = RowStatistics(kl, logp, ref_logp, lse, centre)
+        with torch.autocast(logits.device.type, enabled=False):
+            return options.backend_for(logits).backward(
+                logits, ref_logits, labels, statistics, grad_kl, grad_logp, **options.for_rows
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Refuse."""
+        raise NotImplementedError("the exact KL has no second derivatives")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """A batch of rows is more rows."""
+        rows = [_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+        return logits_gradient(*rows).reshape(info.batch_size, -1, rows[0].shape[-1]), 0
+
+
+def _flat(value: Any, dim: int | None, size: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    batched = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
+logits_kl: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = LogitsKL.apply
+""":class:`LogitsKL` as the function it is."""
+
+logits_gradient: Callable[..., Tensor] = LogitsGradient.apply
+""":class:`LogitsGradient` as the function it is."""

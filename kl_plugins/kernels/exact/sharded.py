@@ -1,0 +1,191 @@
+"""Exact KL of logits whose vocabulary is spread over the ranks of a tensor-parallel group.
+
+The sums of :mod:`kl_plugins.kernels.exact.statistics` add up over parts of a row that share shift and maximum. So a
+forward pass costs one MAX all-reduce of four numbers a row (the largest logit of policy and reference, the label's two
+logits, which one rank knows) and one SUM all-reduce of five (mass, first, second, reference mass, owners of the label).
+The backward pass needs no communication: a logit's gradient depends on its own shard and the row's statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kl_plugins.kernels.exact import eager
+from kl_plugins.kernels.exact.logits import RowOptions
+from kl_plugins.kernels.exact.statistics import (
+    IGNORE_INDEX,
+    LabelLogits,
+    Options,
+    RowStatistics,
+    RowSums,
+    finish,
+    label_gradients,
+    log_ratio,
+    row_sums,
+    scaled,
+)
+
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary a rank holds.
+
+    Attributes:
+        start: token of the first column.
+        group: the ranks that hold the other parts; None for all.
+    """
+
+    start: int
+    group: dist.ProcessGroup | None
+
+
+class ShardedLogitsKL(torch.autograd.Function):
+    """(logits, ref_logits, labels, shard, options) -> the five row statistics, the same on every rank."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: RowOptions
+    ) -> tuple[Tensor, ...]:
+        """Statistics of the rows (N, columns of this rank); labels are tokens of the whole vocabulary."""
+        with torch.autocast(logits.device.type, enabled=False):
+            return tuple(_statistics(logits, ref_logits, labels, shard, options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep this rank's logits and five numbers a row."""
+        *rows, ctx.shard, ctx.options = inputs
+        ctx.save_for_backward(*rows, *output)
+        ctx.mark_non_differentiable(*output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+        """Gradient of this rank's logits. Upstream gradients are the same on every rank, as the statistics are."""
+        logits, ref_logits, labels, *statistics = ctx.saved_tensors
+        rows = (logits, ref_logits, labels, RowStatistics(*statistics), grad_kl, grad_logp)
+        with torch.autocast(logits.device.type, enabled=False):
+            return _gradient(*rows, ctx.shard, ctx.options), None, None, None, None
+
+
+sharded_logits_kl: Callable[[Tensor, Tensor, Tensor, Shard, RowOptions], tuple[Tensor, ...]] = ShardedLogitsKL.apply
+""":class:`ShardedLogitsKL` as the function it is."""
+
+
+def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: RowOptions) -> RowStatistics:
+    for_rows = Options(**options.for_rows)
+    kept, (owned, local) = labels != IGNORE_INDEX, _ownership(logits, labels, shard)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # As the models gave them: cap and temperature are monotonic, and the difference is taken before they round.
+    raw = [
+        *(x.amax(-1).to(dtype) for x in (logits, ref_logits)),
+        *(_at(x, local).to(dtype).masked_fill(~owned, -torch.inf) for x in (logits, ref_logits)),
+    ]
+    # Ignored rows may hold NaN, which ranks need not agree on.
+    highest = torch.stack(raw).masked_fill(~kept, 0.0)
+    dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
+    maximum, label = (scaled(highest[i], for_rows.scale, for_rows.softcap) for i in (0, 2))
+    ref_maximum, ref_label = (scaled(highest[i], for_rows.scale, for_rows.ref_softcap) for i in (1, 3))
+    at_label = LabelLogits(label, ref_label, log_ratio(highest[2], highest[3], *for_rows))
+
+    if options.backend_for(logits).name == "triton":
+        sums = _triton_sums(logits, ref_logits, labels, at_label, maximum, ref_maximum, for_rows)
+    else:
+        sums = _eager_sums(logits, ref_logits, at_label.shift, maximum, ref_maximum, for_rows, options.tile_bytes)
+    total = torch.stack([*sums, owned.to(dtype)]).masked_fill(~kept, 0.0)
+    dist.all_reduce(total, dist.ReduceOp.SUM, shard.group)
+    mass, first, second, ref_mass, owners = total
+    _check_owners(owners, kept)
+    ref_lse = ref_maximum.double() + ref_mass.double().log() + at_label.shift.double()
+    row = RowSums(maximum, mass, first, second, ref_mass, at_label.shift, label, ref_label)
+    return finish(row, labels, ref_lse)[0]
+
+
+def _eager_sums(
+    logits: Tensor,
+    ref_logits: Tensor,
+    shift: Tensor,
+    maximum: Tensor,
+    ref_maximum: Tensor,
+    options: Options,
+    tile_bytes: int | None,
+) -> list[Tensor]:
+    parts = []
+    for rows in eager.tiles(logits, tile_bytes or eager.TILE_BYTES):
+        part, ref_part = logits[rows], ref_logits[rows]
+        _, mass, first, second, _ = row_sums(part, ref_part, shift[rows], options, maximum[rows])
+        # Around the reference's own maximum, where it cannot overflow.
+        u = scaled(ref_part.to(shift.dtype), options.scale, options.ref_softcap)
+        parts.append(torch.stack([mass, first, second, torch.exp(u - ref_maximum[rows, None]).sum(-1)]))
+    return list(torch.cat(parts, dim=-1)) if parts else [shift] * 4
+
+
+def _triton_sums(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    at_label: LabelLogits,
+    maximum: Tensor,
+    ref_maximum: Tensor,
+    options: Options,
+) -> list[Tensor]:
+    from kl_plugins.kernels.exact import triton_backend
+
+    found = triton_backend.part_sums(logits, ref_logits, labels, at_label, options)
+    factor, ref_factor = torch.exp(found.maximum - maximum), torch.exp(found.ref_maximum - ref_maximum)
+    return [*(part * factor for part in (found.mass, found.first, found.second)), found.ref_mass * ref_factor]
+
+
+def _gradient(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    shard: Shard,
+    options: RowOptions,
+) -> Tensor:
+    owned, local = _ownership(logits, labels, shard)
+    kept = labels != IGNORE_INDEX
+    upstream = (statistics, grad_kl, grad_logp)
+    if options.backend_for(logits).name == "triton":
+        from kl_plugins.kernels.exact import triton_backend
+
+        # A column that is not there: no onehot in rows whose label is elsewhere.
+        elsewhere = torch.where(kept, logits.shape[-1], IGNORE_INDEX)
+        return triton_backend.backward(
+            logits, ref_logits, torch.where(owned, local, elsewhere), *upstream, **options.for_rows
+        )
+    out, for_rows = torch.empty_like(logits), Options(**options.for_rows)
+    eager.write_gradients(logits, ref_logits, kept, *upstream, for_rows, out, options.tile_bytes or eager.TILE_BYTES)
+    index, at_label = label_gradients(
+        logits, ref_logits, torch.where(owned, local, IGNORE_INDEX), *upstream, for_rows, out.dtype
+    )
+    return out.scatter_(-1, index, torch.where(owned[:, None], at_label, out.gather(-1, index)))
+
+
+def _ownership(logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+    """Rows whose label is in this shard, and the label's column there (some column in the other rows)."""
+    local = labels - shard.start
+    owned = (local >= 0) & (local < logits.shape[-1]) & (labels != IGNORE_INDEX)
+    return owned, local.masked_fill(~owned, 0)
+
+
+def _at(logits: Tensor, index: Tensor) -> Tensor:
+    return logits.gather(-1, index[:, None])[:, 0]
+
+
+def _check_owners(owners: Tensor, kept: Tensor) -> None:
+    # The same sums everywhere, so all ranks raise or none does.
+    message = (
+        "a label is held by no rank or by several: check vocab_start, and that labels are tokens of the vocabulary"
+    )
+    right = ((owners == 1) | ~kept).all()
+    if owners.device.type == "cpu":
+        if not right:
+            raise ValueError(message)
+    else:
+        torch._assert_async(right, f"kl-plugins: {message}")

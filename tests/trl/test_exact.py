@@ -1,0 +1,176 @@
+"""Exact terms: the full-vocabulary KL of every state, from the heads of TRL's own models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kl_plugins import KLSpec, kl_penalty, kl_term
+from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from kl_plugins.adapters.trl import exact as adapter
+from tests.trl import support
+
+TEMPERATURE = 0.7
+
+
+def moved_on(model: str, folder: Path, spec: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A trainer and a rollout, after which its policy moved on; no task reward, so that all there is is the KL."""
+    settings = {"loss_type": "dapo", "num_iterations": 2, "scale_rewards": "none", "temperature": TEMPERATURE}
+    settings |= {"max_completion_length": 14}  # long enough for some completions to end earlier
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, folder, reward=support.zero_reward, kl=spec, **{**settings, **changes}
+    )
+    support.shift(built, 0.05)
+    inputs, _, _ = support.rollout_and_gradient(built)
+    support.shift(built, 0.03, seed=9)
+    built.model.zero_grad()
+    return built, inputs
+
+
+def log_softmax(built: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """(B, T, V) from the logits that the model itself gives."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    length = inputs["completion_ids"].shape[1]
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1]
+    return torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
+
+
+def by_hand(built: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) KL of the states and log-probs of the labels under the policy, with their graphs."""
+    policy = log_softmax(built, built.model, inputs)
+    with torch.no_grad():
+        if built.ref_model is None:
+            with built.accelerator.unwrap_model(built.model).disable_adapter():
+                reference = log_softmax(built, built.model, inputs)
+        else:
+            reference = log_softmax(built, built.ref_model, inputs)
+    labels = inputs["completion_ids"].unsqueeze(-1)
+    return (policy.exp() * (policy - reference)).sum(-1), policy.gather(-1, labels).squeeze(-1)
+
+
+SPECS = [
+    "exact@loss",
+    "exact@loss/is:prefix/behaviour:old",
+    "exact@loss/horizon:sequence",
+    "exact@loss/horizon:sequence/is:decision/behaviour:old",
+    "k2@loss/horizon:sequence/future:exact/is:sequence/behaviour:old",
+]
+
+
+def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
+    built.compute_loss(built.model, inputs).backward()
+    ours = support.gradient(built)
+    mask = inputs["completion_mask"].bool()
+    assert 0 < mask.sum() < mask.numel(), "completions should end at different lengths"
+    kl, logp = by_hand(built, inputs)
+    kl, old = kl.masked_fill(~mask, 0.0), inputs["old_per_token_logps"]
+    term = kl_term(KLSpec.parse(spec), logp, inputs["ref_per_token_logps"], mask, old_logp=old, exact=kl)
+    built.model.zero_grad()
+    (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
+    expected = support.gradient(built)
+    assert expected.norm() > 0
+    assert (ours - expected).norm() / expected.norm() < 1e-4
+    assert built._metrics["train"]["kl/exact"][-1] == pytest.approx(float(kl.detach().sum() / mask.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradient_is_that_of_the_full_softmax(spec, model, tmp_path):
+    check_gradient(*moved_on(model, tmp_path, spec), spec)
+
+
+def capped_model(model: str, folder: Path) -> str:
+    """A Gemma2, whose head caps its logits, with the tokenizer of the usual model."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), final_logit_softcapping=2.0, max_position_embeddings=128, **sizes, **heads
+    )
+    capped = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        capped.get_input_embeddings().weight.mul_(20.0)  # logits in the cap's bend
+    capped.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_soft_cap_of_the_model_is_kept(model, tmp_path):
+    built, inputs = moved_on(capped_model(model, tmp_path / "capped"), tmp_path, "exact@loss")
+    assert built.model.config.final_logit_softcapping == 2.0
+    check_gradient(built, inputs, "exact@loss")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_reference_is_the_model_without_its_adapter(checkpointing, model, tmp_path):
+    built, inputs = moved_on(model, tmp_path, "exact@loss", lora=True, gradient_checkpointing=checkpointing)
+    check_gradient(built, inputs, "exact@loss")
+
+
+def test_policy_trains_towards_the_reference(model, tmp_path):
+    built = support.build(
+        GRPOTrainer,
+        GRPOConfig,
+        model,
+        tmp_path,
+        reward=support.zero_reward,
+        kl="exact@loss",
+        max_steps=16,
+        beta=1.0,
+        learning_rate=3e-3,
+    )
+    support.shift(built, 0.05)
+    built.train()
+    values = support.log_of(built, "kl/exact")
+    assert sum(values[-4:]) < 0.5 * sum(values[:4])
+
+
+def test_start_says_what_exact_terms_cost(model, tmp_path, capfd):
+    support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="exact@loss").train()
+    assert "costs a forward pass of the reference and both heads once more" in capfd.readouterr().err
+    support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss").train()
+    assert "costs" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["exact@advantage", "k3@advantage/future:exact/gamma:0.9/allow:biased"])
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_future_of_an_advantage_is_exact(spec, trainer, config, lora, model, tmp_path):
+    built = support.build(trainer, config, model, tmp_path, kl=spec, temperature=TEMPERATURE, lora=lora)
+    support.shift(built, 0.05)
+    inputs, _, _ = support.rollout_and_gradient(built)
+    with torch.no_grad():
+        kl, logp = by_hand(built, inputs)
+    mask = inputs["completion_mask"].bool()
+    kl = kl.masked_fill(~mask, 0.0).float()
+    expected = kl_penalty(KLSpec.parse(spec), logp.float(), inputs["ref_per_token_logps"], mask, exact=kl)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(inputs["kl_plugins_penalty"], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_that_gives_other_log_probs_is_refused(model, tmp_path, monkeypatch):
+    built, inputs = moved_on(model, tmp_path, "exact@loss")
+    honest = adapter.head_of
+    monkeypatch.setattr("kl_plugins.patches.trl.exact.head_of", lambda m: honest(m)._replace(scale=1.5))
+    with pytest.raises(RuntimeError, match="differ from TRL's own by"):
+        built.compute_loss(built.model, inputs)
+
+
+def test_a_head_that_is_not_linear_is_refused(model, tmp_path):
+    built, inputs = moved_on(model, tmp_path, "exact@loss")
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Linear) -> None:
+            super().__init__()
+            self.weight, self.bias = inner.weight, inner.bias
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return 2 * torch.nn.functional.linear(hidden, self.weight)
+
+    built.model.set_output_embeddings(Doubled(built.model.get_output_embeddings()))
+    with pytest.raises(TypeError, match="is a Doubled"):
+        built.compute_loss(built.model, inputs)
