@@ -4,23 +4,23 @@ from kl_plugins import KLSpec, kl_term
 from tests.verl.workers import BETA, policy_log_probs
 
 
-def by_hand(model, batch, text, mean="token"):
+def by_hand(model, batch, text, mean="token", exact=None):
     """Aggregated value, gradient of beta times the spec's term, and metrics, from the core alone.
 
     veRL divides a mean over tokens by all response tokens, those that its rejection sampling dropped included.
     """
-    model.zero_grad()
     logp = batch.padded(policy_log_probs(model, batch.prompts, batch.responses))
     old, rollout, ref = (
         batch.padded(batch.log_probs[key]) for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")
     )
     mask = batch.padded(batch.extra.get("response_mask", batch.masks)).bool()
-    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout)
+    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout, exact=exact)
     kept = term.loss.masked_fill(~mask, 0)
     if mean == "token":
         value = kept.sum() / batch.padded(batch.masks).sum()
     else:
         value = (kept.sum(-1) / mask.sum(-1)).mean()
+    model.zero_grad()
     (BETA * value).backward()
     return value.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, term.metrics
 

@@ -20,6 +20,7 @@ from kl_plugins.spec import KLSpec, KLSpecError
 from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
+EXACT = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss")
 REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
@@ -40,7 +41,7 @@ def test_verls_defaults_hold_no_spec():
     assert not checked(config())
 
 
-@pytest.mark.parametrize("overrides", [LOSS, REWARD, ADVANTAGE, (*LOSS, *REWARD)])
+@pytest.mark.parametrize("overrides", [LOSS, EXACT, REWARD, ADVANTAGE, (*LOSS, *REWARD)])
 def test_good_configs_pass(overrides):
     assert checked(config(*overrides))
 
@@ -58,7 +59,9 @@ def test_good_configs_pass(overrides):
         ((*LOSS, "actor_rollout_ref.actor.kl_loss_coef=0"), "nothing would be regularised"),
         ((*LOSS, "actor_rollout_ref.actor.kl_loss_coef=-1"), "drives the policy away"),
         ((*REWARD, "algorithm.kl_ctrl.kl_coef=0"), "nothing would be regularised"),
-        ((*LOSS, "actor_rollout_ref.actor.kl_loss_type=exact@loss"), "logits of every token"),
+        ((*REWARD, "algorithm.kl_penalty=k1@advantage/future:exact"), "use an exact @loss spec"),
+        ((*EXACT, "actor_rollout_ref.model.lora_rank=8"), "under LoRA"),
+        ((*EXACT, "++actor_rollout_ref.actor.fsdp_config.pad_to_length=True"), "pad_to_length"),
         (
             (*LOSS, "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token/behaviour:sampler", NO_LOG_PROBS),
             "calculate_log_probs=True",

@@ -73,13 +73,20 @@ class Batch:
         return data
 
 
+def policy_logits(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
+    """Logits of the states that the response tokens were drawn in, with their graph."""
+    return [
+        model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
 def policy_log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
     """Log-probs of the response tokens, with their graph."""
-    found = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1))
-    return found
+    return [
+        logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+        for logits, response in zip(policy_logits(model, prompts, responses), responses, strict=True)
+    ]
 
 
 def make_batch(model: Any, *, advantages: bool = False) -> Batch:
