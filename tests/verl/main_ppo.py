@@ -111,7 +111,7 @@ def run(
     environment: dict[str, str] | None = None,
     folders: Sequence[Path] = (),
     meanwhile: Callable[[Running], None] = lambda running: None,
-    seconds: float = 420,
+    seconds: float = 600,  # six times what a run takes on two free cores
 ) -> Finished:
     """Run ``main_ppo`` with `settings` over the defaults above; what it starts ends with it.
 
