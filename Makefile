@@ -17,7 +17,7 @@ test: .venv/complete  ## lint, and every test that CI runs
 	$(call nox,lint core trl verl)
 
 test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
-	$(call nox,lint core_full trl_full trl_vllm verl_full)
+	$(call nox,lint core_full trl_full trl_vllm verl_full verl_vllm)
 
 test-core: .venv/complete  ## tests that need no host framework
 	$(call nox,core)

@@ -85,6 +85,10 @@ TRL_OLDER = [
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
 VERL = Environment("verl-0.9", "", CONSTRAINTS / "verl-0.9.txt", locked=True)
+VERL_OLDER = [
+    Environment(f"verl-{version}", "", CONSTRAINTS / f"verl-{version}.txt", locked=True) for version in ("0.9.0", "0.8")
+]
+VERL_VLLM = Environment("verl-vllm", "", CONSTRAINTS / "verl-vllm.txt", locked=True)
 
 
 @nox.session
@@ -133,9 +137,16 @@ def verl(session: nox.Session) -> None:
 
 
 @nox.session
-def verl_full(session: nox.Session) -> None:
-    """Test the veRL adapter, all real runs included."""
-    VERL.run(session, "-m", "pytest", "--full", "tests/verl")
+@nox.parametrize("environment", [VERL, *VERL_OLDER], ids=["0.9.1", "0.9.0", "0.8"])
+def verl_full(session: nox.Session, environment: Environment) -> None:
+    """Test the veRL adapter, all real runs included, against each veRL of the supported range."""
+    environment.run(session, "-m", "pytest", "--full", "tests/verl")
+
+
+@nox.session
+def verl_vllm(session: nox.Session) -> None:
+    """Test the veRL adapter with veRL's own vLLM rollout on the CPU."""
+    VERL_VLLM.run(session, "-m", "pytest", "--full", "tests/verl", "-m", "vllm")
 
 
 @nox.session
