@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance clean
+.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-kernel bench-host-terms clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ test: .venv/complete  ## lint, and every test that CI runs
 	$(call nox,lint core trl verl openrlhf)
 
 test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
-	$(call nox,lint core_full trl_full trl_vllm verl_full openrlhf_full)
+	$(call nox,lint core_full trl_full trl_vllm verl_full verl_vllm openrlhf_full)
 
 test-core: .venv/complete  ## tests that need no host framework
 	$(call nox,core)
@@ -36,6 +36,12 @@ lint: .venv/complete  ## ruff and mypy
 
 bench-variance: .venv/complete  ## bias and variance of every estimator, against exact enumeration
 	$(call nox,bench_variance)
+
+bench-kernel: .venv/complete  ## the exact KL against its peers, time and memory (a quiet machine, please)
+	$(call nox,bench_kernel)
+
+bench-host-terms: .venv/complete  ## sampled terms against the hosts' own expressions
+	$(call nox,bench_host_terms)
 
 clean:  ## remove environments, builds and outputs
 	rm -rf .venv .nox build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

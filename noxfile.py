@@ -92,6 +92,10 @@ TRL_OLDER = [
 ]
 TRL_VLLM = Environment("trl-vllm", "", CONSTRAINTS / "trl-vllm.txt", locked=True)
 VERL = Environment("verl-0.9", "", CONSTRAINTS / "verl-0.9.txt", locked=True)
+VERL_OLDER = [
+    Environment(f"verl-{version}", "", CONSTRAINTS / f"verl-{version}.txt", locked=True) for version in ("0.9.0", "0.8")
+]
+VERL_VLLM = Environment("verl-vllm", "", CONSTRAINTS / "verl-vllm.txt", locked=True)
 OPENRLHF = Environment(
     "openrlhf-0.11",
     "",
@@ -100,6 +104,13 @@ OPENRLHF = Environment(
     sources=("deepspeed==0.19.6",),
     build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
     prepare="from tests.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
+)
+# Peers of the kernel benchmark run single files of theirs, which need nothing that they depend on.
+BENCH_KERNEL = Environment(
+    "bench-kernel",
+    "trl,bench,triton",
+    CONSTRAINTS / "trl-1.16.txt",
+    sources=("liger-kernel==0.8.5", "verl==0.9.1"),
 )
 
 
@@ -149,9 +160,16 @@ def verl(session: nox.Session) -> None:
 
 
 @nox.session
-def verl_full(session: nox.Session) -> None:
-    """Test the veRL adapter, all real runs included."""
-    VERL.run(session, "-m", "pytest", "--full", "tests/verl")
+@nox.parametrize("environment", [VERL, *VERL_OLDER], ids=["0.9.1", "0.9.0", "0.8"])
+def verl_full(session: nox.Session, environment: Environment) -> None:
+    """Test the veRL adapter, all real runs included, against each veRL of the supported range."""
+    environment.run(session, "-m", "pytest", "--full", "tests/verl")
+
+
+@nox.session
+def verl_vllm(session: nox.Session) -> None:
+    """Test the veRL adapter with veRL's own vLLM rollout on the CPU."""
+    VERL_VLLM.run(session, "-m", "pytest", "--full", "tests/verl", "-m", "vllm")
 
 
 @nox.session
@@ -176,3 +194,18 @@ def demo(session: nox.Session) -> None:
 def bench_variance(session: nox.Session) -> None:
     """Measure bias and variance of each estimator's gradient against exact enumeration."""
     CORE.run(session, "-m", "benchmarks.variance")
+
+
+@nox.session
+def bench_kernel(session: nox.Session) -> None:
+    """Measure the exact KL against its peers, in time and memory; writes out/bench/kernel."""
+    BENCH_KERNEL.ensure(session)
+    session.run(BENCH_KERNEL.python, "-m", "benchmarks.kernel", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
+@nox.parametrize("environment", [TRL, VERL, OPENRLHF], ids=["trl", "verl", "openrlhf"])
+def bench_host_terms(session: nox.Session, environment: Environment) -> None:
+    """Measure sampled terms against each host's own expression; writes out/bench/host_terms."""
+    environment.ensure(session)
+    session.run(environment.python, "-m", "benchmarks.host_terms", *session.posargs, external=True, env=RUN_ENV)

@@ -6,12 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+from packaging.version import Version
+
 from kl_plugins.adapters.diagnosis import absent, source_findings, version_finding
 from kl_plugins.adapters.verl.host import HOST
 from kl_plugins.hosts import Finding
 
 GROUP, NAME = "verl.plugins", "kl_plugins"
 """Where veRL looks for plugins, and what ours is called there."""
+
+FIRST_WITH_ENTRY_POINTS = Version("0.9.dev0")
+MODULES, ENTRY = "VERL_USE_EXTERNAL_MODULES", "kl_plugins.patches.verl.entry"
+"""Before that, veRL imports the modules that this variable lists."""
 
 
 def diagnose() -> Sequence[Finding]:
@@ -30,11 +36,11 @@ def _findings() -> Iterator[Finding]:
     if verdict.level == "fault":
         return
     yield from _source_findings(found)
-    yield _entry_finding()
+    yield _entry_finding() if Version(found) >= FIRST_WITH_ENTRY_POINTS else _module_finding()
 
 
 def _source_findings(found: str) -> Iterator[Finding]:
-    from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, read_fingerprints
+    from kl_plugins.patches.verl.fingerprints import expected, read_fingerprints
     from kl_plugins.patches.verl.support import installed_folder
 
     try:
@@ -42,7 +48,20 @@ def _source_findings(found: str) -> Iterator[Finding]:
     except ModuleNotFoundError as error:
         yield Finding("fault", f"verl {found}", str(error), "reinstall verl")
         return
-    yield from source_findings(HOST, found, digests, FINGERPRINTS)
+    known = expected(found)
+    yield from source_findings(HOST, found, {name: digests[name] for name in known}, known)
+
+
+def _module_finding() -> Finding:
+    named = os.environ.get(MODULES, "").split(",")
+    if ENTRY in (name.strip() for name in named):
+        return Finding("ok", MODULES, ENTRY)
+    return Finding(
+        "fault",
+        MODULES,
+        "veRL before 0.9 looks for no entry points, so veRL imports no kl-plugins",
+        f"set {MODULES}={ENTRY} (beside what it holds, with a comma) in every process, on every node",
+    )
 
 
 def _entry_finding() -> Finding:

@@ -41,7 +41,8 @@ def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     if not actor.use_kl_loss:
         yield "actor_rollout_ref.actor.use_kl_loss is False, so veRL would ignore it; set it to True"
-    yield from _exact_problem(spec)
+    if spec.needs_exact:
+        yield from _exact_problems(config)
     yield from _beta_problems(spec, "actor_rollout_ref.actor.kl_loss_coef", actor.kl_loss_coef)
     if spec.behaviour == "sampler" and not rollout.calculate_log_probs:
         yield (
@@ -54,7 +55,8 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     if not algorithm.use_kl_in_reward:
         yield "algorithm.use_kl_in_reward is False, so veRL would ignore it; set it to True"
-    yield from _exact_problem(spec)
+    if spec.needs_exact:
+        yield "exact terms need the logits, which veRL's trainer process never has; use an exact @loss spec"
     yield from _beta_problems(spec, "algorithm.kl_ctrl.kl_coef", algorithm.kl_ctrl.kl_coef)
     if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
         yield (
@@ -90,9 +92,12 @@ def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
         )
 
 
-def _exact_problem(spec: KLSpec) -> Iterator[str]:
-    if spec.needs_exact:
-        yield "exact terms need the logits of every token, which this adapter does not compute; use a sampled estimator"
+def _exact_problems(config: Any) -> Iterator[str]:
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    if model.get("lora_rank", 0) or (model.get("lora") or {}).get("rank", 0) or model.get("lora_adapter_path"):
+        yield "under LoRA veRL keeps no reference model beside the actor; exact terms were not tested there"
+    if actor.fsdp_config.get("pad_to_length", False):
+        yield "actor_rollout_ref.actor.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; unset it"
 
 
 def _beta_problems(spec: KLSpec, key: str, value: float) -> Iterator[str]:

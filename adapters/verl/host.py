@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kl_plugins.hosts import Host
 
-SUPPORTED = ">=0.9,<0.10"
+SUPPORTED = ">=0.8,<0.10"
 
 LOSS_KEY = "actor_rollout_ref.actor.kl_loss_type"
 SCORE_KEY = "algorithm.kl_penalty"
@@ -14,7 +14,7 @@ HOST = Host(
     distribution="verl",
     packages=("verl",),
     supported=SUPPORTED,
-    tested=("0.9.1",),
+    tested=("0.8.0", "0.9.0", "0.9.1"),
     keys={
         "loss": f"{LOSS_KEY}, with actor_rollout_ref.actor.use_kl_loss=True (beta: kl_loss_coef)",
         "reward": f"{SCORE_KEY}, with algorithm.use_kl_in_reward=True (beta: algorithm.kl_ctrl)",

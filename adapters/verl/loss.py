@@ -27,6 +27,7 @@ class MicroBatch:
         mask: response tokens that veRL trains on; tokens that its rejection sampling dropped are out.
         old_logp: the trainer's log-probs at rollout time, nats.
         sampler_logp: the sampler's, nats, or None.
+        exact: full-vocabulary KL of the states, nats, where the spec needs it.
         metrics: 0-d tensors, filled by :meth:`term`.
         observed: policy and reference log-probs, filled by :meth:`term`.
     """
@@ -35,6 +36,7 @@ class MicroBatch:
     mask: Tensor
     old_logp: Tensor
     sampler_logp: Tensor | None
+    exact: Tensor | None = None
     metrics: dict[str, Tensor] | None = None
     observed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -75,7 +77,8 @@ class MicroBatch:
             raise RuntimeError(
                 f"kl-plugins: veRL asked for the KL of {self.spec} twice in one loss; this loss is not known"
             )
-        term = kl_term(self.spec, logp, ref_logp, self.mask, old_logp=self.old_logp, sampler_logp=self.sampler_logp)
+        behaviour = {"old_logp": self.old_logp, "sampler_logp": self.sampler_logp}
+        term = kl_term(self.spec, logp, ref_logp, self.mask, **behaviour, exact=self.exact)
         self.metrics, self.observed = term.metrics, (logp.detach(), ref_logp.detach())
         return term.loss
 

@@ -25,6 +25,7 @@ class Session:
         beta: current coefficient.
         confirmed: the trainer has asked for this worker's receipt.
         behaviour: where the receipt says that the behaviour policy's log-probs come from.
+        reference: veRL's worker that holds the reference model in this process, where the spec needs its logits.
         sampler_usable: all of the sampler's log-probs in the present optimizer step are finite, on every rank.
     """
 
@@ -33,6 +34,7 @@ class Session:
     beta: LossBeta
     confirmed: bool = False
     behaviour: str = "automatic"
+    reference: Any = None
     sampler_usable: bool = True
 
     def require_confirmed(self) -> None:

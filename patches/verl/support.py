@@ -59,10 +59,11 @@ def check_sources() -> None:
     Raises:
         UnsupportedHostError: a function that is wrapped in some process has changed.
     """
-    from kl_plugins.patches.verl.fingerprints import FINGERPRINTS
+    from kl_plugins.patches.verl.fingerprints import expected
 
-    for name, digest in _digests().items():
-        if digest not in FINGERPRINTS[name].values():
+    for name, known in expected(version("verl")).items():
+        digest = _digests()[name]
+        if digest not in known.values():
             _refuse(
                 f"{name.replace(':', '.')} of verl {version('verl')} is not the code that kl-plugins was checked with "
                 f"(fingerprint {digest}); it was edited, or this is another version"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -100,7 +101,8 @@ def _score_receipt(spec: Any, config: Any) -> Receipt:
     from kl_plugins.patches.verl.targets import PATCHES
 
     names = ("kl_penalty", "apply_kl_penalty", "compute_advantage", "compute_advantage_for_multi_trajectories")
-    used = [patch for patch in PATCHES.patches if patch.qualname in names]
+    # The modules of other trainers need not be there.
+    used = [patch for patch in PATCHES.patches if patch.qualname in names and patch.module in sys.modules]
     return Receipt(
         rank=0,
         world_size=1,

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kl_plugins.adapters.verl.beta import LossBeta, read_state, restored, write_state
+from kl_plugins.adapters.verl.exact import LOGITS, cost
 from kl_plugins.adapters.verl.loss import MicroBatch, carried
 from kl_plugins.adapters.verl.session import Session
 from kl_plugins.adapters.verl.settings import loss_spec
 from kl_plugins.patches.patch import Hook
+from kl_plugins.patches.verl import exact
 from kl_plugins.patches.verl.kl import arguments
 from kl_plugins.receipts import Receipt
 
@@ -41,6 +43,8 @@ def session_of(worker: Any) -> Session | None:
 
 def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``ppo_loss(config, model_output, data, dp_group)``: its batch is carried to the KL function."""
+    if LOGITS in kwargs:  # the engine shows its logits; only asked to where a spec needs them
+        return exact.on_logits(_active.get(), **kwargs)
     named = dict(arguments(wrapped, args, kwargs))
     spec = loss_spec(named["config"])
     if spec is None:
@@ -53,6 +57,8 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
             "is not one that kl-plugins was tested with"
         )
     batch = MicroBatch.read(spec, named["data"], session.behaviour, session.sampler_usable)
+    if spec.needs_exact:
+        batch.exact = exact.of_model_output(spec, named["model_output"], named["data"])
     named["config"] = session.config_with_beta(named["config"])
     with carried(batch):
         loss, metrics = wrapped(**named)
@@ -76,7 +82,8 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     session.check_sampler(arguments(wrapped, args, kwargs)["data"], partial(_total, group))
     token = _active.set(session)
     try:
-        output = wrapped(*args, **kwargs)
+        with exact.showing_logits(session, arguments(wrapped, args, kwargs)["data"]):
+            output = wrapped(*args, **kwargs)
     finally:
         _active.reset(token)
     session.beta.step(group)
@@ -139,6 +146,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         raise RuntimeError(f"its loss function {session.loss_fn} is not veRL's hooked ppo_loss")
     if str(session.spec) != spec:
         raise RuntimeError(f"its loss function holds {session.spec}, not {spec}")
+    if session.spec.needs_exact:
+        session.reference = _reference(process)
     session.confirmed, session.behaviour = True, behaviour
     used = [patch for patch in PATCHES.patches if patch.module.startswith("verl.workers")]
     return Receipt(
@@ -151,14 +160,35 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         spec=str(session.spec),
         target=session.spec.target,
         behaviour=behaviour,
+        cost=cost(session.spec),
     )
 
 
-def _sessions(process: Any) -> Iterator[tuple[Any, Session]]:
+def _reference(process: Any) -> Any:
+    """The worker of this process that holds the reference model.
+
+    Raises:
+        RuntimeError: there is none, so its logits are out of reach.
+    """
+    for role in _roles(process):
+        reference = getattr(role, "ref", None)
+        if reference is not None:
+            return reference
+    raise RuntimeError(
+        "it has no reference model beside the actor, and exact terms need its logits; use a sampled spec, such as "
+        "k2@loss/is:token"
+    )
+
+
+def _roles(process: Any) -> list[Any]:
     held = [process]
     for name in ("worker_dict", "fused_worker_dict"):  # roles that share one process
         held += list((getattr(process, name, None) or {}).values())
-    for role in held:
+    return held
+
+
+def _sessions(process: Any) -> Iterator[tuple[Any, Session]]:
+    for role in _roles(process):
         # A role that has an inner actor trains through that one.
         worker = getattr(role, "actor", None) or role
         session = session_of(worker)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT
+from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("veRL is not installed", allow_module_level=True)
@@ -22,7 +22,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     importlib.import_module("verl")
     importlib.import_module("verl.workers.engine_workers")
-    importlib.import_module("verl.trainer.ppo.v1")
+    importlib.import_module("verl.trainer.ppo.ray_trainer")
+    if SINCE_0_9:
+        importlib.import_module("verl.trainer.ppo.v1")
 
 HERE = Path(__file__).parent
 

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.verl.ray_support import ENVIRONMENT
+from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 SETTINGS = {
     "algorithm.adv_estimator": "grpo",
@@ -70,6 +72,24 @@ CRITIC = {
 
 
 @dataclass(frozen=True)
+class Running:
+    """The launching process, what is printed so far, and veRL's own metrics so far."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    log: Path
+
+    def await_step(self, step: int, seconds: float = 420) -> str:
+        """Everything printed once the metrics of a step are there."""
+        deadline = time.monotonic() + seconds
+        while len(_steps(self.log)) < step:
+            assert self.process.poll() is None, self.output.read_text(errors="replace")[-6000:]
+            assert time.monotonic() < deadline, f"step {step} did not come"
+            time.sleep(0.5)
+        return _plain(self.output.read_text(errors="replace"))
+
+
+@dataclass(frozen=True)
 class Finished:
     """Exit status, everything printed, and veRL's own metrics by step."""
 
@@ -89,9 +109,14 @@ def run(
     *,
     ranks: int = 1,
     environment: dict[str, str] | None = None,
-    seconds: float = 420,
+    folders: Sequence[Path] = (),
+    meanwhile: Callable[[Running], None] = lambda running: None,
+    seconds: float = 600,  # six times what a run takes on two free cores
 ) -> Finished:
-    """Run ``main_ppo`` with `settings` over the defaults above; its Ray cluster ends with it."""
+    """Run ``main_ppo`` with `settings` over the defaults above; what it starts ends with it.
+
+    Settings of None are left out. `folders` come first on the import path. `meanwhile` is called while it runs.
+    """
     work.mkdir(parents=True, exist_ok=True)
     log = work / "metrics.jsonl"
     log.unlink(missing_ok=True)
@@ -109,10 +134,13 @@ def run(
         "trainer.default_local_dir": work / "checkpoints",
         "+ray_kwargs.ray_init.num_gpus": ranks,
         "+ray_kwargs.ray_init._temp_dir": ray_folder,
+        # Older veRL asks Ray for a resource called after the device.
+        "+ray_kwargs.ray_init.resources.cpu": None if SINCE_0_9 else ranks,
         **settings,
     }
-    overrides = [f"{key}={value}" for key, value in merged.items()]
+    overrides = [f"{key}={value}" for key, value in merged.items() if value is not None]
     variables = {**os.environ, **ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(log), **(environment or {})}
+    variables["PYTHONPATH"] = os.pathsep.join([*map(str, folders), variables["PYTHONPATH"]])
     output = work / "output.txt"
     with output.open("w") as stream:
         process = subprocess.Popen(
@@ -124,19 +152,25 @@ def run(
             start_new_session=True,
         )
         try:
+            meanwhile(Running(process, output, log))
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = -signal.SIGKILL
         finally:
-            _end_session(process.pid)
+            end_session(process.pid)
             process.wait()
             shutil.rmtree(ray_folder, ignore_errors=True)
-    lines = log.read_text().splitlines() if log.exists() else []
-    return Finished(status, _plain(output.read_text(errors="replace")), [json.loads(line)["data"] for line in lines])
+    return Finished(status, _plain(output.read_text(errors="replace")), _steps(log))
 
 
-def _end_session(leader: int) -> None:
-    # Ray's own processes are in the session of the process that started them.
+def _steps(log: Path) -> list[dict[str, float]]:
+    # A line without its end is still being written.
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [json.loads(line)["data"] for line in lines if line.endswith("\n")]
+
+
+def end_session(leader: int) -> None:
+    """Kill all processes of a session: Ray's own are in that of the process that started them."""
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and os.getsid(int(folder.name)) == leader:

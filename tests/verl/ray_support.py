@@ -1,12 +1,23 @@
 """Ray for tests: the environment of every process, and clusters with ports and folders of their own."""
 
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.version import Version
 
 CPU_HOST = Path(__file__).parent / "cpu_host"
 
+SINCE_0_9 = find_spec("verl") is not None and Version(version("verl")).release >= (0, 9)
+"""veRL has entry points, platforms and its v1 trainers; before, it is told of the plugin by name."""
+
+TRAINERS = ("v0", "v1") if SINCE_0_9 else ("v0",)
+
+WITHOUT_PLUGIN = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"}
+
 ENVIRONMENT = {
     "PYTHONPATH": str(CPU_HOST),
-    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu",
+    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu" if SINCE_0_9 else "verl_on_cpu,kl_plugins.patches.verl.entry",
     "VERL_PLATFORM": "cpu",
     "VERL_ENGINE_DEVICE": "cuda",  # key of the engine classes, which run on any device
     "HF_HUB_OFFLINE": "1",
@@ -18,3 +29,22 @@ ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",
     "WANDB_MODE": "disabled",
 }
+
+HIDING = """
+import sys
+
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "kl_plugins":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def hide_package(folder: Path) -> Path:
+    """Make a folder that, on the import path, hides kl-plugins from every Python process."""
+    (folder / "sitecustomize.py").write_text(HIDING)
+    return folder

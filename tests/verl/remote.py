@@ -35,3 +35,21 @@ def node_id(process):
     import ray
 
     return ray.get_runtime_context().get_node_id()
+
+
+def add_reference(process, path):
+    """Give a training worker a reference model beside its own, as veRL's hybrid worker has one."""
+    import copy
+    import dataclasses
+
+    from verl.workers.config import HFModelConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    model = HFModelConfig(
+        path=path,
+        use_remove_padding=process.model_config.use_remove_padding,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    process.ref = TrainingWorker(config=dataclasses.replace(copy.deepcopy(process.config), model_config=model))
+    process.ref.reset()

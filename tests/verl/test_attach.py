@@ -7,8 +7,8 @@ import sys
 from importlib.metadata import entry_points, version
 
 import pytest
+import torch
 from verl.trainer.ppo import core_algos, ray_trainer
-from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import config as verl_config
 from verl.workers import engine_workers
 from verl.workers.utils import losses
@@ -19,9 +19,9 @@ from kl_plugins.hosts import installed_hosts
 from kl_plugins.patches import verl
 from kl_plugins.patches.patch import Hook, UnsupportedHostError
 from kl_plugins.patches.verl import support
-from kl_plugins.patches.verl.fingerprints import FINGERPRINTS
+from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, expected
 from kl_plugins.patches.verl.targets import PATCHES
-from tests.verl.ray_support import ENVIRONMENT
+from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 
 def python(program, **environment):
@@ -53,6 +53,15 @@ def test_importing_verl_imports_next_to_nothing_of_ours():
     }
 
 
+@pytest.mark.skipif(SINCE_0_9, reason="finds plugins by itself")
+def test_doctor_says_where_an_older_verl_is_not_told_of_the_plugin(monkeypatch):
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "verl_on_cpu")
+    (fault,) = (finding for finding in diagnose() if finding.level == "fault")
+    assert fault.subject == "VERL_USE_EXTERNAL_MODULES"
+    assert "VERL_USE_EXTERNAL_MODULES=kl_plugins.patches.verl.entry" in fault.remedy
+
+
+@pytest.mark.skipif(not SINCE_0_9, reason="veRL without entry points")
 def test_doctor_says_where_entry_points_are_switched_off(monkeypatch):
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
     assert [finding.subject for finding in diagnose() if finding.level == "fault"] == ["VERL_USE_EXTERNAL_PLUGINS"]
@@ -63,6 +72,10 @@ def test_doctor_says_where_entry_points_are_switched_off(monkeypatch):
 def test_the_table_names_the_modules_that_are_watched():
     assert {patch.module for patch in PATCHES.patches} == set(verl.MODULES)
     assert all(patch.fingerprints for patch in PATCHES.patches)
+    assert expected("0.9.0") == FINGERPRINTS
+    assert {name for name in FINGERPRINTS if name not in expected("0.8.0")} == {
+        name for name in FINGERPRINTS if ".v1." in name
+    }
     homes = {name.partition(":")[2] for name in FINGERPRINTS}
     assert homes == {patch.qualname for patch in PATCHES.patches}
 
@@ -70,7 +83,10 @@ def test_the_table_names_the_modules_that_are_watched():
 def test_names_imported_by_other_modules_are_one_hook():
     assert losses.kl_penalty is core_algos.kl_penalty
     assert engine_workers.ppo_loss is losses.ppo_loss
-    assert trainer_base.apply_kl_penalty is ray_trainer.apply_kl_penalty
+    if SINCE_0_9:
+        from verl.trainer.ppo.v1 import trainer_base
+
+        assert trainer_base.apply_kl_penalty is ray_trainer.apply_kl_penalty
     assert isinstance(losses.ppo_loss, Hook)
     support.check_process()
 
@@ -87,7 +103,7 @@ def test_a_hook_travels_by_reference():
 
 
 def test_detach_restores_verls_own_objects_and_attach_comes_back():
-    places = [(patch.owner(), patch.attribute) for patch in PATCHES.patches]
+    places = [(patch.owner(), patch.attribute) for patch in PATCHES.patches if patch.module in sys.modules]
     hooks = [vars(owner)[name] for owner, name in places]
     detach()
     try:
@@ -95,6 +111,9 @@ def test_detach_restores_verls_own_objects_and_attach_comes_back():
         assert not any(isinstance(vars(owner)[name], Hook) for owner, name in places)
         with pytest.raises(UnsupportedHostError, match="has no hook in this process"):
             support.check_process()
+        for text in ("k2@loss/is:token", "k1@reward"):
+            with pytest.raises(NotImplementedError):  # veRL's own answer to an unknown estimator
+                core_algos.kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), text)
         detach()
     finally:
         attach()

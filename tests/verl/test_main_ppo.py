@@ -5,11 +5,13 @@ import re
 import pytest
 
 from tests.verl.main_ppo import CRITIC, run
+from tests.verl.ray_support import SINCE_0_9, TRAINERS
 
 LOSS = {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_coef": 0.1}
 KL_TYPE = "actor_rollout_ref.actor.kl_loss_type"
 SCORE = {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0.1}
-V0 = {"trainer.use_v1": False}
+V0 = {"trainer.use_v1": False} if SINCE_0_9 else {}
+SETTINGS = {"v0": V0, "v1": {}}
 # The sampler is flatter than the policy, so importance weights are away from 1.
 MISMATCH = {"SAMPLER_SHARPNESS": "0.8"}
 
@@ -38,9 +40,15 @@ def test_grpo_with_a_weighted_loss_over_two_epochs(assets, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("version", [{}, V0], ids=["v1", "v0"])
+@pytest.mark.parametrize("version", TRAINERS)
 def test_gae_with_a_critic_and_kl_in_reward(version, assets, tmp_path):
-    settings = {**CRITIC, **SCORE, **version, "algorithm.adv_estimator": "gae", "algorithm.kl_penalty": "k1@reward"}
+    settings = {
+        **CRITIC,
+        **SCORE,
+        **SETTINGS[version],
+        "algorithm.adv_estimator": "gae",
+        "algorithm.kl_penalty": "k1@reward",
+    }
     result = run(assets, tmp_path, settings)
     _, second = finished(result)
     assert second["actor/reward_kl_penalty"] == pytest.approx(second["kl/reverse_k1"], rel=0.5, abs=0.05)
@@ -48,11 +56,11 @@ def test_gae_with_a_critic_and_kl_in_reward(version, assets, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("version", [{}, V0], ids=["v1", "v0"])
+@pytest.mark.parametrize("version", TRAINERS)
 def test_advantage_and_its_controller_over_a_resume(version, assets, tmp_path):
     settings = {
         **SCORE,
-        **version,
+        **SETTINGS[version],
         "algorithm.kl_penalty": "k1@advantage/beta:linear-0.1-0.5-4",
         "trainer.save_freq": 2,
     }

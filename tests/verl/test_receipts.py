@@ -13,23 +13,11 @@ import torch
 from kl_plugins.adapters.verl import require_receipts
 from kl_plugins.receipts import MissingReceiptError
 from tests.verl import remote
-from tests.verl.ray_support import ENVIRONMENT
+from tests.verl.ray_support import ENVIRONMENT, hide_package
 from tests.verl.workers import Group, make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = "k2@loss/is:token"
-HIDING = """
-import sys
-
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "kl_plugins":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Hidden())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +99,16 @@ def test_a_dead_worker_is_named(assets, cluster, pair):
 
 
 def two_nodes(assets, *second):
-    command = [sys.executable, "-W", "ignore", "-m", "tests.verl.two_nodes", str(assets / "model"), *map(str, second)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "tests.verl.two_nodes",
+        "train",
+        str(assets / "model"),
+        *map(str, second),
+    ]
     variables = {**os.environ, **ENVIRONMENT}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
@@ -125,8 +122,7 @@ def test_workers_on_two_nodes_give_receipts_and_train(assets):
 
 
 def test_a_node_without_the_package_stops_the_run_and_is_named(assets, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(HIDING)
-    result = two_nodes(assets, tmp_path)
+    result = two_nodes(assets, hide_package(tmp_path))
     assert result.returncode != 0
     assert "trained" not in result.stdout
     assert re.search(

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.verl import metrics as kl_metrics
 from kl_plugins.metrics import REDUCTIONS
-from tests.verl.workers import BETA, Group, make_batch, policy_log_probs
+from tests.verl.ray_support import WITHOUT_PLUGIN
+from tests.verl.reference import by_hand, distance
+from tests.verl.workers import BETA, Group, make_batch
 
 
 @pytest.fixture(scope="module")
@@ -26,26 +27,6 @@ def batch(model):
 @pytest.fixture(scope="module")
 def group(assets, cluster):
     return Group(str(assets / "model"), 1, packed=True)
-
-
-def by_hand(model, batch, text):
-    """Aggregated value and gradient of beta times the spec's term, from the core alone."""
-    model.zero_grad()
-    logp = batch.padded(policy_log_probs(model, batch.prompts, batch.responses))
-    old, rollout, ref = (
-        batch.padded(batch.log_probs[key]) for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")
-    )
-    mask = batch.padded(batch.masks).bool()
-    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout)
-    value = term.loss[mask].sum() / mask.sum()
-    (BETA * value).backward()
-    return value.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, term.metrics
-
-
-def distance(ours, theirs):
-    assert ours.keys() == theirs.keys() != set()
-    gap = sum((ours[name] - theirs[name]).square().sum() for name in ours)
-    return (gap / sum(value.square().sum() for value in theirs.values())).sqrt().item()
 
 
 def same(ours, theirs):
@@ -108,7 +89,7 @@ def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch):
 
 
 def test_an_unused_plugin_changes_no_bit(assets, cluster, group, model):
-    stock = Group(str(assets / "model"), 1, packed=True, environment={"VERL_USE_EXTERNAL_PLUGINS": "none"})
+    stock = Group(str(assets / "model"), 1, packed=True, environment=WITHOUT_PLUGIN)
     batch = make_batch(model, advantages=True)
     for kl in (None, "low_var_kl", "k2"):
         with_plugin, without = group.run(kl, batch), stock.run(kl, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,17 @@ KEYS = ("old_log_probs", "rollout_log_probs", "ref_log_prob")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and log-probs, one tensor per sequence; the log-probs lie around the initial policy's own."""
+    """Token ids and log-probs, one tensor per sequence; the log-probs lie around the initial policy's own.
+
+    `extra` holds what veRL's trainer adds or replaces: ``response_mask`` after rejection, ``rollout_is_weights``.
+    """
 
     prompts: list[Tensor]
     responses: list[Tensor]
     log_probs: dict[str, list[Tensor]]
     masks: list[Tensor]
     advantages: list[Tensor]
+    extra: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def padded(self, tensors: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -49,7 +53,7 @@ class Batch:
                 "response_mask": nested(self.masks),
                 "loss_mask": nested(self.masks),
                 "advantages": nested(self.advantages),
-                **{key: nested(values) for key, values in self.log_probs.items()},
+                **{key: nested(values) for key, values in {**self.log_probs, **self.extra}.items()},
             },
             batch_size=count,
         )
@@ -69,13 +73,20 @@ class Batch:
         return data
 
 
+def policy_logits(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
+    """Logits of the states that the response tokens were drawn in, with their graph."""
+    return [
+        model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
 def policy_log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
     """Log-probs of the response tokens, with their graph."""
-    found = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        logits = model(input_ids=torch.cat([prompt, response]).unsqueeze(0)).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1))
-    return found
+    return [
+        logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+        for logits, response in zip(policy_logits(model, prompts, responses), responses, strict=True)
+    ]
 
 
 def make_batch(model: Any, *, advantages: bool = False) -> Batch:

@@ -3,9 +3,18 @@
 For tests only. veRL imports it in every process through ``VERL_USE_EXTERNAL_MODULES``; it needs ``VERL_PLATFORM=cpu``.
 """
 
-import verl_on_cpu.platform
+import importlib.util
+
 import verl_on_cpu.rollout
 import verl_on_cpu.shims
+import verl_on_cpu.vllm
 
+if importlib.util.find_spec("verl.plugin"):
+    import verl_on_cpu.platform
+else:
+    import verl_on_cpu.device_functions
+
+    verl_on_cpu.device_functions.install()
 verl_on_cpu.shims.install()
+verl_on_cpu.vllm.install()
 verl_on_cpu.rollout.register()

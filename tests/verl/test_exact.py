@@ -1,0 +1,113 @@
+"""Exact terms in real training workers: the logits of the engine, and those of the reference beside it."""
+
+import shutil
+
+import pytest
+import torch
+
+from kl_plugins import KLSpec
+from kl_plugins.receipts import MissingReceiptError
+from tests.verl import remote
+from tests.verl.main_ppo import run
+from tests.verl.reference import by_hand, distance
+from tests.verl.test_main_ppo import KL_TYPE, LOSS, finished
+from tests.verl.workers import BETA, Group, make_batch, policy_logits
+
+SPECS = (
+    "exact@loss",
+    "exact@loss/is:prefix/cap:1.2",
+    "exact@loss/horizon:sequence/is:decision",
+    "k2@loss/horizon:sequence/future:exact/is:sequence",
+)
+
+
+@pytest.fixture(scope="module")
+def models(assets, tmp_path_factory):
+    """Policy and reference, and the folder of the reference."""
+    from transformers import AutoModelForCausalLM
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copytree(assets / "model", folder, dirs_exist_ok=True)
+    reference = load(folder)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    reference.save_pretrained(folder)
+    return load(assets / "model"), reference, str(folder)
+
+
+@pytest.fixture(scope="module")
+def batch(models):
+    return make_batch(models[0])
+
+
+def group_with_reference(assets, models, ranks, packed):
+    import ray
+
+    made = Group(str(assets / "model"), ranks, packed=packed)
+    ray.get([worker.__ray_call__.remote(remote.add_reference, models[2]) for worker in made.workers.workers])
+    return made
+
+
+@pytest.fixture(scope="module")
+def group(assets, cluster, models):
+    return group_with_reference(assets, models, 1, packed=True)
+
+
+def exact_by_hand(models, batch):
+    """(B, T) KL of the states from both models' whole softmax."""
+    found = []
+    for policy, reference in zip(
+        *(policy_logits(model, batch.prompts, batch.responses) for model in models[:2]), strict=True
+    ):
+        logp, ref_logp = policy.double().log_softmax(-1), reference.detach().double().log_softmax(-1)
+        found.append((logp.exp() * (logp - ref_logp)).sum(-1).float())
+    return batch.padded(found)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_gradient_is_that_of_the_full_softmax(text, group, batch, models):
+    value, gradient, found = by_hand(models[0], batch, text, exact=exact_by_hand(models, batch))
+    ours = group.run(text, batch)
+    assert ours.metrics["kl_loss"] == pytest.approx(value, rel=1e-5)
+    assert distance(ours.gradient, gradient) < 1e-4
+    assert found["kl/exact"] > 0.01
+
+
+def test_top_k_sums_the_head_and_samples_the_tail(group, batch, models):
+    whole = group.run("exact@loss", batch)
+    vocabulary = models[0].config.vocab_size
+    assert distance(group.run(f"exact@loss/top:{vocabulary}", batch).gradient, whole.gradient) < 1e-4
+    assert distance(group.run("exact@loss/top:4", batch).gradient, whole.gradient) > 1e-2
+
+
+def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch, models):
+    two = group_with_reference(assets, models, 2, packed=False)
+    for text in SPECS[:3]:
+        one, both = group.run(text, batch), two.run(text, batch)
+        assert one.metrics["kl_coef"] == BETA
+        assert distance(both.gradient, one.gradient) < 2e-5
+
+
+def test_a_worker_without_the_reference_is_named(assets, cluster):
+    alone = Group(str(assets / "model"), 1, packed=True)
+    with pytest.raises(MissingReceiptError, match=r"rank 0 .*no reference model beside the actor"):
+        alone.use("exact@loss")
+
+
+def test_a_spec_without_exact_terms_costs_nothing(group, batch):
+    assert not KLSpec.parse("k2@loss").needs_exact
+    assert "kl/exact" not in group.run("k2@loss", batch).metrics
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_main_ppo(assets, tmp_path):
+    result = run(assets, tmp_path, {**LOSS, KL_TYPE: "exact@loss", "actor_rollout_ref.actor.ppo_epochs": 2})
+    _, second = finished(result)
+    assert "costs a forward pass of the reference with its logits" in result.output
+    assert second["kl/exact"] > 0
