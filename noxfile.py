@@ -32,7 +32,7 @@ class Environment:
     constraints: Path
     packages: tuple[str, ...] = ()
     locked: bool = False  # the constraints file is the whole list, installed without resolution
-    sources: tuple[str, ...] = ()  # built last, against what is installed by then
+    sources: tuple[str, ...] = ()  # installed last and alone, built against what is there by then
     build_env: tuple[tuple[str, str], ...] = ()  # variables of those builds
     prepare: str = ""  # a program that ends the installation
 
@@ -63,12 +63,12 @@ class Environment:
         session.run(sys.executable, "-m", "venv", str(self.folder), external=True)
         if self.locked:
             self._pip(session, "--no-deps", "-r", str(self.constraints))
-            if self.sources:
-                self._pip(session, "--no-deps", "--no-build-isolation", *self.sources, env=dict(self.build_env))
             self._pip(session, "--no-deps", "--no-build-isolation", "-e", ".")
         else:
             self._pip(session, "setuptools")  # isolated builds would fetch an unpinned one
             self._pip(session, "--no-build-isolation", "-e", f".[{self.extras}]", *self.packages)
+        if self.sources:
+            self._pip(session, "--no-deps", "--no-build-isolation", *self.sources, env=dict(self.build_env))
         if self.prepare:
             session.run(self.python, "-c", self.prepare, external=True, env=RUN_ENV)
         stamp.write_text(key)  # last: an interrupted installation leaves none
@@ -108,7 +108,7 @@ OPENRLHF = Environment(
 # Peers of the kernel benchmark run single files of theirs, which need nothing that they depend on.
 BENCH_KERNEL = Environment(
     "bench-kernel",
-    "trl,bench,triton",
+    "trl,bench",
     CONSTRAINTS / "trl-1.16.txt",
     sources=("liger-kernel==0.8.5", "verl==0.9.1"),
 )
