@@ -96,13 +96,13 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
         "log_to_driver": False,
     }
     ray.init(**{**defaults, **settings})
+    if attached:
+        del os.environ[ray_job.VARIABLE]  # of this job alone, not of what its tests start
     ray.cloudpickle.register_pickle_by_value(remote)
     try:
         yield
     finally:
         ray.shutdown()
-        if attached:
-            del os.environ[ray_job.VARIABLE]
         shutil.rmtree(folder, ignore_errors=True)
 
 
