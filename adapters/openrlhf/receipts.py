@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kl_plugins.adapters import probe
 from kl_plugins.adapters.openrlhf.settings import behaviour_source
-from kl_plugins.adapters.receipts import checked, timeout
+from kl_plugins.adapters.ray_workers import ask
+from kl_plugins.adapters.receipts import checked
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import KLSpec
 
@@ -30,26 +30,5 @@ def collect(actor_group: Any, spec: KLSpec, args: Any) -> list[Receipt]:
     Raises:
         MissingReceiptError: a worker gave none or runs something else; rank, pid and node are named.
     """
-    return checked(_ask(actor_group._actor_handlers, str(spec), behaviour_source(spec, args)), str(spec), REMEDY)
-
-
-def _ask(workers: list[Any], spec: str, behaviour: str) -> list[dict[str, Any]]:
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(probe)
-    try:
-        pending = [worker.__ray_call__.remote(probe.probe, WORKER, spec, behaviour) for worker in workers]
-    finally:
-        cloudpickle.unregister_pickle_by_value(probe)
-    limit = timeout()
-    done, _ = ray.wait(pending, num_returns=len(pending), timeout=limit)
-    return [_answer(ray, ref) if ref in done else {"error": f"no answer within {limit:g} s"} for ref in pending]
-
-
-def _answer(ray: Any, ref: Any) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = ray.get(ref)
-    except ray.exceptions.RayError as error:
-        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
-    return answer
+    answers = ask(actor_group._actor_handlers, WORKER, str(spec), behaviour_source(spec, args))
+    return checked(answers, str(spec), REMEDY)

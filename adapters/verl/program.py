@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Sequence
+
+from kl_plugins.adapters.program import run_module
 
 
 def run(module: str, argv: Sequence[str]) -> int:
@@ -22,12 +22,4 @@ def run(module: str, argv: Sequence[str]) -> int:
     from kl_plugins.patches import verl
 
     verl.attach()
-    sys.argv = [module, *argv]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
-            return stop.code or 0
-        print(stop.code, file=sys.stderr)
-        return 1
-    return 0
+    return run_module(module, argv)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kl_plugins.adapters.verl.beta import LossBeta
+from kl_plugins.adapters.beta import LossBeta
 from kl_plugins.adapters.verl.loss import MicroBatch, refuse_unknown, unknown_tokens, weighs_by_sampler
 from kl_plugins.adapters.verl.metrics import worker_metrics
 from kl_plugins.spec import KLSpec

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from typing import Any
 
 from kl_plugins.adapters.beta import LossBeta
+from kl_plugins.adapters.micro_batch import carried, current
 from kl_plugins.adapters.openrlhf.exact import cost
-from kl_plugins.adapters.openrlhf.loss import MicroBatch, carried, current
+from kl_plugins.adapters.openrlhf.loss import MicroBatch
 from kl_plugins.adapters.openrlhf.session import Session
 from kl_plugins.adapters.openrlhf.settings import behaviour_source, spec_of
 from kl_plugins.adapters.receipts import announce

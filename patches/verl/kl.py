@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kl_plugins.adapters.verl import loss, score
+from kl_plugins.adapters.micro_batch import current
+from kl_plugins.adapters.verl import score
 from kl_plugins.adapters.verl.beta import ScoreBeta
 from kl_plugins.adapters.verl.host import SCORE_KEY
 from kl_plugins.adapters.verl.settings import spec_in
@@ -28,7 +29,7 @@ def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: 
     text = named["kl_penalty"]
     if not looks_like_spec(text):
         return wrapped(*args, **kwargs)
-    batch = loss.current()
+    batch = current()
     if batch is not None:
         return batch.term(named["logprob"], named["ref_logprob"])
     penalty = score.current.get()

@@ -87,7 +87,8 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     if session is None:
         return result
     # Imported here: it needs Ray, and a config must be checked without.
-    from kl_plugins.adapters.verl.receipts import announce, collect
+    from kl_plugins.adapters.receipts import announce
+    from kl_plugins.adapters.verl.receipts import collect
 
     if session.specs.loss is not None:
         source = guards.behaviour_source(session.specs.loss, trainer.config)

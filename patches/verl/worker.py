@@ -9,9 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kl_plugins.adapters.verl.beta import LossBeta, read_state, restored, write_state
+from kl_plugins.adapters.beta import LossBeta, restored
+from kl_plugins.adapters.micro_batch import carried
+from kl_plugins.adapters.verl.beta import read_state, write_state
 from kl_plugins.adapters.verl.exact import LOGITS, cost
-from kl_plugins.adapters.verl.loss import MicroBatch, carried
+from kl_plugins.adapters.verl.loss import MicroBatch
 from kl_plugins.adapters.verl.session import Session
 from kl_plugins.adapters.verl.settings import loss_spec
 from kl_plugins.patches.patch import Hook
