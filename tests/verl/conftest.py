@@ -52,7 +52,7 @@ def cluster() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
     ray.init(
-        num_cpus=8,
+        num_cpus=32,  # counted, not used: several groups may stand at a time
         include_dashboard=False,
         object_store_memory=100_000_000,
         _temp_dir=folder,

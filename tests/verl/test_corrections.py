@@ -25,7 +25,9 @@ def batch(model):
 
 @pytest.fixture(scope="module")
 def group(assets, cluster):
-    return Group(str(assets / "model"), 1, packed=True)
+    made = Group(str(assets / "model"), 1, packed=True)
+    yield made
+    made.end()
 
 
 def corrected(batch, **settings):

@@ -55,7 +55,9 @@ def group_with_reference(assets, models, ranks, packed):
 
 @pytest.fixture(scope="module")
 def group(assets, cluster, models):
-    return group_with_reference(assets, models, 1, packed=True)
+    made = group_with_reference(assets, models, 1, packed=True)
+    yield made
+    made.end()
 
 
 def exact_by_hand(models, batch):
@@ -91,12 +93,14 @@ def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch, mod
         one, both = group.run(text, batch), two.run(text, batch)
         assert one.metrics["kl_coef"] == BETA
         assert distance(both.gradient, one.gradient) < 2e-5
+    two.end()
 
 
 def test_a_worker_without_the_reference_is_named(assets, cluster):
     alone = Group(str(assets / "model"), 1, packed=True)
     with pytest.raises(MissingReceiptError, match=r"rank 0 .*no reference model beside the actor"):
         alone.use("exact@loss")
+    alone.end()
 
 
 def test_a_spec_without_exact_terms_costs_nothing(group, batch):

@@ -29,7 +29,9 @@ def batch(assets):
 
 @pytest.fixture(scope="module")
 def pair(assets, cluster):
-    return Group(str(assets / "model"), 2, packed=False)
+    made = Group(str(assets / "model"), 2, packed=False)
+    yield made
+    made.end()
 
 
 def test_every_worker_gives_a_receipt(pair):

@@ -26,7 +26,9 @@ def batch(model):
 
 @pytest.fixture(scope="module")
 def group(assets, cluster):
-    return Group(str(assets / "model"), 1, packed=True)
+    made = Group(str(assets / "model"), 1, packed=True)
+    yield made
+    made.end()
 
 
 def same(ours, theirs):
@@ -86,6 +88,7 @@ def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch):
             assert kl_metrics.finish(metrics, prefix="")
         for key in REDUCTIONS.keys() - {"kl/exact", "kl/ess", "kl/coef/std", "kl/disagree"}:  # no means over tokens
             assert logged[1][key] == pytest.approx(logged[0][key], rel=1e-4, abs=1e-6), key
+    two.end()
 
 
 def test_an_unused_plugin_changes_no_bit(assets, cluster, group, model):
@@ -96,6 +99,7 @@ def test_an_unused_plugin_changes_no_bit(assets, cluster, group, model):
         assert same(with_plugin.gradient, without.gradient)
         assert same(with_plugin.parameters, without.parameters)
         assert with_plugin.metrics["loss"] == without.metrics["loss"]
+    stock.end()
 
 
 def test_an_empty_mask_gives_the_same_keys_and_no_gradient(group, batch):

@@ -153,8 +153,9 @@ class Group:
             checkpoint_config=CheckpointConfig(),
         )
         self.ranks = ranks
+        self.pool = RayResourcePool([ranks // nodes] * nodes, use_gpu=False, max_colocate_count=1)
         self.workers = RayWorkerGroup(
-            resource_pool=RayResourcePool([ranks // nodes] * nodes, use_gpu=False, max_colocate_count=1),
+            resource_pool=self.pool,
             ray_cls_with_init=RayClassWithInitArgs(cls=ray.remote(TrainingWorker), config=config),
             device_name="cpu",
             worker_env=environment or {},
@@ -193,6 +194,16 @@ class Group:
         self.workers.set_loss_fn(partial(ppo_loss, config=config))
         if kl is not None and "@" in kl and receipts:
             require_receipts(self.workers, kl)
+
+    def end(self) -> None:
+        """Give the processes and what they hold of the cluster back; without it, later groups may wait for ever."""
+        import ray
+        from ray.util import remove_placement_group
+
+        for worker in self.workers.workers:
+            ray.kill(worker)
+        for held in self.pool.pgs or ():
+            remove_placement_group(held)
 
     def step(self, batch: Batch) -> Step:
         """One optimizer step on the batch."""
