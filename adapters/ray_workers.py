@@ -9,18 +9,17 @@ from kl_plugins.adapters import probe
 from kl_plugins.adapters.receipts import timeout
 
 
-def ask(workers: Sequence[Any], module: str, spec: str, behaviour: str) -> list[dict[str, Any]]:
+def ask(ray: Any, workers: Sequence[Any], module: str, spec: str, behaviour: str) -> list[dict[str, Any]]:
     """What every worker answers to :func:`kl_plugins.adapters.probe.probe`, by rank; within a time limit.
 
     Args:
+        ray: the module, which only hosts bring along.
         workers: handles of Ray actors; each needs nothing of kl-plugins to answer.
         module: dotted module whose ``receipt`` makes the receipt, in the worker.
         spec: the spec that they should run.
         behaviour: where the behaviour policy's log-probs come from.
     """
-    import ray
-    from ray import cloudpickle
-
+    cloudpickle = ray.cloudpickle
     cloudpickle.register_pickle_by_value(probe)
     try:
         pending = [worker.__ray_call__.remote(probe.probe, module, spec, behaviour) for worker in workers]

@@ -30,5 +30,7 @@ def collect(actor_group: Any, spec: KLSpec, args: Any) -> list[Receipt]:
     Raises:
         MissingReceiptError: a worker gave none or runs something else; rank, pid and node are named.
     """
-    answers = ask(actor_group._actor_handlers, WORKER, str(spec), behaviour_source(spec, args))
+    import ray
+
+    answers = ask(ray, actor_group._actor_handlers, WORKER, str(spec), behaviour_source(spec, args))
     return checked(answers, str(spec), REMEDY)

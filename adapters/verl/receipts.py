@@ -26,7 +26,9 @@ def collect(worker_group: Any, spec: KLSpec, behaviour: str = "automatic") -> li
     Raises:
         MissingReceiptError: a worker gave none or runs something else; rank, pid and node are named.
     """
-    receipts = checked(ask(worker_group.workers, WORKER, str(spec), behaviour), str(spec), REMEDY)
+    import ray
+
+    receipts = checked(ask(ray, worker_group.workers, WORKER, str(spec), behaviour), str(spec), REMEDY)
     for receipt in receipts:
         announce(receipt)
     return receipts
