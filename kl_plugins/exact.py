@@ -14,7 +14,7 @@ from kl_plugins.kernels.exact.arguments import (
     loss_weight,
     row_options,
 )
-from kl_plugins.kernels.exact.linear import ACCELERATOR_TILE_BYTES, CPU_TILE_BYTES, LinearInputs
+from kl_plugins.kernels.exact.linear import LinearInputs, default_tile_bytes
 from kl_plugins.kernels.exact.linear_autograd import (
     linear_loss,
     linear_rows,
@@ -205,7 +205,7 @@ def linear_kl(
         kl_weight, logp_weight: (...) weights of the loss, detached; beta and the host's normalisation belong in them.
         differentiable_logp: False returns logp detached; with a frozen head the backward pass is then free.
         max_tile_bytes: bound on what is neither argument, result nor gradient (one row's tiles at least). Default
-            128 MiB on a CPU, 1 GiB on an accelerator.
+            1 GiB on an accelerator; on a CPU 128 MiB, or what 128 rows of both logits need where that is more.
 
     Returns:
         :class:`ExactKL`, or :class:`ExactKLLoss` if ``kl_weight`` or ``logp_weight`` is given.
@@ -225,7 +225,7 @@ def linear_kl(
             f"{tuple(ref_weight.shape)} must have the same positions and the same vocabulary"
         )
     if max_tile_bytes is None:
-        max_tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+        max_tile_bytes = default_tile_bytes(hidden, weight.shape[0])
     inputs = LinearInputs(
         flat_rows(hidden),
         weight,

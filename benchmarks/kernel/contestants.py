@@ -1,8 +1,9 @@
 """Who takes part: each turns a problem into a scalar loss whose backward pass reaches the policy.
 
 ``exact`` ones compute the full-vocabulary KL, ``sampled`` ones what a host does for a sampled k3: log-probs of the
-labels under policy and reference. Peers run their own code as installed; one that is not installed is left out and
-named.
+labels under policy and reference. Ours always returns those log-probs beside the KL, so from logits the naive ones do
+too; the fastest of them is also there without. Peers run their own code as installed; one that is not installed is left
+out and named.
 """
 
 from __future__ import annotations
@@ -46,9 +47,14 @@ def of_logits() -> Iterator[Contestant | AbsentPeerError]:
     """Contestants that start from logits."""
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
     yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
-    yield Contestant("naive", "exact", False, lambda it: _naive(it.policy, it.reference, it.token_weight))
-    compiled = torch.compile(_naive)
-    yield Contestant("compile(naive)", "exact", False, lambda it: compiled(it.policy, it.reference, it.token_weight))
+    yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
+    # Compiled for sizes that may change, as training has them; that is also the faster code.
+    compiled = torch.compile(_naive_statistics, dynamic=True)
+    yield Contestant("compile(naive)", "exact", False, _naive_with_log_probs(compiled))
+    alone = torch.compile(_naive, dynamic=True)
+    yield Contestant(
+        "compile(naive), KL alone", "exact", False, lambda it: alone(it.policy, it.reference, it.token_weight)
+    )
     yield _peer(_trl_logits)
 
 
@@ -57,7 +63,7 @@ def of_hidden_states() -> Iterator[Contestant | AbsentPeerError]:
     yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
     yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
     yield Contestant("naive", "exact", False, _naive_linear(_naive))
-    yield Contestant("compile(naive)", "exact", False, _naive_linear(torch.compile(_naive)))
+    yield Contestant("compile(naive)", "exact", False, _naive_linear(torch.compile(_naive, dynamic=True)))
     for peer in (_trl_divergence, _liger_divergence, _trl_log_probs, _verl_log_probs):
         yield _peer(peer)
 
@@ -89,6 +95,20 @@ def _our_linear(*, joint: bool) -> Loss:
 def _naive(policy: Tensor, reference: Tensor, weight: Tensor) -> Tensor:
     logp, ref_logp = policy.float().log_softmax(-1), reference.float().log_softmax(-1)
     return ((logp.exp() * (logp - ref_logp)).sum(-1) * weight).sum()
+
+
+def _naive_statistics(policy: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    logp, ref_logp = policy.float().log_softmax(-1), reference.float().log_softmax(-1)
+    kl = (logp.exp() * (logp - ref_logp)).sum(-1)
+    index = labels[:, None]
+    return kl, logp.gather(-1, index)[:, 0], ref_logp.gather(-1, index)[:, 0]
+
+
+def _naive_with_log_probs(statistics: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        return (statistics(it.policy, it.reference, it.labels)[0] * it.token_weight).sum()
+
+    return loss
 
 
 def _naive_linear(of_logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:

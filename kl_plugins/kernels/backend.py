@@ -26,6 +26,9 @@ few milliseconds a call, which short runs do not earn back: compiling takes seco
 """
 
 
+RECOMPILE_LIMIT = 64
+
+
 class BackendStatus(NamedTuple):
     """Whether the compiled path (or another backend) can be used on a device, and why."""
 
@@ -134,7 +137,9 @@ def run_compiled(
     if function in _failed and not forced:
         return instead(*args)
     try:
-        return _compiled(function)(*args)
+        # One program per dtype and per kind of option; a process that uses many is not at fault.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return _compiled(function)(*args)
     except RuntimeError as error:  # dynamo's and inductor's errors derive from it
         if forced:
             raise

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels import memory
+from kl_plugins.kernels.exact.gradients import label_gradients, put_label_gradients, row_gradients
 from kl_plugins.kernels.exact.precise import repair
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     Options,
     RowStatistics,
     finish,
-    label_gradients,
     label_logits,
-    row_gradients,
     row_sums,
     whole_rows,
 )
@@ -90,13 +90,13 @@ def backward(
         (N, V): ``out``, or a tensor in the dtype of ``logits``.
     """
     if out is None:
-        out = torch.empty_like(logits)
+        out = memory.empty_like(logits)
     options = Options(scale, softcap, ref_softcap)
     rows = (statistics, grad_kl, grad_logp, options, out)
     # Before the first row is written: out may be the logits.
     index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
     write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, tile_bytes)
-    return out.scatter_(-1, index, at_label)
+    return put_label_gradients(out, index, at_label)
 
 
 def eager_sums(
@@ -118,7 +118,7 @@ def write_gradients(
     out: Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> None:
-    """:func:`~kl_plugins.kernels.exact.statistics.row_gradients`, tile by tile, into ``out``."""
+    """:func:`~kl_plugins.kernels.exact.gradients.row_gradients`, tile by tile, into ``out``."""
     for rows in tiles(logits, tile_bytes):
         found = RowStatistics(*(part[rows] for part in statistics))
         upstream = (grad_kl[rows], grad_logp[rows])

@@ -6,6 +6,7 @@ up front the gradient is computed in the forward pass, while the tile is there, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,12 +14,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels import memory
 from kl_plugins.kernels.exact.logits import RowOptions
 from kl_plugins.kernels.exact.products import Head
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
 
 CPU_TILE_BYTES = 128 * 2**20
 ACCELERATOR_TILE_BYTES = 2**30
+CPU_ROWS = 128
+"""A CPU's matrix products are slower with fewer rows than this, and each tile reads and writes the head's gradient."""
+
+_LOGITS_SHARE = 3 / 4
+
+
+def default_tile_bytes(hidden: Tensor, vocabulary: int) -> int:
+    """Bound on temporaries where the caller sets none: small enough for caches, large enough for the products."""
+    if hidden.device.type != "cpu":
+        return ACCELERATOR_TILE_BYTES
+    both_logits = 2 * torch.promote_types(hidden.dtype, torch.float32).itemsize * (vocabulary + 2 * hidden.shape[-1])
+    return max(CPU_TILE_BYTES, math.ceil(CPU_ROWS * both_logits / _LOGITS_SHARE))
 
 
 class Wanted(NamedTuple):
@@ -90,7 +104,7 @@ class LinearInputs:
         per_row = vocabulary * (head.compute.itemsize + ref_head.compute.itemsize)
         per_row += vocabulary * head.operands.itemsize if head.mixed else 0
         per_row += 2 * head.compute.itemsize * (self.hidden.shape[1] + self.ref_hidden.shape[1])
-        most = max(1, self.tile_bytes * 3 // 4 // per_row)
+        most = max(1, int(self.tile_bytes * _LOGITS_SHARE) // per_row)
         number = -(-count // most)
         step = -(-count // number)  # tiles of one size: a narrow last one would waste a pass over the weight
         buffer = torch.empty(step, vocabulary, dtype=head.compute, device=self.hidden.device)
@@ -120,9 +134,10 @@ class _Accumulated:
         self.head, self.inputs = head, inputs
         # float16 would lose what a loss that is scaled later still brings into range.
         held = head.compute if inputs.hidden.dtype == torch.float16 else inputs.hidden.dtype
-        self.hidden = torch.zeros_like(inputs.hidden, dtype=held) if wanted.hidden else None
-        self.weight = torch.zeros_like(inputs.weight, dtype=head.compute) if wanted.weight else None
-        self.bias = torch.zeros_like(inputs.weight[:, 0], dtype=head.compute) if wanted.bias else None
+        self.hidden = memory.zeros_like(inputs.hidden, dtype=held) if wanted.hidden else None
+        self.weight = memory.empty_like(inputs.weight, dtype=head.compute) if wanted.weight else None
+        self.empty = True
+        self.bias = memory.zeros_like(inputs.weight[:, 0], dtype=head.compute) if wanted.bias else None
 
     def add(self, tile: Tile, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor) -> None:
         """Add a tile's, overwriting its logits."""
@@ -131,7 +146,7 @@ class _Accumulated:
         # float16 needs the float32 gradient's size first; bfloat16 has its range, and is written at once.
         out = tile.logits
         if head.operands == torch.bfloat16:
-            out = torch.empty_like(tile.logits, dtype=head.operands)
+            out = memory.empty_like(tile.logits, dtype=head.operands)
         options.backend_for(tile.logits).backward(
             tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, out=out, **options.for_rows
         )
@@ -141,11 +156,15 @@ class _Accumulated:
         if self.hidden is not None:
             self.hidden[tile.rows] = head.hidden_gradient(gradient, factor).to(self.hidden.dtype)
         if self.weight is not None:
-            head.add_weight_gradient(self.weight, gradient, factor, tile.hidden)
+            # Nothing is read from memory that nobody has written yet.
+            head.add_weight_gradient(self.weight, gradient, factor, tile.hidden, replace=self.empty)
+        self.empty = False
 
     def result(self) -> Gradients:
         """In the dtypes of the arguments; float32 instead of float16."""
         weight = self.weight
+        if weight is not None and self.empty:
+            weight.zero_()
         if weight is not None and self.inputs.weight.dtype != torch.float16:
             weight = weight.to(self.inputs.weight.dtype)
         return Gradients(self.hidden, weight, self.bias)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels import memory
 from kl_plugins.kernels.exact.linear import (
     Gradients,
     LinearInputs,
@@ -75,6 +76,9 @@ class LinearKL(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the arguments and five numbers a row, or the rows' gradient alone."""
         *tensors, ctx.settings, rows_first = inputs
+        ctx.set_materialize_grads(
+            False
+        )  # zeros as large as the hidden states, for an output that is not differentiable
         ctx.rows_first, ctx.dtype = rows_first, inputs[0].dtype
         ctx.mark_non_differentiable(*(part for part in output[1 if rows_first else 2 :] if part is not None))
         if rows_first:
@@ -83,16 +87,19 @@ class LinearKL(torch.autograd.Function):
             ctx.save_for_backward(*tensors, *output[:5])
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_kl: Tensor | None, grad_logp: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """Gradients of hidden states, weight and bias."""
         unused = (None,) * (_TENSORS - 3 + 2)
         if ctx.rows_first:
             (rows,) = ctx.saved_tensors
+            if grad_kl is None:
+                return None, None, None, *unused
             # Ignored rows hold zeros, and an upstream NaN there must stay outside.
             scaled = torch.where(rows == 0, 0.0, rows.to(grad_kl.dtype) * grad_kl[:, None])
             return cast_saturating(scaled, ctx.dtype), None, None, *unused
         tensors, statistics = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
-        found = linear_gradient(*tensors, ctx.settings, *statistics, grad_kl, grad_logp, ctx.needs_input_grad[:3])
+        upstream = [torch.zeros_like(statistics[0]) if grad is None else grad for grad in (grad_kl, grad_logp)]
+        found = linear_gradient(*tensors, ctx.settings, *statistics, *upstream, ctx.needs_input_grad[:3])
         return *found, *unused
 
 
@@ -144,18 +151,26 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the gradients; nothing else is needed."""
+        ctx.set_materialize_grads(False)  # zeros as large as the head's gradient
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
         ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
         ctx.save_for_backward(*output[4:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         """Scale by the upstream gradient of the loss."""
         scaled = [
-            None if kept is None else cast_saturating(kept * grad, dtype)
+            None if kept is None or grad is None else cast_saturating(_scaled(kept, grad), dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, *(None,) * (_TENSORS - 3 + 4)
+
+
+def _scaled(kept: Tensor, grad: Tensor) -> Tensor:
+    # In place where nobody can come back for it: the head's gradient is as large as the head.
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    last = keeps_graph is not None and not keeps_graph() and not torch.is_grad_enabled()
+    return torch.mul(kept, grad, out=kept if last else memory.empty_like(kept))
 
 
 linear_rows: Callable[..., tuple[Tensor, ...]] = LinearKL.apply

@@ -86,13 +86,20 @@ class Head:
             result.addmm_(gradient[:, part], weight)
         return result
 
-    def add_weight_gradient(self, total: Tensor, gradient: Tensor, factor: Tensor | None, hidden: Tensor) -> None:
-        """Add ``gradient.T @ hidden`` to ``total`` (V, D), float32."""
+    def add_weight_gradient(
+        self, total: Tensor, gradient: Tensor, factor: Tensor | None, hidden: Tensor, *, replace: bool
+    ) -> None:
+        """Add ``gradient.T @ hidden`` to ``total`` (V, D), float32, or replace it whatever it holds."""
         hidden = hidden.to(self.operands)
         if not self.mixed:
-            total.addmm_(gradient.t(), hidden)
+            total.addmm_(gradient.t(), hidden, beta=0.0 if replace else 1.0)
             return
         for start in range(0, total.shape[0], self._step):
             part = slice(start, start + self._step)
             product = torch.mm(gradient[:, part].t(), hidden, out_dtype=torch.float32)
-            total[part] += product if factor is None else product.div_(factor)
+            if factor is not None:
+                product.div_(factor)
+            if replace:
+                total[part] = product
+            else:
+                total[part] += product

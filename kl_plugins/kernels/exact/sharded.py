@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_plugins.kernels.exact import eager
+from kl_plugins.kernels.exact.gradients import label_gradients
 from kl_plugins.kernels.exact.logits import RowOptions
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
@@ -24,7 +25,6 @@ from kl_plugins.kernels.exact.statistics import (
     RowStatistics,
     RowSums,
     finish,
-    label_gradients,
     log_ratio,
     row_sums,
     scaled,

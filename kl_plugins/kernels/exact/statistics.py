@@ -81,10 +81,10 @@ def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tupl
             ``sums.ref_mass`` it cannot overflow.
 
     Returns:
-        Statistics in the dtype of ``sums``, and a bool (N,): rows whose KL may have lost digits, or that overflowed,
+        Statistics in the dtype of the shift, and a bool (N,): rows whose KL may have lost digits, or that overflowed,
         and that have to be computed again (see :mod:`kl_plugins.kernels.exact.precise`).
     """
-    dtype = sums.mass.dtype
+    dtype = sums.shift.dtype
     maximum, mass, first, second, ref_mass, shift, label, ref_label = (part.double() for part in sums)
     x, y = first / mass, second / mass
     lse = maximum + mass.log()
@@ -186,7 +186,12 @@ def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Op
 
 
 def row_sums(
-    logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, maximum: Tensor | None = None
+    logits: Tensor,
+    ref_logits: Tensor,
+    shift: Tensor,
+    options: Options,
+    maximum: Tensor | None = None,
+    accumulator: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """One pass over whole rows, in float32 (float64 for float64 logits).
 
@@ -195,6 +200,7 @@ def row_sums(
         shift: (N,) c, finite.
         options: for all rows.
         maximum: (N,) max z over whole rows, where these are parts of them.
+        accumulator: dtype that sums are held in; by default that of the terms, which needs sums by pairs or trees.
 
     Returns:
         The first five fields of :class:`RowSums`.
@@ -207,86 +213,10 @@ def row_sums(
     e, r = torch.exp(z - maximum), torch.exp(u + (shift - maximum))
     # e = 0: the policy excludes the token, and what counts is the reference's mass there.
     second = torch.where((d.abs() < 0.5) & (e > 0), e * k3(d), r - e + e * d)
-    return maximum[:, 0], e.sum(-1), (e * d).sum(-1), second.sum(-1), r.sum(-1)
+    return maximum[:, 0], *(terms.sum(-1, dtype=accumulator) for terms in (e, e * d, second, r))
 
 
 def whole_rows(parts: tuple[Tensor, ...], label: LabelLogits) -> RowSums:
     """Sums of whole rows from what :func:`row_sums` and :func:`label_logits` return."""
     maximum, mass, first, second, ref_mass = parts
     return RowSums(maximum, mass, first, second, ref_mass, label.shift, label.label, label.ref_label)
-
-
-def row_gradients(
-    logits: Tensor,
-    ref_logits: Tensor,
-    kept: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Gradient of ``grad_kl kl + grad_logp logp`` with respect to the policy's logits, but for the label's own part.
-
-    dKL/dz = p (z - u - E_p[z - u]) and dlogp/dz = onehot - p, times the derivative of scale and cap. The onehot is
-    added by :func:`label_gradients`, which costs nothing there.
-
-    Args:
-        logits, ref_logits: (N, V), or any columns of them.
-        kept: (N,) bool: False gives exactly 0, whatever the row holds.
-        statistics: of these rows.
-        grad_kl, grad_logp: (N,) upstream gradients.
-        options: for all rows.
-        dtype: of the result; what it cannot hold saturates.
-
-    Returns:
-        Gradients of the columns given.
-    """
-    info = torch.finfo(dtype)
-    gradient = _gradients(logits, ref_logits, statistics, grad_kl, grad_logp, options)
-    # torch.where, not a product: an ignored row may hold NaN.
-    return torch.where(kept[:, None], gradient.clamp(info.min, info.max), 0.0).to(dtype)
-
-
-def label_gradients(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The label's column of the gradient, whole.
-
-    Returns:
-        (N, 1) its index, and (N, 1) the gradient there; 0 in ignored rows.
-    """
-    index, kept = labels.clamp_min(0)[:, None], (labels != IGNORE_INDEX)[:, None]
-    one, other = logits.gather(-1, index), ref_logits.gather(-1, index)
-    gradient = _gradients(one, other, statistics, grad_kl, grad_logp, options, grad_logp[:, None])
-    info = torch.finfo(dtype)
-    return index, torch.where(kept, gradient.clamp(info.min, info.max), 0.0).to(dtype)
-
-
-def _gradients(
-    logits: Tensor,
-    ref_logits: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    onehot: Tensor | None = None,
-) -> Tensor:
-    dtype, (scale, softcap, _) = statistics.lse.dtype, options
-    logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    ratio = log_ratio(logits, ref_logits, *options) - statistics.centre[:, None]
-    # p <= 1 whatever lse was rounded to, and wherever z overflows.
-    p = torch.exp((scaled(logits, scale, softcap) - statistics.lse[:, None]).clamp(max=0.0))
-    gradient = p * (grad_kl.to(dtype)[:, None] * ratio - grad_logp.to(dtype)[:, None])
-    if onehot is not None:
-        gradient = gradient + onehot.to(dtype)
-    if softcap is not None:
-        gradient = gradient * (1 - torch.tanh(logits / softcap).square())
-    return gradient if scale == 1.0 else gradient * scale

@@ -21,7 +21,6 @@ from tests.core.exact.support import make_rows, norm_error, textbook
 pytestmark = [
     # torch's own, while it compiles.
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 SMALL, LARGE = torch.zeros(2, 8), torch.zeros(2, COMPILE_ABOVE // 2)
@@ -176,6 +175,7 @@ def test_the_backends_have_one_signature() -> None:
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of its own graph
 def test_an_outer_compile_calls_them_as_they_are() -> None:
     rows = make_rows(4, 50)
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.core.exact.fsdp_worker import gradients, problem
-
-ROOT = Path(__file__).parents[3]
+from tests.core.exact.processes import run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[bool, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-m", "tests.core.exact.fsdp_worker"]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(folder / "rendezvous"), str(folder / f"{rank}.pt")],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    try:
-        messages = [process.communicate(timeout=300)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), messages[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_ranks("tests.core.exact.fsdp_worker", 2, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["full", "frozen head"])

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,33 +10,12 @@ import torch
 from kl_plugins import exact_kl
 from kl_plugins.kernels.backend import BackendError
 from kl_plugins.tensor_parallel import sharded_exact_kl
+from tests.core.exact.processes import run_ranks
 from tests.core.exact.sharded_worker import CASES, RankResults, Sharded, bounds, without_mass
 from tests.core.exact.triton_cases import Case, Inputs, inputs, reference_of
 
-ROOT = Path(__file__).parents[3]
+WORKER = "tests.core.exact.sharded_worker"
 Group = list[dict[str, Any]]
-
-
-def start_group(size: int, folder: Path, backend: str, **environment: str) -> Group:
-    """Run the worker on every rank; returns what each of them saved."""
-    command = [sys.executable, "-m", "tests.core.exact.sharded_worker"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder / "rendezvous"), str(folder / f"{rank}.pt"), backend],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            text=True,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(size)
-    ]
-    try:
-        messages = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), messages[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
 
 
 @pytest.fixture(scope="module", params=["2 eager", "4 eager", "2 triton"])
@@ -49,7 +24,7 @@ def group(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if backend == "triton":
         pytest.importorskip("triton")
     interpreted = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
-    return start_group(int(size), tmp_path_factory.mktemp("group"), backend, **interpreted)
+    return run_ranks(WORKER, int(size), tmp_path_factory.mktemp("group"), backend, **interpreted)
 
 
 def ranks_of(group: Group, name: str) -> list[RankResults]:
