@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,12 +27,15 @@ class ImportHooks:
         host: its name in messages.
         table: dotted module whose ``PATCHES`` is the host's :class:`~kl_plugins.patches.patch.PatchSet`.
         modules: the host's modules that have hooks.
+        early: hooks of further modules, for those that are imported where the table must not be: by module, what puts
+            the hook in.
         failures: hooks that could not be put in. A process without a spec must go on, so whoever uses a spec raises.
     """
 
     host: str
     table: str
     modules: Sequence[str]
+    early: Mapping[str, Callable[[Any], None]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     _attached: bool = False
 
@@ -46,7 +49,7 @@ class ImportHooks:
             return
         self._attached = True
         logger.info("kl-plugins: hooks for %d modules of %s registered", len(self.modules), self.host)
-        for module in self.modules:
+        for module in (*self.early, *self.modules):
             wrapt.register_post_import_hook(self._imported, module)
 
     def detach(self) -> None:
@@ -64,7 +67,11 @@ class ImportHooks:
         if not self._attached:
             return
         try:
-            self.patches().apply_to(module.__name__)
+            put_in = self.early.get(module.__name__)
+            if put_in is None:
+                self.patches().apply_to(module.__name__)
+            else:
+                put_in(module)
         except Exception as error:
             self.failures.append(f"{module.__name__}: {type(error).__name__}: {error}")
             logger.error("kl-plugins: not attached to %s; a KL spec will be refused: %s", module.__name__, error)

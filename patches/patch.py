@@ -235,7 +235,8 @@ def check_version(distribution: str, supported: SpecifierSet) -> str:
             f"kl-plugins: {distribution} is not installed here; it supports {supported}"
         ) from None
     if not supported.contains(version, prereleases=True):
-        _refuse(f"{distribution} {version} is not among the versions that were checked ({supported})", supported)
+        problem = f"{distribution} {version} is not among the versions that were checked ({supported})"
+        refuse(problem, _install_or_allow(supported))
     return version
 
 
@@ -252,10 +253,10 @@ def check_source(patch: Patch, function: Callable[..., Any], patches: PatchSet, 
     except (OSError, TypeError) as error:
         found = f"unreadable ({error})"
     if found not in patch.fingerprints.values():
-        _refuse(
+        refuse(
             f"{patch.module}.{patch.qualname} of {patches.distribution} {version} is not the code that kl-plugins was "
             f"checked with (fingerprint {found}); it was edited, or another package has replaced it",
-            patches.supported,
+            _install_or_allow(patches.supported),
         )
 
 
@@ -272,11 +273,17 @@ def _original(owner: Any, attribute: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _refuse(problem: str, supported: SpecifierSet) -> None:
+def refuse(problem: str, remedy: str) -> None:
+    """Raise for a host that was not checked; where the user allows that, warn.
+
+    Raises:
+        UnsupportedHostError: the problem and its remedy.
+    """
     if os.environ.get(ALLOW_UNTESTED) == "1":
         warnings.warn(f"kl-plugins: {problem}; going on because {ALLOW_UNTESTED}=1", RuntimeWarning, stacklevel=3)
         return
-    raise UnsupportedHostError(
-        f"kl-plugins: {problem}. Install a version in {supported}, or set {ALLOW_UNTESTED}=1 and check the run's "
-        "kl/ metrics yourself."
-    )
+    raise UnsupportedHostError(f"kl-plugins: {problem}. {remedy}")
+
+
+def _install_or_allow(supported: SpecifierSet) -> str:
+    return f"Install a version in {supported}, or set {ALLOW_UNTESTED}=1 and check the run's kl/ metrics yourself."

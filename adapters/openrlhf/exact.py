@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.agreement import disagreement
 from kl_plugins.exact import ExactKL, exact_kl
 from kl_plugins.spec import KLSpec
 from kl_plugins.term import behaviour_log_probs
-
-MEAN_DEVIATION, MEAN_DEVIATION_16_BIT = 1e-3, 0.1
-"""Largest mean |difference| between the reference's log-probs here and OpenRLHF's own, nats."""
 
 
 def cost(spec: KLSpec, args: Any) -> str:
@@ -67,11 +65,10 @@ def check_reference(found: ExactKL, ref_logp: Tensor, mask: Tensor, rounded: boo
     Raises:
         RuntimeError: they differ.
     """
-    mask = mask.bool()
-    deviation = (found.ref_logp - ref_logp.float()).abs().masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-    if not deviation <= (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
+    deviation = disagreement(found.ref_logp, ref_logp, mask, rounded)
+    if deviation is not None:
         raise RuntimeError(
             "kl-plugins: the reference model in this worker gives log-probs that differ from those of OpenRLHF's "
-            f"reference actor by {float(deviation):.2g} nats on average, so an exact KL would be to another model. Use "
+            f"reference actor by {deviation:.2g} nats on average, so an exact KL would be to another model. Use "
             "a sampled spec, such as k2@loss/is:token"
         )

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kl_plugins.adapters.trl.receipts import announce, exchange
+from kl_plugins.adapters.receipts import announce
+from kl_plugins.adapters.trl.receipts import exchange
 from kl_plugins.adapters.trl.session import Session
 
 STATE_KEY = "kl_plugins"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-from kl_plugins.adapters.diagnosis import absent, source_findings, version_finding
+from kl_plugins.adapters.diagnosis import absent, installed_folder, source_findings, version_finding
 from kl_plugins.adapters.trl.host import HOST
 from kl_plugins.hosts import Finding
 
@@ -30,9 +28,9 @@ def _findings() -> Iterator[Finding]:
 def _source_findings(found: str) -> Iterator[Finding]:
     from kl_plugins.patches.trl.fingerprints import FINGERPRINTS, read_fingerprints
 
-    spec = PathFinder.find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
+    try:
+        digests = read_fingerprints(installed_folder("trl"))
+    except ModuleNotFoundError:
         yield Finding("fault", f"trl {found}", "installed, but its package folder is not importable", "reinstall trl")
         return
-    digests = read_fingerprints(Path(next(iter(spec.submodule_search_locations))))
     yield from source_findings(HOST, found, digests, FINGERPRINTS)

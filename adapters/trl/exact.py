@@ -9,15 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.agreement import disagreement
 from kl_plugins.adapters.trl.log_probs import Scored
 from kl_plugins.exact import ExactKL, linear_kl
 from kl_plugins.spec import KLSpec
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names that model configs give to a factor on the logits."""
-
-MEAN_DEVIATION, MEAN_DEVIATION_16_BIT = 1e-3, 0.1
-"""Largest mean |difference| between TRL's log-probs and those of the head found here, nats."""
 
 
 class StateKL(Protocol):
@@ -29,8 +27,8 @@ class StateKL(Protocol):
     def checked(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> Tensor:
         """(B, T) KL of one host call's batches, once the head has been seen to give the host's log-probs."""
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> Tensor:
-        """(B, T) KL of a rollout's states, without graph."""
+    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, T) KL of a rollout's states, without graph, and the policy's log-probs of its tokens."""
 
 
 def cost(spec: KLSpec) -> str:
@@ -161,10 +159,10 @@ def check_head(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool, model:
     Raises:
         RuntimeError: they differ.
     """
-    deviation = ((exact.logp.detach() - logp.detach().float()).abs() * mask).sum() / mask.sum().clamp(min=1)
-    if not deviation <= (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
+    deviation = disagreement(exact.logp, logp, mask, rounded)
+    if deviation is not None:
         raise RuntimeError(
-            f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {float(deviation):.2g} "
+            f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {deviation:.2g} "
             "nats on average, so its logits are more than its head shows and an exact KL would be wrong. Use a sampled "
             "spec, such as k2@loss/is:token"
         )

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 from datetime import timedelta
 from itertools import count
 
+from kl_plugins.adapters.receipts import TIMEOUT_VARIABLE
 from kl_plugins.receipts import Receipt, check_receipts
 
-logger = logging.getLogger(__name__)
-
-TIMEOUT_VARIABLE = "KL_PLUGINS_RECEIPT_TIMEOUT"
 DEFAULT_TIMEOUT = 120.0
 """Seconds that a process waits for the others' receipts; they arrive together, after the host's own model set-up."""
 
 _exchanges = count()
-
-
-def announce(receipt: Receipt) -> None:
-    """Log the receipt's line; a user who configured no logging sees it on standard error."""
-    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-        logger.info("%s", receipt.line())
-    else:
-        print(receipt.line(), file=sys.stderr, flush=True)
 
 
 def exchange(receipt: Receipt) -> list[Receipt]:

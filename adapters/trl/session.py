@@ -64,8 +64,12 @@ class Session:
             score_policy: scores the same tokens under the policy, where the host did not.
             mask: (B, T) response tokens; by default the response part of the attention mask that the host scored with.
         """
-        exact = None if self.state_kl is None else self.state_kl.of_rollout(self.recorder.calls[-1], score_policy)
-        policy, reference, attended = policy_and_reference(self.recorder.calls, score_policy)
+        calls, exact = self.recorder.calls, None
+        if self.state_kl is not None:
+            exact, scored = self.state_kl.of_rollout(calls[-1], score_policy)
+            policy, reference, attended = policy_and_reference(calls, lambda _: scored)
+        else:
+            policy, reference, attended = policy_and_reference(calls, score_policy)
         self.applied.add("rollout")
         return kl_penalty(self.spec, policy, reference, attended if mask is None else mask, exact=exact)
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from packaging.version import Version
 
-from kl_plugins.adapters.diagnosis import absent, source_findings, version_finding
+from kl_plugins.adapters.diagnosis import absent, installed_folder, source_findings, version_finding
 from kl_plugins.adapters.verl.host import HOST
 from kl_plugins.hosts import Finding
 
@@ -40,16 +40,16 @@ def _findings() -> Iterator[Finding]:
 
 
 def _source_findings(found: str) -> Iterator[Finding]:
-    from kl_plugins.patches.verl.fingerprints import expected, read_fingerprints
-    from kl_plugins.patches.verl.support import installed_folder
+    from kl_plugins.patches.fingerprint import fingerprints_in_folder
+    from kl_plugins.patches.verl.fingerprints import expected
 
+    known = expected(found)
     try:
-        digests = read_fingerprints(installed_folder())
+        digests = fingerprints_in_folder(installed_folder("verl"), known)
     except ModuleNotFoundError as error:
         yield Finding("fault", f"verl {found}", str(error), "reinstall verl")
         return
-    known = expected(found)
-    yield from source_findings(HOST, found, {name: digests[name] for name in known}, known)
+    yield from source_findings(HOST, found, digests, known)
 
 
 def _module_finding() -> Finding:

@@ -45,10 +45,14 @@ def response_rows(data: Any) -> Rows:
     """Find the positions whose next token is a response token.
 
     Args:
-        data: veRL's micro-batch; its ``input_ids`` are prompts and responses, packed; its ``responses`` are nested.
+        data: veRL's micro-batch; its ``input_ids`` are prompts and responses, packed; its ``responses`` are nested, or
+            (B, T) padded on the right, as the older trainer has them.
     """
-    ends = data["input_ids"].offsets()[1:]
-    lengths = data["responses"].offsets().diff()
+    ends, responses = data["input_ids"].offsets()[1:], data["responses"]
+    if responses.is_nested:
+        lengths = responses.offsets().diff()
+    else:
+        lengths = data["attention_mask"][:, -responses.shape[1] :].sum(-1)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     step = torch.arange(len(sequence), device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence]
     return Rows((ends - lengths - 1)[sequence] + step, sequence, step)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 from kl_plugins.adapters.diagnosis import installed_folder
+from kl_plugins.patches import checks
 from kl_plugins.patches.fingerprint import fingerprints_in_folder
 from kl_plugins.patches.openrlhf import HOOKS
 from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
-from kl_plugins.patches.patch import ALLOW_UNTESTED, Hook, UnsupportedHostError, check_version
 
 
 def check_process() -> None:
@@ -23,22 +19,7 @@ def check_process() -> None:
     Raises:
         UnsupportedHostError: unknown version, changed source, or a hook that is not in.
     """
-    patches = HOOKS.patches()
-    check_version(patches.distribution, patches.supported)
-    if HOOKS.failures:
-        raise UnsupportedHostError(
-            f"kl-plugins: could not attach to OpenRLHF {version('openrlhf')}: "
-            + "; ".join(HOOKS.failures)
-            + ". Run `kl-plugins doctor`"
-        )
-    imported = [patch for patch in patches.patches if patch.module in sys.modules]
-    patches.check(imported)
-    for patch in imported:
-        if not isinstance(vars(patch.owner()).get(patch.attribute), Hook):
-            raise UnsupportedHostError(
-                f"kl-plugins: {patch.module}.{patch.qualname} has no hook in this process: something replaced it, or "
-                "kl-plugins was detached. A KL spec would have no effect there"
-            )
+    checks.check_process(HOOKS.patches(), HOOKS.failures, HOOKS.host)
 
 
 def check_sources() -> None:
@@ -47,12 +28,7 @@ def check_sources() -> None:
     Raises:
         UnsupportedHostError: a function that is wrapped in some process has changed.
     """
-    for name, digest in _digests().items():
-        if digest not in FINGERPRINTS[name].values():
-            _refuse(
-                f"{name.replace(':', '.')} of openrlhf {version('openrlhf')} is not the code that kl-plugins was "
-                f"checked with (fingerprint {digest}); it was edited, or this is another version"
-            )
+    checks.check_digests("openrlhf", _digests(), FINGERPRINTS)
 
 
 @cache
@@ -70,7 +46,7 @@ def check_parts(args: Any) -> None:
         UnsupportedHostError: the part, by its flag.
     """
     for problem in _untested(args):
-        _refuse(problem)
+        checks.refuse_untested(problem)
 
 
 def _untested(args: Any) -> Iterator[str]:
@@ -80,12 +56,3 @@ def _untested(args: Any) -> Iterator[str]:
         yield "--ds.tensor_parallel_size > 1 was not tested; set it to 1"
     if args.data.max_images_per_prompt > 0:
         yield "--data.max_images_per_prompt > 0 was not tested; set it to 0"
-
-
-def _refuse(problem: str) -> None:
-    if os.environ.get(ALLOW_UNTESTED) == "1":
-        warnings.warn(f"kl-plugins: {problem}; going on because {ALLOW_UNTESTED}=1", RuntimeWarning, stacklevel=3)
-        return
-    raise UnsupportedHostError(
-        f"kl-plugins: {problem}. Or set {ALLOW_UNTESTED}=1 in every process and check the run's kl/ metrics yourself."
-    )

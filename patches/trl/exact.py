@@ -31,6 +31,7 @@ class TrainerStates:
         """
         self._trainer = trainer
         self._no_checkpointing = no_checkpointing
+        self._rounded = False
 
     @contextmanager
     def watching(self, positions: int, differentiable: bool) -> Iterator[list[ExactKL]]:
@@ -51,8 +52,10 @@ class TrainerStates:
         with _hook(policy.base_model, after_backbone):
             yield results
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> Tensor:
+    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, Tensor]:
         """(B, T) KL of a rollout's states, without graph: one forward pass of the policy and one of the reference.
+
+        The policy's log-probs of the rollout's tokens come with it.
 
         Args:
             call: the host's call that scored the rollout.
@@ -60,7 +63,7 @@ class TrainerStates:
         """
         with self.watching(call.response_mask().shape[1], differentiable=False) as results:
             logp = score_policy(call)
-        return self.checked(results, logp, call.response_mask())
+        return self.checked(results, logp, call.response_mask()), logp
 
     def checked(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> Tensor:
         """(B, T) KL of the batches of one call, once the head has been seen to give the host's log-probs.

@@ -1,24 +1,8 @@
-"""Digests of the veRL functions that are wrapped, by the first version that has them; made by ``read_fingerprints``."""
+"""Digests of the veRL functions that are wrapped, by the first version that has them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from packaging.version import Version
-
-from kl_plugins.patches.fingerprint import fingerprint_in_file
-
-
-def read_fingerprints(verl_folder: Path) -> dict[str, str | None]:
-    """Digests of the wrapped functions in an unpacked veRL, to add a version to the table below.
-
-    Args:
-        verl_folder: the ``verl`` package folder of any version; it is read, not imported.
-
-    Returns:
-        Digest by ``module:qualname``, None where that version lacks the function.
-    """
-    return {name: _read(verl_folder, *name.split(":")) for name in FINGERPRINTS}
 
 
 def expected(version: str) -> dict[str, dict[str, str]]:
@@ -32,11 +16,6 @@ def expected(version: str) -> dict[str, dict[str, str]]:
         for name, digests in FINGERPRINTS.items()
         if min(map(Version, digests)).release <= Version(version).release
     }
-
-
-def _read(verl_folder: Path, module: str, qualname: str) -> str | None:
-    path = verl_folder.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    return fingerprint_in_file(path, qualname) if path.exists() else None
 
 
 FINGERPRINTS: dict[str, dict[str, str]] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from kl_plugins.adapters.micro_batch import current
@@ -11,16 +9,8 @@ from kl_plugins.adapters.verl import score
 from kl_plugins.adapters.verl.beta import ScoreBeta
 from kl_plugins.adapters.verl.host import SCORE_KEY
 from kl_plugins.adapters.verl.settings import spec_in
+from kl_plugins.patches.arguments import Function, arguments
 from kl_plugins.spec import looks_like_spec
-
-Function = Callable[..., Any]
-
-
-def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    """What a function is called with, by name, defaults included."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

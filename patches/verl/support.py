@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Iterator
 from functools import cache
-from importlib.machinery import PathFinder
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from kl_plugins.patches import verl
-from kl_plugins.patches.patch import ALLOW_UNTESTED, Hook, UnsupportedHostError, check_version
+from kl_plugins.adapters.diagnosis import installed_folder
+from kl_plugins.patches import checks
+from kl_plugins.patches.fingerprint import fingerprints_in_folder
+from kl_plugins.patches.verl import HOOKS
+from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, expected
 
 ENGINES = ("fsdp", "fsdp2")
 """Training engines (``actor.strategy``) that share the engine the tests run."""
@@ -34,23 +32,7 @@ def check_process() -> None:
     Raises:
         UnsupportedHostError: unknown version, changed source, or a hook that is not in.
     """
-    from kl_plugins.patches.verl.targets import PATCHES
-
-    check_version(PATCHES.distribution, PATCHES.supported)
-    if verl.failures:
-        raise UnsupportedHostError(
-            f"kl-plugins: could not attach to veRL {version('verl')}: "
-            + "; ".join(verl.failures)
-            + ". Run `kl-plugins doctor`"
-        )
-    imported = [patch for patch in PATCHES.patches if patch.module in sys.modules]
-    PATCHES.check(imported)
-    for patch in imported:
-        if not isinstance(vars(patch.owner()).get(patch.attribute), Hook):
-            raise UnsupportedHostError(
-                f"kl-plugins: {patch.module}.{patch.qualname} has no hook in this process: something replaced it, or "
-                "kl-plugins was detached. A KL spec would have no effect there"
-            )
+    checks.check_process(HOOKS.patches(), HOOKS.failures, HOOKS.host)
 
 
 def check_sources() -> None:
@@ -59,34 +41,12 @@ def check_sources() -> None:
     Raises:
         UnsupportedHostError: a function that is wrapped in some process has changed.
     """
-    from kl_plugins.patches.verl.fingerprints import expected
-
-    for name, known in expected(version("verl")).items():
-        digest = _digests()[name]
-        if digest not in known.values():
-            _refuse(
-                f"{name.replace(':', '.')} of verl {version('verl')} is not the code that kl-plugins was checked with "
-                f"(fingerprint {digest}); it was edited, or this is another version"
-            )
+    checks.check_digests("verl", _digests(), expected(version("verl")))
 
 
 @cache
 def _digests() -> dict[str, str | None]:
-    from kl_plugins.patches.verl.fingerprints import read_fingerprints
-
-    return read_fingerprints(installed_folder())
-
-
-def installed_folder() -> Path:
-    """Where veRL's package lies, without importing it.
-
-    Raises:
-        ModuleNotFoundError: nowhere.
-    """
-    spec = PathFinder.find_spec("verl")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("kl-plugins: veRL's package folder is not importable; reinstall verl")
-    return Path(next(iter(spec.submodule_search_locations)))
+    return fingerprints_in_folder(installed_folder("verl"), FINGERPRINTS)
 
 
 def check_engine(config: Any) -> None:
@@ -96,7 +56,7 @@ def check_engine(config: Any) -> None:
         UnsupportedHostError: the part, by name.
     """
     for problem in _untested(config):
-        _refuse(problem)
+        checks.refuse_untested(problem)
 
 
 def check_trainer(trainer: type) -> None:
@@ -107,7 +67,7 @@ def check_trainer(trainer: type) -> None:
     """
     name = f"{trainer.__module__}.{trainer.__qualname__}"
     if name not in TRAINERS:
-        _refuse(f"the trainer {name} was not tested with kl-plugins (tested: {', '.join(TRAINERS)})")
+        checks.refuse_untested(f"the trainer {name} was not tested with kl-plugins (tested: {', '.join(TRAINERS)})")
 
 
 def _untested(config: Any) -> Iterator[str]:
@@ -131,12 +91,3 @@ def _untested(config: Any) -> Iterator[str]:
     trainer = config.trainer
     if trainer.get("use_v1", False) and trainer.v1.trainer_mode not in MODES:
         yield f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} was not tested (tested: {', '.join(MODES)})"
-
-
-def _refuse(problem: str) -> None:
-    if os.environ.get(ALLOW_UNTESTED) == "1":
-        warnings.warn(f"kl-plugins: {problem}; going on because {ALLOW_UNTESTED}=1", RuntimeWarning, stacklevel=3)
-        return
-    raise UnsupportedHostError(
-        f"kl-plugins: {problem}. Or set {ALLOW_UNTESTED}=1 in every process and check the run's kl/ metrics yourself."
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +12,8 @@ from typing import Any
 from kl_plugins.adapters.verl import guards, metrics, score
 from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
 from kl_plugins.adapters.verl.settings import Specs, specs_of
-from kl_plugins.patches.verl.kl import arguments
+from kl_plugins.patches.arguments import Function, arguments
 from kl_plugins.receipts import Receipt
-
-Function = Callable[..., Any]
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock veRL."""

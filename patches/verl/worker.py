@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import partial
 from importlib.metadata import version
@@ -16,12 +16,10 @@ from kl_plugins.adapters.verl.exact import LOGITS, cost
 from kl_plugins.adapters.verl.loss import MicroBatch
 from kl_plugins.adapters.verl.session import Session
 from kl_plugins.adapters.verl.settings import loss_spec
+from kl_plugins.patches.arguments import Function, arguments
 from kl_plugins.patches.patch import Hook
 from kl_plugins.patches.verl import exact
-from kl_plugins.patches.verl.kl import arguments
 from kl_plugins.receipts import Receipt
-
-Function = Callable[..., Any]
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a training worker that holds its session; absent on stock workers."""

@@ -48,6 +48,7 @@ def test_importing_verl_imports_next_to_nothing_of_ours():
     assert set(ours) == {
         "kl_plugins",
         "kl_plugins.patches",
+        "kl_plugins.patches.on_import",
         "kl_plugins.patches.verl",
         "kl_plugins.patches.verl.entry",
     }
@@ -70,7 +71,7 @@ def test_doctor_says_where_entry_points_are_switched_off(monkeypatch):
 
 
 def test_the_table_names_the_modules_that_are_watched():
-    assert {patch.module for patch in PATCHES.patches} == set(verl.MODULES)
+    assert {patch.module for patch in PATCHES.patches} == set(verl.HOOKS.modules)
     assert all(patch.fingerprints for patch in PATCHES.patches)
     assert expected("0.9.0") == FINGERPRINTS
     assert {name for name in FINGERPRINTS if name not in expected("0.8.0")} == {
@@ -124,9 +125,9 @@ def test_a_hook_that_failed_is_an_error_at_the_first_use_of_a_spec(monkeypatch, 
     def broken(module):
         raise AttributeError("module has no attribute 'ppo_loss'")
 
-    monkeypatch.setattr(verl, "failures", [])
+    monkeypatch.setattr(verl.HOOKS, "failures", [])
     monkeypatch.setattr(type(PATCHES), "apply_to", lambda self, module: broken(module))
-    verl._imported(losses)  # an error here would break veRL where no spec is used
+    verl.HOOKS._imported(losses)  # an error here would break veRL where no spec is used
     assert "a KL spec will be refused" in caplog.text
     with pytest.raises(UnsupportedHostError, match=r"could not attach to veRL .* has no attribute 'ppo_loss'"):
         support.check_process()

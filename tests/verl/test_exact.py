@@ -1,6 +1,7 @@
 """Exact terms in real training workers: the logits of the engine, and those of the reference beside it."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from kl_plugins import KLSpec
 from kl_plugins.receipts import MissingReceiptError
 from tests.verl import remote
 from tests.verl.main_ppo import run
+from tests.verl.ray_support import TRAINERS
 from tests.verl.reference import by_hand, distance
-from tests.verl.test_main_ppo import KL_TYPE, LOSS, finished
+from tests.verl.test_main_ppo import KL_TYPE, LOSS, SETTINGS, finished
 from tests.verl.workers import BETA, Group, make_batch, policy_logits
 
 SPECS = (
@@ -80,6 +82,13 @@ def test_gradient_is_that_of_the_full_softmax(text, group, batch, models):
     assert found["kl/exact"] > 0.01
 
 
+def test_the_older_trainers_padded_responses_give_the_same(group, batch):
+    for text in ("exact@loss", "k2@loss/horizon:sequence/future:exact/is:sequence"):
+        packed, padded = (group.run(text, replace(batch, left_right=form)) for form in (False, True))
+        assert padded.metrics["kl/exact"] == pytest.approx(packed.metrics["kl/exact"], rel=1e-6)
+        assert distance(padded.gradient, packed.gradient) < 1e-6
+
+
 def test_top_k_sums_the_head_and_samples_the_tail(group, batch, models):
     whole = group.run("exact@loss", batch)
     vocabulary = models[0].config.vocab_size
@@ -110,8 +119,10 @@ def test_a_spec_without_exact_terms_costs_nothing(group, batch):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_main_ppo(assets, tmp_path):
-    result = run(assets, tmp_path, {**LOSS, KL_TYPE: "exact@loss", "actor_rollout_ref.actor.ppo_epochs": 2})
+@pytest.mark.parametrize("version", TRAINERS)
+def test_main_ppo(version, assets, tmp_path):
+    settings = {**LOSS, **SETTINGS[version], KL_TYPE: "exact@loss", "actor_rollout_ref.actor.ppo_epochs": 2}
+    result = run(assets, tmp_path, settings)
     _, second = finished(result)
     assert "costs a forward pass of the reference with its logits" in result.output
     assert second["kl/exact"] > 0

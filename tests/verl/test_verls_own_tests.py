@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.verl.ray_support import SINCE_0_9
+
 SUITES = ("tests/trainer/ppo", "tests/test_protocol_on_cpu.py", "tests/test_base_config_on_cpu.py")
 
 
@@ -44,6 +46,7 @@ def outcomes(folder: Path, plugins: str) -> dict[str, str]:
 def test_verls_own_tests_pass_with_the_plugin_as_without(suite):
     with_plugin, without = outcomes(suite, "kl_plugins"), outcomes(suite, "none")
     assert with_plugin == without
-    assert list(with_plugin.values()).count("passed") > 150
-    assert "failure" not in with_plugin.values()
-    assert "error" not in with_plugin.values()
+    assert list(with_plugin.values()).count("passed") > (150 if SINCE_0_9 else 120)
+    if SINCE_0_9:  # on 0.8 some fail here, with the plugin and without
+        assert "failure" not in with_plugin.values()
+        assert "error" not in with_plugin.values()

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT
+from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9
 
 SPEC = "k2@loss/is:token"
 
@@ -27,6 +27,8 @@ def cluster(*second: str, cpus: int, gpus: int) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     room = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": 80_000_000}
+    if gpus and not SINCE_0_9:
+        room["resources"] = {"cpu": gpus}  # older veRL asks Ray for a resource called after the device
     nodes = Cluster(head_node_args={**room, "include_dashboard": False}, initialize_head=True)
     try:
         variables = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([*second, str(CPU_HOST)])}

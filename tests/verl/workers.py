@@ -22,6 +22,7 @@ class Batch:
     """Token ids and log-probs, one tensor per sequence; the log-probs lie around the initial policy's own.
 
     `extra` holds what veRL's trainer adds or replaces: ``response_mask`` after rejection, ``rollout_is_weights``.
+    `left_right`: the older trainer's form, prompts padded on the left and responses on the right, ids packed by veRL.
     """
 
     prompts: list[Tensor]
@@ -30,6 +31,7 @@ class Batch:
     masks: list[Tensor]
     advantages: list[Tensor]
     extra: dict[str, list[Tensor]] = field(default_factory=dict)
+    left_right: bool = False
 
     def padded(self, tensors: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -44,18 +46,22 @@ class Batch:
 
         lengths = [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
         count = len(lengths)
-        data = TensorDict(
-            {
-                "prompts": nested(self.prompts),
-                "responses": nested(self.responses),
-                "input_ids": nested([torch.cat(pair) for pair in zip(self.prompts, self.responses, strict=True)]),
-                "position_ids": nested([torch.arange(length) for length in lengths]),
-                "response_mask": nested(self.masks),
-                "loss_mask": nested(self.masks),
-                "advantages": nested(self.advantages),
-                **{key: nested(values) for key, values in {**self.log_probs, **self.extra}.items()},
-            },
-            batch_size=count,
+        data = (
+            self._left_right()
+            if self.left_right
+            else TensorDict(
+                {
+                    "prompts": nested(self.prompts),
+                    "responses": nested(self.responses),
+                    "input_ids": nested([torch.cat(pair) for pair in zip(self.prompts, self.responses, strict=True)]),
+                    "position_ids": nested([torch.arange(length) for length in lengths]),
+                    "response_mask": nested(self.masks),
+                    "loss_mask": nested(self.masks),
+                    "advantages": nested(self.advantages),
+                    **{key: nested(values) for key, values in {**self.log_probs, **self.extra}.items()},
+                },
+                batch_size=count,
+            )
         )
         tensordict_utils.assign_non_tensor(
             data,
@@ -71,6 +77,31 @@ class Batch:
             distillation_only=False,
         )
         return data
+
+    def _left_right(self) -> Any:
+        from tensordict import TensorDict
+        from verl.workers.utils.padding import left_right_2_no_padding
+
+        def left(tensors: list[Tensor]) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side="left")
+
+        prompts, responses = left(self.prompts), self.padded(self.responses)
+        attended = [left([torch.ones_like(p) for p in self.prompts])]
+        attended.append(self.padded([torch.ones_like(r) for r in self.responses]))
+        attention_mask = torch.cat(attended, -1)
+        fields = {"response_mask": self.masks, "advantages": self.advantages, **self.log_probs, **self.extra}
+        data = TensorDict(
+            {
+                "prompts": prompts,
+                "responses": responses,
+                "input_ids": torch.cat([prompts, responses], -1),
+                "attention_mask": attention_mask,
+                "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0),
+                **{key: self.padded(values) for key, values in fields.items()},
+            },
+            batch_size=len(self.prompts),
+        )
+        return left_right_2_no_padding(data)
 
 
 def policy_logits(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:

@@ -15,7 +15,6 @@ def install():
     for name, answer in ANSWERS.items():
         _replace(getattr(verl.utils.device, name), name, lambda answer=answer: answer)
     wrapt.register_post_import_hook(_engines_run_anywhere, "verl.workers.engine.fsdp.transformer_impl")
-    wrapt.register_post_import_hook(_padding_without_flash_attention, "verl.utils.attention_utils")
 
 
 def _replace(original, name, replacement):
@@ -28,13 +27,3 @@ def _engines_run_anywhere(module):
     for backends in module.EngineRegistry._engines.values():
         for devices in backends.values():
             devices.setdefault("cpu", devices["cuda"])
-
-
-def _padding_without_flash_attention(module):
-    # veRL has the same functions in plain PyTorch, for another accelerator.
-    def functions():
-        from verl.utils.npu_flash_attn_utils import index_first_axis, pad_input, rearrange, unpad_input
-
-        return index_first_axis, pad_input, rearrange, unpad_input
-
-    module._get_attention_functions = functions

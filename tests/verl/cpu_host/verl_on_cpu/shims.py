@@ -4,6 +4,7 @@ import functools
 
 import torch.distributed
 import torch.distributed.fsdp
+import wrapt
 from transformers import AutoModelForTokenClassification
 
 
@@ -11,6 +12,7 @@ def install():
     _one_backend_for_one_device()
     _no_pinned_memory()
     _critic_without_flash_attention()
+    wrapt.register_post_import_hook(_padding_without_flash_attention, "verl.utils.attention_utils")
 
 
 def _one_backend_for_one_device():
@@ -43,3 +45,14 @@ def _critic_without_flash_attention():
         return original(*args, **kwargs)
 
     AutoModelForTokenClassification.from_pretrained = from_pretrained
+
+
+def _padding_without_flash_attention(module):
+    # veRL 0.9.1 falls back by itself; before, it has the same functions in plain PyTorch for another accelerator.
+    def functions():
+        from verl.utils.npu_flash_attn_utils import index_first_axis, pad_input, rearrange, unpad_input
+
+        return index_first_axis, pad_input, rearrange, unpad_input
+
+    if not hasattr(module, "_fallback_pad_input"):
+        module._get_attention_functions = functions
