@@ -11,7 +11,7 @@ from rich.console import Console
 
 from .arms import ARMS, Settings, find_arm
 from .compare import compare
-from .workers import WorkerError, cores
+from .workers import cores, failures_reported
 
 SMOKE = Settings(steps=4, evaluate_every=4, pretrain_steps=150)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -38,15 +38,8 @@ def main(
         raise typer.BadParameter(str(error)) from error
     settings = SMOKE if smoke else Settings(steps=steps)
     folder = out or Path("out") / ("demo-smoke" if smoke else "demo")
-    try:
+    with failures_reported(console):
         compare(console, chosen, 1 if smoke else seeds, settings, folder, workers or cores(), fresh)
-    except WorkerError as error:
-        console.print("failed:", style="bold red", end=" ")
-        console.print(str(error), highlight=False, markup=False)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        console.print("interrupted; finished runs are kept, the same command goes on from here")
-        raise typer.Exit(130) from None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -80,13 +81,17 @@ def find_arm(name: str) -> Arm:
     return known.get(spec, Arm(spec, spec))
 
 
-def sources() -> str:
-    """Digest of everything that a finished run depends on: the installed packages, kl-plugins and this demo."""
+def sources(more: Iterable[Path] = ()) -> str:
+    """Digest of everything that a finished run depends on: the installed packages, kl-plugins and this demo.
+
+    Args:
+        more: further files that the runs depend on.
+    """
     digest = hashlib.sha256()
     for name in ("torch", "trl", "transformers", "accelerate", "tokenizers"):
         digest.update(f"{name}=={version(name)}\n".encode())
     here = Path(__file__).parent
-    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train")]
+    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train")] + sorted(more)
     for package in ("kl_plugins", "kl_plugins.adapters.trl", "kl_plugins.patches.trl"):
         folder = Path(str(import_module(package).__file__)).parent
         files += sorted(f for f in folder.rglob("*.py") if "cli" not in f.parts and "explain" not in f.parts)

@@ -7,7 +7,7 @@ The tree of prefixes is walked breadth-first, one token per level. Prefixes whos
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -42,6 +42,21 @@ class Tree:
     coverage: float
 
 
+@dataclass(frozen=True, eq=False)
+class Space:
+    """What a task asks and rewards, as token ids; words are those of the demo's vocabulary."""
+
+    prompts: torch.Tensor  # (P, L) ids of the prompts, all of one length
+    rewarded: torch.Tensor  # (N,) codes of the rewarded sequences: prompt, completion, end of sequence
+    completion_tokens: int  # a completion ends here at the latest
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], rewarded: Iterable[str], completion_tokens: int) -> Space:
+        """The space of prompts and of rewarded sequences in words."""
+        codes = torch.tensor([code(task.ids(line)) for line in rewarded])
+        return cls(torch.tensor([task.ids(prompt) for prompt in prompts]), codes, completion_tokens)
+
+
 def code(ids: list[int]) -> int:
     """One integer for a sequence of token ids: digits in base V behind a leading one."""
     total = 1
@@ -51,25 +66,28 @@ def code(ids: list[int]) -> int:
 
 
 @lru_cache(maxsize=1)
-def rewarded() -> torch.Tensor:
-    """(N,) codes of all rewarded completions: the verifier's verdict on every expression there is."""
-    return torch.tensor([
-        code(task.ids(f"{task.prompt(number)} {expression} <eos>"))
+def demo_space() -> Space:
+    """The demo's task: the verifier's verdict on every expression there is."""
+    rewarded = (
+        f"{task.prompt(number)} {expression} <eos>"
         for number in task.NUMBERS
         for expression in task.expressions()
         if task.verify(task.prompt(number), expression)
-    ])  # fmt: skip
+    )
+    return Space.of([task.prompt(n) for n in task.NUMBERS], rewarded, task.COMPLETION_TOKENS)
 
 
 @torch.no_grad()
-def walk(model: Any, reference: Any) -> Tree:
+def walk(model: Any, reference: Any, space: Space | None = None) -> Tree:
     """Visit all completions of all prompts.
 
     Args:
         model: the policy.
-        reference: the reference model, of the same vocabulary.
+        reference: the reference model, of the same vocabulary and on the same device.
+        space: the task; the demo's by default.
     """
-    prompts = torch.tensor([task.ids(task.prompt(n)) for n in task.NUMBERS])
+    space, device = space or demo_space(), model.device
+    prompts = space.prompts
     count, size, eos = len(prompts), len(task.VOCABULARY), task.ids("<eos>")[0]
     codes = torch.tensor([code(row) for row in prompts.tolist()])
     origin, parent, token, ids = torch.arange(count), torch.arange(count), prompts[:, -1], prompts
@@ -77,17 +95,17 @@ def walk(model: Any, reference: Any) -> Tree:
     rewards, coverage = torch.zeros(count, dtype=torch.float64), 0.0
     caches: list[Any] = [None, None]
     levels: list[Level] = []
-    for depth in range(task.COMPLETION_TOKENS):
+    for depth in range(space.completion_tokens):
         both = zip((model, reference), caches, strict=True)
-        out = [m(input_ids=ids, past_key_values=cache, use_cache=True) for m, cache in both]
-        logp, ref = (torch.log_softmax(o.logits[:, -1].double(), -1) for o in out)
+        out = [m(input_ids=ids.to(device), past_key_values=cache, use_cache=True) for m, cache in both]
+        logp, ref = (torch.log_softmax(o.logits[:, -1].cpu().double(), -1) for o in out)
         levels.append(Level(weight, logp, logp - ref, parent, token))
         joint = weight[:, None] * logp.exp()
         least = max(PRUNE / count, joint.flatten().topk(min(WIDEST, joint.numel())).values[-1].item())
         row, column = (joint >= least).nonzero(as_tuple=True)
         codes, weight, origin = codes[row] * size + column, joint[row, column], origin[row]
-        ended = (column == eos) | (depth + 1 == task.COMPLETION_TOKENS)
-        rewards.index_add_(0, origin, weight * (ended & torch.isin(codes, rewarded())))
+        ended = (column == eos) | (depth + 1 == space.completion_tokens)
+        rewards.index_add_(0, origin, weight * (ended & torch.isin(codes, space.rewarded)))
         coverage += float(weight[ended].sum())
         parent, token = row[~ended], column[~ended]
         codes, weight, origin = codes[~ended], weight[~ended], origin[~ended]
@@ -95,7 +113,7 @@ def walk(model: Any, reference: Any) -> Tree:
             break
         caches, ids = [o.past_key_values for o in out], token[:, None]
         for cache in caches:
-            cache.batch_select_indices(parent)
+            cache.batch_select_indices(parent.to(device))
     return Tree(levels, rewards * count, coverage)
 
 
@@ -146,7 +164,9 @@ def own_coefficient(arm: str) -> tuple[Coefficient | None, bool]:
     return (lambda u: elementwise(u, u.clamp(-spec.bound, spec.bound))), future
 
 
-def evaluate(model: Any, reference: Any, own: Coefficient | None, future: bool) -> dict[str, float | None]:
+def evaluate(
+    model: Any, reference: Any, own: Coefficient | None, future: bool, space: Space | None = None
+) -> dict[str, float | None]:
     """Exact reward, KL to the reference, entropy and coefficient moments of a policy.
 
     Args:
@@ -154,6 +174,7 @@ def evaluate(model: Any, reference: Any, own: Coefficient | None, future: bool) 
         reference: the reference model.
         own: coefficient of the arm's estimator as a function of u, or None.
         future: whether the coefficient adds u of the tokens that follow.
+        space: the task; the demo's by default.
 
     Returns:
         `reward` (probability of a rewarded completion), `kl` and `entropy` (nats per completion), `coef_mean` and
@@ -161,7 +182,7 @@ def evaluate(model: Any, reference: Any, own: Coefficient | None, future: bool) 
     """
     training = model.training
     model.eval()
-    tree = walk(model, reference)
+    tree = walk(model, reference, space)
     model.train(training)
     kl = sum(float(v.weight @ (v.logp.exp() * v.u).sum(-1)) for v in tree.levels)
     entropy = -sum(float(v.weight @ (v.logp.exp() * v.logp).sum(-1)) for v in tree.levels)

@@ -14,6 +14,7 @@ BATCH = 96
 RATE = 6e-3
 LEARNING = 0.7  # of the steps: products are frequent, so that they are learned; then they become rare
 HIDDEN = 32
+IGNORED = -100  # no label here
 
 
 def tokenizer() -> Any:
@@ -30,17 +31,24 @@ def tokenizer() -> Any:
     )  # fmt: skip
 
 
-def blank_model(seed: int) -> Any:
-    """An untrained two-layer Qwen2 without dropout."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def blank_model(seed: int, family: str = "qwen2", hidden: int = HIDDEN, layers: int = 2) -> Any:
+    """An untrained model without dropout, made from its configuration.
+
+    Args:
+        seed: of the weights.
+        family: a transformers model type, such as `qwen2` or `llama`.
+        hidden: width; the feed-forward layer has twice that.
+        layers: depth.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(task.VOCABULARY), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32, attention_dropout=0.0,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
+    config = AutoConfig.for_model(
+        family, vocab_size=len(task.VOCABULARY), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32,
+        attention_dropout=0.0, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
-    return Qwen2ForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def corpus(products: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,21 +85,45 @@ def pretrain(folder: Path, steps: int, seed: int, tick: Callable[[int], None]) -
     model = blank_model(seed)
     ids, early = corpus(task.LEARNED)
     _, late = corpus(task.RARE)
+    loss = fit(model, ids, (early, late), ids.shape[1] - task.COMPLETION_TOKENS, steps, seed, tick)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return loss
+
+
+def fit(
+    model: Any, ids: torch.Tensor, phases: tuple[torch.Tensor, torch.Tensor], start: int, steps: int, seed: int,
+    tick: Callable[[int], None], rate: float = RATE, mask: torch.Tensor | None = None,
+) -> float:  # fmt: skip
+    """Train a model on random lines: first by the probabilities of the first phase, then of the second.
+
+    Args:
+        model: any causal language model.
+        ids: (lines, tokens) int64.
+        phases: (lines,) probabilities of each.
+        start: index of the first token that is learned.
+        steps: optimizer steps.
+        seed: of the lines drawn.
+        tick: called with the number of steps done.
+        rate: the highest learning rate.
+        mask: (lines, tokens) bool, False on padding, which ends a line; by default there is none.
+
+    Returns:
+        The last loss, nats per learned token.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    start = ids.shape[1] - task.COMPLETION_TOKENS
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    labels = ids if mask is None else ids.masked_fill(~mask, IGNORED)
     loss = torch.zeros(())
     for step in range(steps):
-        probabilities = early if step < steps * LEARNING else late
-        batch = ids[torch.multinomial(probabilities, BATCH, replacement=True, generator=generator)]
-        logits = model(input_ids=batch).logits[:, start - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, start:].flatten())
+        rows = torch.multinomial(phases[step >= steps * LEARNING], BATCH, replacement=True, generator=generator)
+        logits = model(input_ids=ids[rows].to(model.device)).logits[:, start - 1 : -1]
+        wanted = labels[rows, start:].to(model.device)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         tick(step + 1)
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
     return loss.item()

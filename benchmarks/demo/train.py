@@ -52,63 +52,114 @@ def make_reference(folder: Path, settings: Settings, tick: Tick) -> dict[str, An
 
 def load(folder: Path) -> Any:
     """The saved reference model."""
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return Qwen2ForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def settings_of_trl(arm: Arm, seed: int, settings: Settings, output: str, completion_tokens: int) -> dict[str, Any]:
+    """Arguments of TRL's `GRPOConfig`, `kl` included where the arm is a KL spec."""
+    # TRL's default since 1.10 multiplies k3 by the live importance weight, which has the gradient of
+    # k2@loss/is:token. The arm native-k3 shows k3 as GRPO published it.
+    extra = {"use_bias_correction_kl": False} if arm.spec is None else {"kl": arm.spec}
+    return {
+        "output_dir": output,
+        "seed": seed,
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.prompts * settings.generations,
+        "num_generations": settings.generations,
+        "num_iterations": 1,
+        "max_completion_length": completion_tokens,
+        "temperature": 1.0,
+        "top_k": 0,
+        "beta": 0.0 if arm.name == "none" else settings.beta,
+        "loss_type": settings.loss_type,
+        "scale_rewards": settings.scale_rewards,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": settings.max_grad_norm,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **extra,
+    }
+
+
+def classes_of_trl(arm: Arm) -> tuple[Any, Any]:
+    """`GRPOConfig` and `GRPOTrainer`: TRL's own, or those with the `kl` field where the arm is a KL spec."""
+    import trl
+
+    from kl_plugins.adapters import trl as ours
+
+    source: Any = trl if arm.spec is None else ours
+    return source.GRPOConfig, source.GRPOTrainer
 
 
 def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: str, callback: Any) -> Any:
     """TRL's own trainer, or the one with the `kl` field where the arm is a KL spec."""
     from datasets import Dataset
+    from transformers import PrinterCallback
 
-    extra: dict[str, Any] = {}
-    if arm.spec is None:
-        from trl import GRPOConfig, GRPOTrainer
-
-        # TRL's default since 1.10 multiplies k3 by the live importance weight, which has the gradient of
-        # k2@loss/is:token. The arm shows k3 as GRPO published it.
-        extra["use_bias_correction_kl"] = False
-    else:
-        from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-
-        extra["kl"] = arm.spec
-    config = GRPOConfig(
-        output_dir=output,
-        seed=seed,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.prompts * settings.generations,
-        num_generations=settings.generations,
-        num_iterations=1,
-        max_completion_length=task.COMPLETION_TOKENS,
-        temperature=1.0,
-        top_k=0,
-        beta=0.0 if arm.name == "none" else settings.beta,
-        loss_type=settings.loss_type,
-        scale_rewards=settings.scale_rewards,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        max_grad_norm=settings.max_grad_norm,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **extra,
-    )
-    trainer = GRPOTrainer(
+    config, trainer = classes_of_trl(arm)
+    made = trainer(
         policy,
         reward_funcs=task.reward,
-        args=config,
+        args=config(**settings_of_trl(arm, seed, settings, output, task.COMPLETION_TOKENS)),
         train_dataset=Dataset.from_list([{"prompt": task.prompt(n)} for n in task.NUMBERS]),
         processing_class=model.tokenizer(),
         callbacks=[callback],
     )
-    from transformers import PrinterCallback
+    made.remove_callback(PrinterCallback)  # it would print every step's log
+    return made
 
-    trainer.remove_callback(PrinterCallback)  # it would print every step's log
-    return trainer
+
+def watcher(settings: Settings, measure: Callable[[], dict[str, Any]], tick: Tick, logged: tuple[str, ...]) -> Any:
+    """A TRL callback that measures the policy between steps.
+
+    Args:
+        settings: of the run.
+        measure: what is measured.
+        tick: called with the number of steps done.
+        logged: keys of TRL's log, averaged since the measurement before; None where TRL did not log them.
+
+    Returns:
+        The callback; its `curve` holds one dict per measurement, with `step`, and its `seconds` what they took.
+    """
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Evaluates the policy between steps and keeps what the trainer logs."""
+
+        def __init__(self) -> None:
+            self.curve: list[dict[str, Any]] = []
+            self.seconds = 0.0
+            self._logged: dict[str, list[float]] = {key: [] for key in logged}
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self._measure(0)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+            for key, values in self._logged.items():
+                if key in logs:
+                    values.append(float(logs[key]))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            tick(state.global_step)
+            if state.global_step % settings.evaluate_every == 0 or state.global_step == settings.steps:
+                self._measure(state.global_step)
+
+        def _measure(self, step: int) -> None:
+            start = time.perf_counter()
+            means = {key: sum(values) / len(values) if values else None for key, values in self._logged.items()}
+            self._logged = {key: [] for key in logged}
+            self.curve.append({"step": step, **measure(), **means})
+            self.seconds += time.perf_counter() - start
+
+    return Watch()
 
 
 def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: Tick) -> dict[str, Any]:
@@ -126,45 +177,18 @@ def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: T
         `kl/coef/std` averaged since the evaluation before); `seconds` by the clock, `cpu_seconds` of the processor,
         `evaluation_seconds`.
     """
-    from transformers import TrainerCallback
-
     from kl_plugins.adapters.trl import detach
 
     policy, reference = load(reference_folder), load(reference_folder).eval()
     own, future = evaluate.own_coefficient(arm.name)
-    curve: list[dict[str, Any]] = []
-    logged: list[float] = []
-    spent = 0.0
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        """Evaluates the policy between steps and keeps what the plugin logs."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.measure(0)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            if "kl/coef/std" in logs:
-                logged.append(float(logs["kl/coef/std"]))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tick(state.global_step)
-            if state.global_step % settings.evaluate_every == 0 or state.global_step == settings.steps:
-                self.measure(state.global_step)
-
-        def measure(self, step: int) -> None:
-            nonlocal spent
-            start = time.perf_counter()
-            point: dict[str, Any] = {"step": step, **evaluate.evaluate(policy, reference, own, future)}
-            point["logged_coef_std"] = sum(logged) / len(logged) if logged else None
-            logged.clear()
-            curve.append(point)
-            spent += time.perf_counter() - start
-
+    spread = "kl/coef/std"
+    watch = watcher(settings, lambda: evaluate.evaluate(policy, reference, own, future), tick, (spread,))
     start, cpu = time.perf_counter(), time.process_time()
     try:
         with tempfile.TemporaryDirectory() as output:
-            make_trainer(arm, seed, settings, policy, output, Watch()).train()
+            make_trainer(arm, seed, settings, policy, output, watch).train()
     finally:
         detach()  # the next run in this worker may be TRL's own
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {"curve": curve, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": spent}
+    curve = [{**point, "logged_coef_std": point.pop(spread)} for point in watch.curve]
+    return {"curve": curve, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": watch.seconds}

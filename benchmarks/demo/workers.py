@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import typer
+from rich.console import Console
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # models of this size are fastest with one thread, and the runs share the cores
     "HF_HUB_OFFLINE": "1",
@@ -30,6 +33,24 @@ _messages: Any = None
 
 class WorkerError(RuntimeError):
     """A worker process failed; the text holds its own error."""
+
+
+@contextmanager
+def failures_reported(console: Console) -> Iterator[None]:
+    """Turn a worker's error and an interruption into a message and an exit status.
+
+    Raises:
+        typer.Exit: after the message.
+    """
+    try:
+        yield
+    except WorkerError as error:
+        console.print("failed:", style="bold red", end=" ")
+        console.print(str(error), highlight=False, markup=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        console.print("interrupted; finished runs are kept, the same command goes on from here")
+        raise typer.Exit(130) from None
 
 
 @dataclass

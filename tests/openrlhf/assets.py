@@ -50,11 +50,12 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def _model():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def model_config(**settings):
+    """Of a tiny model for the tokenizer's vocabulary."""
+    from transformers import Qwen2Config
 
     # A head size of 32 is the smallest that vLLM's attention on the CPU takes.
-    config = Qwen2Config(
+    return Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=64,
@@ -66,10 +67,16 @@ def _model():
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
+        **settings,
     )
+
+
+def _model():
+    from transformers import Qwen2ForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(model_config())
         with torch.no_grad():  # far from uniform, so that log-ratios are not tiny
             model.lm_head.weight.mul_(20)
     return model.to(torch.bfloat16)

@@ -45,6 +45,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return build_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the study's briefly trained reference, of the task with the fewest completions."""
+    from benchmarks.study import models
+    from tests.trl.study_support import QUICK
+
+    folder = tmp_path_factory.mktemp("reference")
+    models.make_reference(folder, "sums", "llama", QUICK, lambda steps: None)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _detached():
     """A config with a spec attaches in place; no test may depend on an earlier one having done so."""

@@ -1,0 +1,146 @@
+"""The whole study: makes what is missing, then judges what is there."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.demo.workers import Job, Pool, pool
+from benchmarks.reporting import machine, write_json
+
+from . import hosts, models, plan, plot, summary
+from .settings import Settings, sources
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the study is run.
+
+    Attributes:
+        seeds: per cell.
+        folder: of all output.
+        workers: processes.
+        fresh: whether finished runs are repeated.
+        dry: whether to stop after the plan and its cost.
+        command: what the user typed, for the report.
+        smoke: whether the verdicts are to be called meaningless.
+        judge_only: whether to judge what is there and make nothing.
+    """
+
+    seeds: int
+    folder: Path
+    workers: int
+    fresh: bool = False
+    dry: bool = False
+    command: str = ""
+    smoke: bool = False
+    judge_only: bool = False
+
+
+def study(console: Console, scope: plan.Scope, settings: Settings, options: Options) -> None:
+    """Plan, say what it costs, run, judge, write."""
+    hosts.find_host(scope.host)
+    start, code = time.perf_counter(), sources()
+    planned = plan.runs(scope, options.seeds, settings, options.folder, code)
+    if not planned:
+        raise ValueError("nothing to run: no cell has all of these tasks, arms and delays")
+    found = {} if options.fresh else {run.key: record for run in planned if (record := run.finished())}
+    missing = [run for run in planned if run.key not in found]
+    needed = plan.references(planned, settings, options.folder, code)
+    models_missing = [m for m in needed if options.fresh or m.finished() is None]
+    workers = max(1, min(options.workers, max(len(missing), len(models_missing))))
+    seconds = plan.estimate(missing, list(found.values()), len(models_missing), settings, workers)
+    console.print(
+        f"{len(planned)} runs of {settings.steps} steps ({options.seeds} seeds), {len(found)} finished before; "
+        f"{len(models_missing)} of {len(needed)} reference models to make. About {seconds / 60:.0f} min on {workers} "
+        f"workers{'' if found else ' (a guess until runs are there to go by)'}."
+    )
+    if options.dry:
+        return
+    if options.judge_only and not found:
+        raise ValueError("there is no finished run to judge")
+    if (missing or models_missing) and not options.judge_only:
+        with pool(workers, options.folder / "logs") as crew, _progress(console) as bars:
+            if models_missing:
+                _references(crew, bars, models_missing, settings)
+            if missing:
+                _train(crew, bars, missing, needed, settings, found)
+    described = {(m.task, m.family): m.finished() for m in needed}
+    data = summary.summarise(planned, found, plan.chosen_claims(scope), described, settings)
+    data |= {
+        "verdict": summary.sentence(data, options.smoke),
+        "command": options.command,
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch")},
+        "seeds": options.seeds,
+        "settings": asdict(settings),
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "workers": workers,
+        "runs_planned": len(planned),
+        "runs": len(found),
+        "runs_reused": len(planned) - len(missing),
+    }
+    write_json(options.folder / "study.json", data)
+    plot.draw_all(options.folder, data)
+    console.print(summary.table(data))
+    console.print(data["verdict"], style="bold", highlight=False)
+    console.print(f"Written: {options.folder / 'study.json'} and plots beside it")
+
+
+def _references(crew: Pool, bars: Progress, missing: list[plan.Reference], settings: Settings) -> None:
+    total = settings.pretrain_steps * len(missing)
+    task, steps = bars.add_task("reference models", total=total), Counter[str]()
+
+    def show(name: str, done: int) -> None:
+        steps[name] = max(done, steps[name])
+        bars.update(task, completed=steps.total())
+
+    def keep(model: plan.Reference, result: dict[str, Any]) -> None:
+        write_json(model.file, {**result, "key": model.key})  # after the model: its presence says that all is there
+
+    crew.run([
+        Job(f"reference {m.task} {m.family}", models.make_reference, (m.folder, m.task, m.family, settings),
+            settings.pretrain_steps, partial(keep, m))
+        for m in missing
+    ], show)  # fmt: skip
+
+
+def _train(
+    crew: Pool, bars: Progress, missing: list[plan.Run], needed: list[plan.Reference], settings: Settings,
+    found: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
+    """Make the missing runs; each is written as soon as it is there."""
+    by_name = {run.name: run for run in missing}
+    counts = Counter(run.cell.task for run in missing)
+    tasks = {name: bars.add_task(name, total=settings.steps * count) for name, count in counts.items()}
+    steps = dict.fromkeys(by_name, 0)
+    folders = {(m.task, m.family): m.folder for m in needed}
+
+    def show(name: str, done: int) -> None:
+        steps[name] = max(done, steps[name])
+        task = by_name[name].cell.task
+        bars.update(tasks[task], completed=sum(n for other, n in steps.items() if by_name[other].cell.task == task))
+
+    def keep(run: plan.Run, result: dict[str, Any]) -> None:
+        record = {**result, "cell": asdict(run.cell), "seed": run.seed, "key": run.key}
+        write_json(run.file, record)
+        found[run.key] = record
+
+    crew.run([
+        Job(run.name, hosts.train, (run.cell, run.seed, settings, folders[run.cell.task, run.cell.family]),
+            settings.steps, partial(keep, run))
+        for run in missing
+    ], show)  # fmt: skip
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)

@@ -1,0 +1,38 @@
+"""Which frameworks the study can train in; a new one is one entry here and one function beside `trl_host.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+Run = Callable[..., dict[str, Any]]
+"""`run(cell, seed, settings, reference_folder, tick)`, as in `trl_host`."""
+
+BUILT = {"trl": "benchmarks.study.trl_host"}
+PLANNED = ("verl", "openrlhf")
+
+
+def find_host(name: str) -> Run:
+    """The function that trains a cell in this host.
+
+    Raises:
+        ValueError: the study knows no such host, cannot train in it, or it is not installed here.
+    """
+    if name in PLANNED:
+        raise ValueError(
+            f"the study does not train in {name} yet; use --host trl. That a spec has the same gradient in all hosts "
+            "is what benchmarks.hosts measures"
+        )
+    if name not in BUILT:
+        raise ValueError(f"no host {name!r}; there is {', '.join(BUILT)}")
+    if find_spec(name) is None:
+        raise ValueError(f"{name} is not installed here; make bench-study sets up an environment that has it")
+    run: Run = import_module(BUILT[name]).run
+    return run
+
+
+def train(cell: Any, *arguments: Any) -> dict[str, Any]:
+    """Train a cell in its host; for worker processes."""
+    return find_host(cell.host)(cell, *arguments)

@@ -1,0 +1,116 @@
+"""A sampler that is not the policy: updates behind it, and in another precision, as an asynchronous engine is."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Drawn:
+    """Sampled completions.
+
+    Attributes:
+        prompt_ids: (B, P) int64, padded on the left.
+        sequences: (B, P + T) int64 prompts and completions.
+        attention: (B, P + T) 1 on prompts and on completions up to their end.
+        mask: (B, T) bool, the same on completions alone.
+        logp: (B, T) log-probs of the tokens under the distribution that they were drawn from, nats, float32.
+    """
+
+    prompt_ids: Tensor
+    sequences: Tensor
+    attention: Tensor
+    mask: Tensor
+    logp: Tensor
+
+    def completion_lists(self) -> list[list[int]]:
+        """The completions' ids, without padding."""
+        start = self.prompt_ids.shape[1]
+        return [row[start:][kept].tolist() for row, kept in zip(self.sequences, self.mask, strict=True)]
+
+    def log_prob_lists(self) -> list[list[float]]:
+        """The completions' log-probs, without padding, nats."""
+        return [row[kept].tolist() for row, kept in zip(self.logp, self.mask, strict=True)]
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, generator: torch.Generator) -> Drawn:
+    """Draw one completion per prompt at temperature 1 from the whole vocabulary.
+
+    Args:
+        model: any causal language model, in evaluation mode.
+        tokenizer: pads on the left.
+        prompts: texts.
+        tokens: most tokens of a completion.
+        generator: of the model's device.
+    """
+    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    prompt_ids, attention = batch["input_ids"], batch["attention_mask"]
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    ids, cache = prompt_ids, None
+    written, masks, log_probs = [], [], []
+    for _ in range(tokens):
+        out = model(
+            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        logp = out.logits[:, -1].float().log_softmax(-1)
+        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+        log_probs.append(logp.gather(1, drawn))
+        masks.append(alive[:, None])
+        ids = drawn.masked_fill(~alive[:, None], tokenizer.pad_token_id)
+        written.append(ids)
+        attention = torch.cat([attention, alive[:, None].to(attention)], 1)
+        positions, cache = positions[:, -1:] + 1, out.past_key_values
+        alive = alive & (drawn[:, 0] != tokenizer.eos_token_id)
+        if not alive.any():
+            break
+    mask = torch.cat(masks, 1)
+    return Drawn(prompt_ids, torch.cat([prompt_ids, *written], 1), attention, mask, torch.cat(log_probs, 1) * mask)
+
+
+class LaggedSampler:
+    """Hands TRL's `rollout_func` completions of the policy as it was some updates ago, with their true log-probs.
+
+    Args:
+        delay: updates that it is behind; fewer while so many have not been made.
+        precision: `fp32` or `bf16`, in which its weights are kept and its forward passes run.
+        tokens: most tokens of a completion.
+        seed: of the tokens drawn.
+    """
+
+    def __init__(self, delay: int, precision: str, tokens: int, seed: int) -> None:
+        self._snapshots: deque[dict[str, Tensor]] = deque(maxlen=delay + 1)
+        self._dtype, self._tokens, self._seed = DTYPES[precision], tokens, seed
+        self._generator: torch.Generator | None = None
+        self.model: Any = None
+
+    def follow(self, policy: Any) -> None:
+        """Take a snapshot of the policy, and become the oldest one kept. Called once before each update."""
+        self._snapshots.append({name: value.detach().clone() for name, value in policy.state_dict().items()})
+        if self.model is None:
+            # Not a deep copy: TRL replaces the policy's `forward` by one that goes on calling the original.
+            self.model = type(policy)(policy.config).to(policy.device).eval()
+            for parameter in self.model.parameters():  # buffers keep their precision, as engines keep rotary tables
+                parameter.data = parameter.data.to(self._dtype)
+            self._generator = torch.Generator(policy.device).manual_seed(self._seed)
+        self.model.load_state_dict(self._snapshots[0])
+
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """TRL's `rollout_func`."""
+        self.follow(trainer.accelerator.unwrap_model(trainer.model))
+        assert self._generator is not None
+        tokenizer = trainer.processing_class
+        drawn = sample(self.model, tokenizer, prompts, self._tokens, self._generator)
+        return {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": drawn.completion_lists(),
+            "logprobs": drawn.log_prob_lists(),
+        }

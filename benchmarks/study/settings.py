@@ -1,0 +1,96 @@
+"""What a run is: the settings that all runs share, and the cell that tells one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.demo import arms
+from benchmarks.demo.arms import Arm
+
+FAMILIES = ("qwen2", "llama")  # transformers' model types
+SIZES = {"tiny": (32, 2), "small": (256, 6), "medium": (768, 12)}  # width and layers of models made here
+DELAYS = (0, 1, 4, 16)
+PRECISIONS = ("fp32", "bf16")
+UNHASHED = (
+    "__main__",
+    "claims",
+    "comparison",
+    "verdicts",
+    "plan",
+    "plot",
+    "summary",
+)  # what judges runs, not makes them
+
+
+@dataclass(frozen=True)
+class Settings(arms.Settings):
+    """The demo's settings, a sampler in place of TRL's own generation, and the model.
+
+    One update per rollout. The policy-gradient term always divides by the sampler's true probabilities, within TRL's
+    clipping; what the arms differ in is the KL.
+    """
+
+    steps: int = 300
+    evaluate_every: int = 15
+    pretrain_rate: float = 6e-3
+    size: str = "tiny"  # of models made here
+    model: str = ""  # a local path or hub name instead
+    device: str = "cpu"
+    evaluation_samples: int = 64  # completions per prompt where a vocabulary is too large to enumerate
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run but for its seed.
+
+    Attributes:
+        task: a name in `tasks.TASKS`.
+        family: of the model.
+        arm: `none` or a canonical KL spec.
+        delay: updates that the sampler is behind the policy.
+        precision: in which the sampler computes.
+        host: that trains.
+    """
+
+    task: str
+    family: str
+    arm: str
+    delay: int = 0
+    precision: str = "fp32"
+    host: str = "trl"
+
+    @property
+    def regulariser(self) -> Arm:
+        """The demo's arm of the same name."""
+        return Arm(self.arm, self.arm)
+
+    @property
+    def slug(self) -> str:
+        """For file names and logs."""
+        return "-".join((
+            self.host, self.task, self.family, self.regulariser.slug, f"delay{self.delay}", self.precision
+        ))  # fmt: skip
+
+
+def sources() -> str:
+    """Digest of all code that a run's numbers depend on."""
+    here = Path(__file__).parent
+    return arms.sources(file for file in here.glob("*.py") if file.stem not in UNHASHED)
+
+
+def run_key(settings: Settings, cell: Cell, seed: int, code: str) -> str:
+    """Names a run by everything it depends on; another setting, cell, seed or code makes another key."""
+    return _digest([asdict(settings), asdict(cell), seed, code])
+
+
+def reference_key(settings: Settings, task: str, family: str, code: str) -> str:
+    """Names a reference model by everything it depends on."""
+    used = {k: v for k, v in asdict(settings).items() if k.startswith("pretrain") or k in ("size", "model", "beta")}
+    return _digest([used, task, family, code])
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
