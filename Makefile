@@ -5,10 +5,10 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-kernel bench-host-terms clean
+.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-report bench-smoke clean
 
 help:  ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/complete  ## train under five regularisers, draw the curves into out/demo (10 min on 2 cores)
 	$(call nox,demo)
@@ -42,6 +42,24 @@ bench-kernel: .venv/complete  ## the exact KL against its peers, time and memory
 
 bench-host-terms: .venv/complete  ## sampled terms against the hosts' own expressions
 	$(call nox,bench_host_terms)
+
+bench-hosts: .venv/complete  ## every spec in every host: coefficients, losses and gradients against the core (5 min on 2 cores)
+	$(call nox,bench_hosts)
+
+bench-overhead: .venv/complete  ## a step under a spec against a step under the host's own KL (a quiet machine, please)
+	$(call nox,bench_overhead)
+
+bench-collectives: .venv/complete  ## the communication that the plugin adds, counted and on paper
+	$(call nox,bench_collectives)
+
+bench-study: .venv/complete  ## published claims in real RL runs, resumable (hours; ARGS="--dry-run" says how many)
+	$(call nox,bench_study)
+
+bench-report: .venv/complete  ## all results under out/bench on one page
+	$(call nox,bench_report)
+
+bench-smoke: .venv/complete  ## every benchmark at its smallest size (some minutes)
+	$(call nox,bench_smoke)
 
 clean:  ## remove environments, builds and outputs
 	rm -rf .venv .nox build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import inspect
 import os
 import shutil
 import sys
@@ -48,9 +49,9 @@ class Environment:
 
     def key(self) -> str:
         """Hash of everything the environment is made from."""
-        digest = hashlib.sha256(f"{ROOT}{sys.version}{self!r}".encode())
-        for path in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", self.constraints, __file__):
-            digest.update(Path(path).read_bytes())
+        digest = hashlib.sha256(f"{ROOT}{sys.version}{self!r}{inspect.getsource(Environment)}".encode())
+        for path in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", self.constraints):
+            digest.update(path.read_bytes())
         return digest.hexdigest()
 
     def ensure(self, session: nox.Session) -> None:
@@ -110,6 +111,7 @@ BENCH_KERNEL = Environment(
     "bench-kernel",
     "trl,bench",
     CONSTRAINTS / "trl-1.16.txt",
+    packages=("triton==3.9.0",),  # the file of veRL's that is measured imports it
     sources=("liger-kernel==0.8.5", "verl==0.9.1"),
 )
 
@@ -209,3 +211,63 @@ def bench_host_terms(session: nox.Session, environment: Environment) -> None:
     """Measure sampled terms against each host's own expression; writes out/bench/host_terms."""
     environment.ensure(session)
     session.run(environment.python, "-m", "benchmarks.host_terms", *session.posargs, external=True, env=RUN_ENV)
+
+
+def over_hosts(session: nox.Session, name: str, *arguments: str) -> None:
+    """Run a benchmark that starts the hosts' own interpreters."""
+    command = ["-m", f"benchmarks.{name}"]
+    for host, environment in (("trl", TRL), ("verl", VERL), ("openrlhf", OPENRLHF)):
+        environment.ensure(session)
+        command += ["--python", f"{host}={environment.python}"]
+    CORE.ensure(session)
+    session.run(CORE.python, *command, *arguments, external=True, env=RUN_ENV)
+
+
+@nox.session
+def bench_hosts(session: nox.Session) -> None:
+    """Compare what every spec does in each host with the core and with the host's own KL; writes out/bench/hosts."""
+    over_hosts(session, "hosts", *session.posargs)
+
+
+@nox.session
+def bench_overhead(session: nox.Session) -> None:
+    """Time each host's step with its own KL and with the spec of the same meaning; writes out/bench/overhead."""
+    over_hosts(session, "overhead", *session.posargs)
+
+
+@nox.session
+def bench_collectives(session: nox.Session) -> None:
+    """Count the collectives that the plugin adds in 1, 2 and 4 processes; writes out/bench/collectives."""
+    over_hosts(session, "collectives", *session.posargs)
+
+
+@nox.session
+def bench_study(session: nox.Session) -> None:
+    """Test published claims in real RL runs, with fresh and with stale data; writes out/bench/study."""
+    TRL.ensure(session)
+    session.run(TRL.python, "-m", "benchmarks.study", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
+def bench_report(session: nox.Session) -> None:
+    """Put all results that lie under out/bench on one page, out/bench/report.html."""
+    CORE.ensure(session)
+    session.run(CORE.python, "-m", "benchmarks.report", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
+def bench_smoke(session: nox.Session) -> None:
+    """Run every benchmark end to end at its smallest size; writes out/bench-smoke. The numbers mean nothing."""
+    smallest = {
+        "variance": (CORE, ("--smoke",)),
+        "kernel": (BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
+        "host_terms": (TRL, ("--rounds", "3")),
+        "study": (TRL, ("--smoke", "--fresh")),
+    }
+    for name, (environment, arguments) in smallest.items():
+        environment.ensure(session)
+        command = ("-m", f"benchmarks.{name}", *arguments, "--out", f"out/bench-smoke/{name}")
+        session.run(environment.python, *command, external=True, env=RUN_ENV)
+    for name in ("hosts", "overhead", "collectives"):
+        over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}")
+    session.run(CORE.python, "-m", "benchmarks.report", "--root", "out/bench-smoke", external=True, env=RUN_ENV)

@@ -30,7 +30,7 @@ def text_files() -> Iterator[Path]:
 
 def test_top_level_folders_are_the_agreed_ones() -> None:
     folders = {entry.name for entry in ROOT.iterdir() if entry.is_dir() and not generated(entry.name)}
-    assert folders == {"kl_plugins", "adapters", "patches", "tests", "benchmarks", ".ci"}
+    assert folders == {"kl_plugins", "adapters", "patches", "tests", "benchmarks", "docs", ".ci"}
 
 
 def test_no_file_names_a_machine_or_an_index() -> None:

@@ -1,0 +1,57 @@
+"""OpenRLHF's actors: ``python -m benchmarks.collectives.openrlhf_run FOLDER RANKS...`` writes ``openrlhf-N.json``."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+
+os.environ.update(ENVIRONMENT)
+sys.path.append(str(CPU_HOST))
+
+import ray
+
+from benchmarks.collectives import count
+from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
+from tests.openrlhf import assets
+from tests.openrlhf.command_line import ONE_STEP
+from tests.openrlhf.harness import Harness
+from tests.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
+
+
+def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
+    """The collectives of one optimizer step of rank 0."""
+    flags = [*ONE_STEP, "--algo.advantage.estimator", "dr_grpo", "--algo.kl.estimator", kl]
+    flags += ["--train.micro_batch_size", str(len(PROMPTS) // host.ranks // MICRO_BATCHES)]
+    if "@" not in kl or "@loss" in kl:
+        flags.append("--algo.kl.use_loss")
+    trainer = host.start(flags)
+    host.receipts(trainer) if "@loss" in kl else None
+    host.ask(count.start)
+    host.train(trainer, rollouts)
+    seen = host.ask(count.stop)[0]
+    return {"seen": seen, "steps": 1, "micro_batches": MICRO_BATCHES, "sequences": len(PROMPTS) // host.ranks}
+
+
+def main(folder: Path, *ranks: int) -> None:
+    """All arms for each number of processes."""
+    importlib.import_module("openrlhf_on_cpu").install()
+    path = assets.build(folder / "openrlhf")
+    rollouts = make_rollouts(path / "model")
+    for number in ranks:
+        with local_cluster(attached=True):
+            ray.cloudpickle.register_pickle_by_value(count)
+            host = Harness(path, number)
+            found = {kl: counted(host, rollouts, kl) for kl in (NATIVE["openrlhf"], *SPECS["openrlhf"])}
+            host.end()
+        (folder / f"openrlhf-{number}.json").write_text(json.dumps({"version": version("openrlhf"), "arms": found}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

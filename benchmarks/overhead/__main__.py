@@ -1,0 +1,82 @@
+"""Command line: ``python -m benchmarks.overhead --python trl=PATH --python verl=PATH --python openrlhf=PATH``."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.hosts import run
+from benchmarks.hosts.report import NAMES
+from benchmarks.overhead.measure import Block, summary
+from benchmarks.overhead.plan import PAIRS, SMOKE, Plan, Size
+from benchmarks.overhead.report import plot, table
+from benchmarks.reporting import machine, write_json
+
+
+def main(
+    python: Annotated[list[str], typer.Option(help="HOST=PATH of the interpreter of a host's environment; repeat.")],
+    out: Annotated[Path, typer.Option(help="Where JSON, plot and output of workers go.")] = Path("out/bench/overhead"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model, few steps: that it runs, no numbers.")] = False,
+    rounds: Annotated[int, typer.Option(min=3, help="Blocks of each arm.")] = 9,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 3,
+    hidden: Annotated[int, typer.Option(help="Width of the model; a multiple of 32.")] = Size.hidden,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = Size.layers,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = Size.vocabulary,
+    response: Annotated[int, typer.Option(help="Longest response, tokens.")] = Size.response,
+    limit: Annotated[float, typer.Option(help="Seconds that one host may take.")] = 3600.0,
+) -> None:
+    """Measure each host in turns with itself, print a table, write JSON and a plot; 1 if a host failed."""
+    console, environments = Console(), run.interpreters(python)
+    console = console if console.is_terminal else Console(width=150)
+    size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
+    rounds, steps = (3, 1) if smoke else (rounds, steps)
+    # Fixed, so that glibc gives freed tensors back and the peak of one arm is not hidden by another's.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
+    rows: list[dict[str, Any]] = []
+    versions: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="klp") as name, Progress(console=Console(stderr=True)) as progress:
+        task, folder = progress.add_task("model", total=1 + len(environments)), Path(name)
+        builder = next(iter(environments.values()))
+        run.run_module(builder, "benchmarks.overhead.work", json.dumps(asdict(size)), folder, log=out / "model.log")
+        for host, path in environments.items():
+            progress.update(task, advance=1, description=NAMES[host])
+            plan, result = folder / f"{host}.json", folder / f"{host}-out.json"
+            Plan(size, PAIRS[host][: 1 if smoke else None], rounds, steps).write(plan)
+            module, log = f"benchmarks.overhead.{host}_steps", out / f"{host}.log"
+            if not run.survived(failed, host, module, plan, folder, result, python=path, log=log, limit=limit):
+                continue
+            found = json.loads(result.read_text())
+            versions[host] = found["version"]
+            rows += [{"host": host, **summarised(pair)} for pair in found["pairs"]]
+        progress.update(task, advance=1)
+    for text in failed.values():
+        console.print(text, highlight=False, markup=False)
+    console.print(table(rows))
+    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in rows if not row["decided"]]
+    if undecided:
+        console.print(f"the machine was too noisy for a percent: {', '.join(undecided)}")
+    settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}
+    about = {"machine": machine(), "command": run.command("benchmarks.overhead"), "versions": versions, **settings}
+    write_json(out / "overhead.json", {**about, "failed": failed, "rows": rows})
+    if rows:
+        plot(rows, out / "overhead.png")
+    raise typer.Exit(1 if failed else 0)
+
+
+def summarised(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair's blocks and what they say."""
+    blocks = {arm: [Block(**block) for block in found] for arm, found in pair["blocks"].items()}
+    return {**pair, **summary(blocks)}
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,97 @@
+"""Which of a host's own KLs is held against which spec, and how large the model and the batch are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HOST, SPEC, AGAIN = "host", "spec", "host again"
+ARMS = (HOST, SPEC, AGAIN)
+"""The host's own KL is measured twice: what differs between the two is the machine's noise."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Model and batch.
+
+    Attributes:
+        hidden, layers, vocabulary: of a Qwen2.
+        prompt, response: tokens; responses are between half and all as long.
+        sequences: per optimizer step; a multiple of 4.
+    """
+
+    hidden: int = 256
+    layers: int = 4
+    vocabulary: int = 8192
+    prompt: int = 32
+    response: int = 224
+    sequences: int = 8
+
+
+SMOKE = Size(hidden=64, layers=2, vocabulary=512, prompt=4, response=16)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A host's own KL and the spec of the same gradient.
+
+    Attributes:
+        name: of the host's setting.
+        native: what the host's worker sets.
+        spec: of kl-plugins.
+    """
+
+    name: str
+    native: dict[str, Any]
+    spec: str
+
+
+PAIRS: dict[str, tuple[Pair, ...]] = {
+    "trl": (
+        Pair("k3", {"use_bias_correction_kl": False}, "k3@loss"),
+        Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
+    ),
+    "verl": (
+        Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),
+        Pair("k2", {"estimator": "k2"}, "k2@loss"),
+    ),
+    "openrlhf": (
+        Pair("k3", {"estimator": "k3"}, "k3@loss"),
+        Pair(
+            "k2, unbiased_gradient",
+            {"estimator": "k2", "unbiased_gradient": True},
+            "k2@loss/is:token/behaviour:old/cap:10",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker does: every pair, round after round, each arm once per round, in changing order.
+
+    Attributes:
+        size: of model and batch.
+        pairs: to measure.
+        rounds: of all arms.
+        steps: timed optimizer steps of an arm in a round, after one that warms up.
+    """
+
+    size: Size
+    pairs: tuple[Pair, ...]
+    rounds: int
+    steps: int
+    seed: int = field(default=0)
+
+    def write(self, path: Path) -> None:
+        """For the worker."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """As the worker reads it."""
+        data = json.loads(path.read_text())
+        pairs = tuple(Pair(**pair) for pair in data.pop("pairs"))
+        return cls(size=Size(**data.pop("size")), pairs=pairs, **data)

@@ -1,0 +1,63 @@
+"""Table and plot of steps under specs and under the hosts' own KL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.hosts.report import COLOURS, MARKERS, NAMES
+from benchmarks.overhead.measure import TARGET
+from benchmarks.overhead.plan import HOST, SPEC
+
+
+def interval(found: dict[str, float]) -> str:
+    """Median and quartiles of a ratio."""
+    return f"{found['median']:.3f} ({found['lower']:.3f} - {found['upper']:.3f})"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line per pair."""
+    titles = ("host", "its own KL", "spec", "host ms", "spec ms", "spec / host", "host / itself", "peak memory")
+    made = Table(*titles, title=f"one optimizer step (target: at most {TARGET:g})")
+    for row in rows:
+        made.add_row(
+            NAMES[row["host"]],
+            row["name"],
+            row["spec"],
+            *(f"{row['seconds'][arm]['median'] * 1e3:.1f}" for arm in (HOST, SPEC)),
+            interval(row["ratio"]),
+            interval(row["noise"]),
+            f"{row['memory_ratio']['median']:.3f}",
+        )
+    return made
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios of time and of peak memory; grey is the host against itself."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = rows[::-1]
+    figure, panels = plt.subplots(1, 2, figsize=(12, 1.6 + 0.5 * len(rows)), layout="constrained", sharey=True)
+    for axes, own, noise, title in (
+        (panels[0], "ratio", "noise", "time of a step"),
+        (panels[1], "memory_ratio", "memory_noise", "peak memory"),
+    ):
+        for index, row in enumerate(rows):
+            for place, key, colour in ((index - 0.15, noise, "tab:grey"), (index + 0.15, own, COLOURS[row["host"]])):
+                found = row[key]
+                error = [[found["median"] - found["lower"]], [found["upper"] - found["median"]]]
+                axes.errorbar(found["median"], place, xerr=error, fmt=MARKERS[row["host"]], color=colour, capsize=3)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.axvline(TARGET, color="black", linewidth=0.8, linestyle="--")
+        axes.set(title=title, xlabel="spec over the host's own KL (grey: the host over itself); median, quartiles")
+        axes.xaxis.label.set_fontsize(8)
+    labels = [f"{NAMES[row['host']]} {row['name']}\n{row['spec']}" for row in rows]
+    panels[0].set_yticks(range(len(rows)), labels, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

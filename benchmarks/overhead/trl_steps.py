@@ -1,0 +1,86 @@
+"""TRL's steps, rollouts and generation by table; ``python -m benchmarks.overhead.trl_steps PLAN FOLDER OUT``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from benchmarks.overhead import memory, work
+from benchmarks.overhead.measure import Block
+from benchmarks.overhead.plan import Pair, Plan
+from kl_plugins.adapters import trl as adapter
+
+
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """Times every optimizer step, with the rollout's scoring that it includes."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the rollout batch of the step."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the update."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+class Runner:
+    """Makes a block of steps."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self.tokens = work.tokens(plan.size, plan.seed)
+
+    def __call__(self, pair: Pair, spec: bool) -> Block:
+        """One block; a new trainer each time, so that no arm inherits anything."""
+        size, clock = self.plan.size, Clock()
+        kinds = (adapter.GRPOTrainer, adapter.GRPOConfig) if spec else (trl.GRPOTrainer, trl.GRPOConfig)
+        args = kinds[1](
+            output_dir=str(self.folder / "out"), max_steps=1 + self.plan.steps, num_generations=work.GROUP,
+            per_device_train_batch_size=size.sequences, max_completion_length=size.response, beta=work.BETA,
+            learning_rate=1e-6, logging_steps=1, save_strategy="no", report_to=[], bf16=False, disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+            **({"kl": pair.spec} if spec else pair.native),
+        )  # fmt: skip
+        given = self.tokens
+
+        def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            ids = [row.tolist() for row in given.responses[: len(prompts)]]
+            return {"prompt_ids": [row.tolist() for row in given.prompts], "completion_ids": ids, "logprobs": None}
+
+        trainer = kinds[0](
+            str(self.folder / "model"),
+            reward_funcs=lambda completions, **_: given.rewards[: len(completions)],
+            args=args,
+            train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(size.sequences)]),
+            rollout_func=rollout,
+        )
+        trainer.add_callback(clock)
+        base = memory.restart()
+        trainer.train()
+        return Block(clock.seconds[1:], memory.peak(), base)
+
+
+def main(plan: Path, folder: Path, output: Path) -> None:
+    """All pairs."""
+    read = Plan.read(plan)
+    work.measure(read, Runner(read, folder), output, trl.__version__)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""One section per benchmark: where its results lie, what they mean, how they are read, what they leave open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.tables import Table, flat, study_tables, tables_of
+
+
+@dataclass(frozen=True)
+class Section:
+    """A benchmark.
+
+    Attributes:
+        name: its folder under the root.
+        title: heading.
+        question: what it measures.
+        command: that makes its results.
+        limits: what its numbers do not show.
+        files: glob of its JSON files.
+        tables: reads one file.
+    """
+
+    name: str
+    title: str
+    question: str
+    command: str
+    limits: str
+    files: str = "*.json"
+    tables: Callable[[dict[str, Any]], list[Table]] = tables_of
+
+
+SECTIONS = (
+    Section(
+        "study", "Published claims in real RL runs",
+        "Does each regulariser do to a policy what the papers say, with fresh data and with stale data? Every claim "
+        "has a test that was written before the runs: an effect per seed, its 95 % interval, a threshold.",
+        "make bench-study", "Small models on tasks with a verified reward, one update per rollout. A verdict says "
+        "whether an effect is there at this scale and these settings, not how large it is at another. Intervals are "
+        "per test: of twenty true nulls, one is expected to be missed.", "study.json", study_tables,
+    ),
+    Section(
+        "hosts", "One spec, three hosts",
+        "The same rollouts through the real update path of TRL, veRL and OpenRLHF: the coefficient applied to each "
+        "token, the aggregated KL loss and the gradient, each host's documented normalisation divided out.",
+        "make bench-hosts", "One batch and a small model; what is compared is one update, not a training run.",
+        "parity.json",
+    ),
+    Section(
+        "overhead", "Cost of a step", "Step time and memory of each host with its own KL and with the spec of the "
+        "same meaning, interleaved.", "make bench-overhead", "On a processor and a small model, where fixed costs "
+        "weigh more than they do on a GPU.", "overhead.json",
+    ),
+    Section(
+        "collectives", "Communication", "How many collectives a step has, and how large, with and without the plugin, "
+        "by the number of processes.", "make bench-collectives", "Counted, not timed: no cluster was there.",
+        "collectives.json",
+    ),
+    Section(
+        "variance", "Bias and variance by enumeration", "How noisy and how biased a single sequence's KL gradient is, "
+        "without sampling noise, on tabular policies.", "make bench-variance", "Tabular policies over a vocabulary of "
+        "three.", "variance.json",
+    ),
+    Section(
+        "kernel", "The exact KL", "Time and memory of the full-vocabulary KL against the hosts' and others' kernels.",
+        "make bench-kernel", "What lies here is from the device named with it.",
+    ),
+    Section(
+        "host_terms", "The sampled terms", "Time of a sampled KL term, forward and backward, against the expression "
+        "that each host writes itself.", "make bench-host-terms", "Microseconds beside a step's seconds.",
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Found:
+    """A section with what lies in its folder.
+
+    Attributes:
+        section: which.
+        tables: of all its files.
+        figures: images beside them.
+        verdicts: sentences of the files themselves.
+        commands: that made them.
+        machines: on which.
+        broken: files that could not be read, and why.
+    """
+
+    section: Section
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+    verdicts: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    machines: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    files: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to show."""
+        return self.files > 0
+
+
+def find(root: Path) -> list[Found]:
+    """All sections with their results under a folder; a missing or torn file is said, never an error."""
+    return [_read(section, root / section.name) for section in SECTIONS]
+
+
+def _read(section: Section, folder: Path) -> Found:
+    found = Found(section)
+    for path in sorted(folder.glob(section.files)):
+        try:
+            data = json.loads(path.read_text())
+            if not isinstance(data, dict):
+                raise ValueError("not a JSON object")
+            tables = section.tables(data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found.broken.append(f"{path.name}: {type(error).__name__}: {error}")
+            continue
+        found.files += 1
+        found.tables += tables
+        found.verdicts += [str(data["verdict"])] if data.get("verdict") else []
+        found.commands += [str(data["command"])] if data.get("command") else []
+        found.machines += list(_machine(data))
+    if found.measured:
+        found.figures = sorted(
+            p for p in folder.glob("*.*") if p.suffix in (".png", ".svg") and ".partial" not in p.name
+        )
+    return found
+
+
+def _machine(data: dict[str, Any]) -> Iterator[str]:
+    if isinstance(data.get("machine"), dict):
+        known = flat(data["machine"])
+        yield ", ".join(f"{name} {value}" for name, value in known.items() if value not in (None, ""))

@@ -1,0 +1,124 @@
+"""Results as tables. Most files are lists of rows; what is more than that has a reader of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.study.verdicts import interval
+
+SCALARS = (str, int, float, bool)
+MOST_COLUMNS = 16
+SKIPPED = ("machine", "versions", "peers")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heading, column names, and rows of text; `marks` gives rows a CSS class."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marks: Sequence[str] = ()
+
+    def marked(self) -> list[tuple[str, Sequence[str]]]:
+        """Rows with their classes."""
+        return list(zip(self.marks or [""] * len(self.rows), self.rows, strict=True))
+
+
+def text(value: Any) -> str:
+    """A number with four digits, anything else as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A row's scalars, those of nested mappings by dotted names; lists of at most four numbers are written out."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{key}.")
+        elif value is None or isinstance(value, SCALARS):
+            found[key] = value
+        elif isinstance(value, list) and 0 < len(value) <= 4 and all(isinstance(v, SCALARS) for v in value):
+            found[key] = " / ".join(map(text, value))
+    return found
+
+
+def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of mappings as a table: the columns that any row fills; without quartiles where they are too many."""
+    flattened = [flat(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flattened for name in row))
+    columns = [c for c in columns if any(row.get(c) is not None for row in flattened)]
+    if len(columns) > MOST_COLUMNS:
+        columns = [c for c in columns if not c.endswith((".lower", ".upper"))][:MOST_COLUMNS]
+    return Table(title, columns, [[text(row.get(column)) for column in columns] for row in flattened])
+
+
+def tables_of(data: Mapping[str, Any], title: str = "") -> list[Table]:
+    """Every list of rows in a file, wherever it lies; mappings of rows by name as well."""
+    found: list[Table] = []
+    title = " – ".join(filter(None, (title, str(data.get("title", "")))))
+    for name, value in data.items():
+        if name in SKIPPED:
+            continue
+        heading = " – ".join(filter(None, (title, name.replace("_", " "))))
+        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+            # A mapping of mappings inside a row is a group of its columns, unless it is called rows.
+            nested = [row for row in value if any(_is_rows(v) for k, v in row.items() if k == "rows" or _is_list(v))]
+            if nested:
+                for row in nested:
+                    found += tables_of(row, heading if "title" not in row else "")
+            else:
+                found.append(table_of(heading, value))
+        elif isinstance(value, Mapping) and _is_rows(value):
+            found.append(table_of(heading, [{"name": key, **row} for key, row in value.items()]))
+    return found
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of mappings, or a mapping of mappings."""
+    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else []
+    return bool(items) and all(isinstance(item, Mapping) for item in items)
+
+
+def study_tables(data: Mapping[str, Any]) -> list[Table]:
+    """Verdicts, measures per cell, references."""
+    claims = data["claims"]
+    verdicts = Table(
+        "verdicts", ("claim", "source", "task", "model", "test", "seeds", "effect [95 %]", "verdict"),
+        [
+            (row["says"], row["source"], row["task"], row["family"], row["rule"], str(len(row["seeds"])),
+             interval(row), row["verdict"])
+            for row in claims
+        ],
+        [row["verdict"].replace(" ", "-") for row in claims],
+    )  # fmt: skip
+    names = ("reward", "kl", "entropy", "objective")
+    cells = Table(
+        "ends of the runs: mean ± standard deviation over seeds",
+        ("task", "model", "arm", "delay", "sampler", "seeds", *names),
+        [
+            (c["task"], c["family"], c["arm"], str(c["delay"]), c["precision"], str(len(c["seeds"])),
+             *(_spread(c["measures"][name]) for name in names))
+            for c in data["cells"]
+        ],
+    )  # fmt: skip
+    return [verdicts, cells, table_of("reference models", data["references"])]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
