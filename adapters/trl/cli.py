@@ -45,4 +45,13 @@ def run(module: str, argv: Sequence[str]) -> int:
     parser = script.make_parser()
     # TRL's default for scripts is to drop what it does not know; here a misspelt key must not train without it.
     script.main(*parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True))
+    _end_process_group()
     return 0
+
+
+def _end_process_group() -> None:
+    # TRL's scripts leave it to the end of the process, which then aborts more often than not (gloo, torch 2.13).
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
