@@ -13,8 +13,8 @@ help:  ## show the targets
 demo: .venv/complete  ## train under five regularisers, draw the curves into out/demo (10 min on 2 cores)
 	$(call nox,demo)
 
-test: .venv/complete  ## lint, and every test that CI runs
-	$(call nox,lint core trl verl openrlhf)
+test: .venv/complete  ## lint, every test, every benchmark at its smallest size: what CI runs
+	$(call nox,lint core trl verl openrlhf bench_smoke)
 
 test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
 	$(call nox,lint core_full trl_full trl_vllm verl_full verl_vllm openrlhf_full)

@@ -20,7 +20,7 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
-nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf"]
+nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf", "bench_smoke"]
 nox.options.default_venv_backend = "none"
 
 

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -43,23 +43,28 @@ def main(
     console = Console()
     chosen = [size for size in SIZES[sizes or device] if only in ("", "hidden" if size.width else "logits")]
     for name in dtypes.split(","):
-        cases = []
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task(name, total=None)
-            for size in chosen:
-                found = list((of_hidden_states if size.width else of_logits)())
-                present = [it for it in found if isinstance(it, Contestant)]
-                progress.update(task, description=f"{name}, {size}")
-                given = problem(size, getattr(torch, name), device)
-                rows = compare(present, given, rounds, partial(progress.update, task, advance=1))
-                absent = [str(it) for it in found if not isinstance(it, Contestant)]
-                cases.append({"title": f"{size}, {name}", "size": size._asdict(), "rows": rows, "absent": absent})
-        for case in cases:
-            console.print(table(case))
-            for line in case["absent"]:
+        cases: list[dict[str, Any]] = []
+        for size in chosen:
+            cases.append(case(size, name, device, rounds))
+            console.print(table(cases[-1]))
+            for line in cases[-1]["absent"]:
                 console.print(f"not measured: {line}")
-        write_json(out / f"kernel-{device}-{name}.json", {**surroundings(), "rounds": rounds, "cases": cases})
-        plot(cases, out / f"kernel-{device}-{name}.png")
+            # After every size: an interrupted run keeps what it has measured.
+            write_json(out / f"kernel-{device}-{name}.json", {**surroundings(), "rounds": rounds, "cases": cases})
+            plot(cases, out / f"kernel-{device}-{name}.png")
+
+
+def case(size: Size, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    """One size in one dtype."""
+    found = list((of_hidden_states if size.width else of_logits)())
+    present = [it for it in found if isinstance(it, Contestant)]
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"{dtype}, {size}", total=None)
+        rows = compare(
+            present, problem(size, getattr(torch, dtype), device), rounds, partial(progress.update, task, advance=1)
+        )
+    absent = [str(it) for it in found if not isinstance(it, Contestant)]
+    return {"title": f"{size}, {dtype}", "size": size._asdict(), "rows": rows, "absent": absent}
 
 
 def surroundings() -> dict[str, object]:

@@ -15,6 +15,9 @@ import torch
 from benchmarks.kernel.contestants import Contestant
 from benchmarks.kernel.problems import Problem
 
+FEWEST, LONG = 3, 2.0
+"""Timed passes where one takes longer than this many seconds."""
+
 
 def once(contestant: Contestant, problem: Problem) -> None:
     """One forward and backward pass; the gradients stay."""
@@ -64,17 +67,19 @@ def compare(
     Args:
         contestants: who takes part.
         problem: what they get.
-        rounds: timed passes of each, after two that warm up.
+        rounds: timed passes of each, after two that warm up; :data:`FEWEST` where they are long.
         progress: called after each pass.
 
     Returns:
         One row per contestant; ``ratios`` are to the first one, per round, so that a change of the machine's speed
         between rounds falls out.
     """
+    slowest = 0.0
     for contestant in contestants:
-        for _ in range(2):
-            once(contestant, problem)
-            progress()
+        once(contestant, problem)
+        slowest = max(slowest, seconds(contestant, problem))
+        progress()
+    rounds = min(rounds, FEWEST) if slowest > LONG else rounds
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
         for found, contestant in zip(times, contestants, strict=True):
@@ -84,13 +89,14 @@ def compare(
     rows = []
     for found, contestant in zip(times, contestants, strict=True):
         ratios = [own / first for own, first in zip(found, times[0], strict=True)]
-        peak = max(transient_bytes(contestant, problem) for _ in range(2))
+        peak = max(transient_bytes(contestant, problem) for _ in range(1 if slowest > LONG else 2))
         rows.append(
             {
                 "contestant": contestant.name,
                 "kind": contestant.kind,
                 "ours": contestant.ours,
                 "seconds": spread(found),
+                "rounds": len(found),
                 "ratio_to_first": spread(ratios),
                 "peak_bytes": peak,
                 "peak_bytes_beyond_gradients": max(0, peak - gradient_bytes),
