@@ -3,8 +3,7 @@
 ``BasePPOTrainer.train_step`` makes the experience (log-probs, rewards, advantages) under the policy of the fixture's
 rollouts and trains on it, in micro-batches of two; in between the policy being updated is loaded into the workers.
 
-OpenRLHF computes in 16 bits only. So that it can be compared with hosts that compute in 32, its table of dtypes is
-given one entry more; all else is its own. The case ``... in bf16`` is what users get.
+It computes in float32 as ``openrlhf_float32`` says; the case ``... in bf16`` is what users get.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
 
 import ray
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.hosts import openrlhf_watch
 from benchmarks.hosts.cases import BETA, Case
 from benchmarks.hosts.fixture import Rollouts
+from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
 from benchmarks.hosts.records import Record, read_cases, save
 from tests.openrlhf import by_hand, harness, remote
 from tests.openrlhf.rollouts import Rollouts as HostRollouts
@@ -43,12 +42,8 @@ FLAGS = (
 
 def in_host_form(rollouts: Rollouts) -> HostRollouts:
     """What OpenRLHF's sampler would have given; the task reward is 0."""
-    tokens, masks, log_probs = [], [], []
-    for prompt, response, sampler in zip(rollouts.prompts, rollouts.responses, rollouts.sampler, strict=True):
-        tokens.append(torch.cat([prompt, response]))
-        masks.append((torch.arange(1, len(tokens[-1])) >= len(prompt)).long())
-        log_probs.append(torch.cat([torch.zeros(len(prompt) - 1), sampler]))
-    return HostRollouts(tokens, masks, [0.0] * len(tokens), log_probs)
+    given = (rollouts.prompts, rollouts.responses, rollouts.sampler)
+    return HostRollouts.of(*given, [0.0] * len(rollouts.prompts))
 
 
 def flags(case: Case) -> list[str]:
@@ -63,15 +58,8 @@ def flags(case: Case) -> list[str]:
 
 def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts, current: dict[str, Tensor]) -> Record:
     """One case."""
-    dtype, parse = case.native.get("dtype", "fp32"), harness.parse
-
-    def parsed(*args: Any, **kwargs: Any) -> Any:
-        found = parse(*args, **kwargs)
-        found.ds.param_dtype = dtype
-        return found
-
     host.assets = fixture / case.scenario
-    with mock.patch.object(harness, "parse", parsed):
+    with parsed_in(case.native.get("dtype", "fp32")):
         trainer = host.start(flags(case))
     if case.spec.startswith("exact"):
         host.ask(by_hand.name_reference, str(host.assets / "reference"))
@@ -93,27 +81,18 @@ def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts,
     return record
 
 
-def actors_of(fixture: Path, ranks: int) -> harness.Harness:
-    """Policy and reference actors that know float32."""
-    host = harness.Harness(fixture / "near", ranks)
-    for actor in host.policy._actor_handlers + host.reference._actor_handlers:
-        ray.get(actor.__ray_call__.remote(openrlhf_watch.allow_float32))
-    return host
-
-
 def main(fixture: Path, cases: Path, output: Path) -> None:
     """All cases."""
     importlib.import_module("openrlhf_on_cpu").install()
     rollouts, records = Rollouts.load(fixture), []
     current = AutoModelForCausalLM.from_pretrained(fixture / "near" / "current").state_dict()
     with local_cluster(attached=True):
-        for module in (by_hand, openrlhf_watch):
-            ray.cloudpickle.register_pickle_by_value(module)
+        ray.cloudpickle.register_pickle_by_value(by_hand)
         hosts: dict[int, harness.Harness] = {}
         for case in read_cases(cases):
             ranks = case.native.get("ranks", 1)
             if ranks not in hosts:
-                hosts[ranks] = actors_of(fixture, ranks)
+                hosts[ranks] = actors_of(fixture / "near", ranks)
             records.append(update(case, hosts[ranks], fixture, rollouts, current))
             print(f"done {case.name}", flush=True)
         for host in hosts.values():

@@ -23,6 +23,18 @@ def load(actor: Any, weights: Any) -> None:
             parameter.copy_(weights[name])
 
 
+def weights(actor: Any) -> Any:
+    """The policy's weights by name."""
+    return {name: value.detach().clone() for name, value in actor.actor.model.module.named_parameters()}
+
+
+def processor_seconds(actor: Any) -> float:
+    """What the process has taken of the processor."""
+    import time
+
+    return time.process_time()
+
+
 def start(actor: Any) -> None:
     """Watch every training step from now on; the watch changes no number."""
     trainer = actor.trainer

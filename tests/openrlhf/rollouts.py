@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ class Rollouts:
     masks: list[Tensor]
     rewards: list[float]
     log_probs: list[Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[Tensor], responses: Sequence[Tensor], log_probs: Sequence[Tensor], rewards: list[float]
+    ) -> Rollouts:
+        """From token ids of prompts and responses, and the sampler's log-probs of the responses' tokens."""
+        tokens = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+        masks = [(torch.arange(1, len(row)) >= len(p)).long() for row, p in zip(tokens, prompts, strict=True)]
+        found = [torch.cat([torch.zeros(len(p) - 1), row]) for p, row in zip(prompts, log_probs, strict=True)]
+        return cls(tokens, masks, rewards, found)
 
     def without_log_probs(self) -> Rollouts:
         """The same, sampled without asking for log-probs."""
