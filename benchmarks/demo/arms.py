@@ -81,18 +81,19 @@ def find_arm(name: str) -> Arm:
     return known.get(spec, Arm(spec, spec))
 
 
-def sources(more: Iterable[Path] = ()) -> str:
+def sources(more: Iterable[Path] = (), host: str = "trl") -> str:
     """Digest of everything that a finished run depends on: the installed packages, kl-plugins and this demo.
 
     Args:
         more: further files that the runs depend on.
+        host: that trains.
     """
     digest = hashlib.sha256()
-    for name in ("torch", "trl", "transformers", "accelerate", "tokenizers"):
+    for name in ("torch", host, "transformers", "accelerate", "tokenizers"):
         digest.update(f"{name}=={version(name)}\n".encode())
     here = Path(__file__).parent
-    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train")] + sorted(more)
-    for package in ("kl_plugins", "kl_plugins.adapters.trl", "kl_plugins.patches.trl"):
+    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train", "curve")] + sorted(more)
+    for package in ("kl_plugins", f"kl_plugins.adapters.{host}", f"kl_plugins.patches.{host}"):
         folder = Path(str(import_module(package).__file__)).parent
         files += sorted(f for f in folder.rglob("*.py") if "cli" not in f.parts and "explain" not in f.parts)
     for file in files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from benchmarks.reporting import machine
 
 from . import evaluate, model, task
 from .arms import Arm, Settings
-
-Tick = Callable[[int], None]
+from .curve import Curve, Tick
 
 
 def make_reference(folder: Path, settings: Settings, tick: Tick) -> dict[str, Any]:
@@ -117,47 +115,21 @@ def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: s
     return made
 
 
-def watcher(settings: Settings, measure: Callable[[], dict[str, Any]], tick: Tick, logged: tuple[str, ...]) -> Any:
-    """A TRL callback that measures the policy between steps.
-
-    Args:
-        settings: of the run.
-        measure: what is measured.
-        tick: called with the number of steps done.
-        logged: keys of TRL's log, averaged since the measurement before; None where TRL did not log them.
-
-    Returns:
-        The callback; its `curve` holds one dict per measurement, with `step`, and its `seconds` what they took.
-    """
+def watcher(curve: Curve) -> Any:
+    """A TRL callback that gives a curve what it asks for."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """Evaluates the policy between steps and keeps what the trainer logs."""
-
-        def __init__(self) -> None:
-            self.curve: list[dict[str, Any]] = []
-            self.seconds = 0.0
-            self._logged: dict[str, list[float]] = {key: [] for key in logged}
+        """Tells the curve of TRL's steps and logs."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._measure(0)
+            curve.measure(0)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-            for key, values in self._logged.items():
-                if key in logs:
-                    values.append(float(logs[key]))
+            curve.log(logs)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tick(state.global_step)
-            if state.global_step % settings.evaluate_every == 0 or state.global_step == settings.steps:
-                self._measure(state.global_step)
-
-        def _measure(self, step: int) -> None:
-            start = time.perf_counter()
-            means = {key: sum(values) / len(values) if values else None for key, values in self._logged.items()}
-            self._logged = {key: [] for key in logged}
-            self.curve.append({"step": step, **measure(), **means})
-            self.seconds += time.perf_counter() - start
+            curve.step(state.global_step)
 
     return Watch()
 
@@ -182,13 +154,13 @@ def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: T
     policy, reference = load(reference_folder), load(reference_folder).eval()
     own, future = evaluate.own_coefficient(arm.name)
     spread = "kl/coef/std"
-    watch = watcher(settings, lambda: evaluate.evaluate(policy, reference, own, future), tick, (spread,))
+    curve = Curve(settings, lambda: evaluate.evaluate(policy, reference, own, future), tick, (spread,))
     start, cpu = time.perf_counter(), time.process_time()
     try:
         with tempfile.TemporaryDirectory() as output:
-            make_trainer(arm, seed, settings, policy, output, watch).train()
+            make_trainer(arm, seed, settings, policy, output, watcher(curve)).train()
     finally:
         detach()  # the next run in this worker may be TRL's own
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    curve = [{**point, "logged_coef_std": point.pop(spread)} for point in watch.curve]
-    return {"curve": curve, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": watch.seconds}
+    points = [{**point, "logged_coef_std": point.pop(spread)} for point in curve.points]
+    return {"curve": points, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": curve.seconds}

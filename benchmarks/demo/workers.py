@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def _prepare(messages: Any, log_folder: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for chatty in ("httpx", "httpcore", "datasets", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    importlib.import_module("trl").GRPOTrainer  # noqa: B018  slow: every worker pays for it at once
+    if find_spec("trl") is not None:  # another host's environment need not have it
+        importlib.import_module("trl").GRPOTrainer  # noqa: B018  slow: every worker pays for it at once
 
 
 def _end_with_parent() -> None:

@@ -7,16 +7,12 @@ The worker gets what veRL's trainer sends it. A KL in rewards or advantages goes
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT
+from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
 
 os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
@@ -46,23 +42,6 @@ class MicroBatches(Group):
         import dataclasses
 
         return dataclasses.replace(super().engine(ranks), micro_batch_size_per_gpu=2)
-
-
-@contextmanager
-def cluster() -> Iterator[None]:
-    """A Ray cluster of this process alone."""
-    folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=False, object_store_memory=100_000_000, _temp_dir=folder,
-        log_to_driver=False,
-    )  # fmt: skip
-    for module in (remote, verl_watch):
-        ray.cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
@@ -130,7 +109,7 @@ def group_of(fixture: Path, ranks: int) -> Group:
 def main(fixture: Path, cases: Path, output: Path) -> None:
     """All cases."""
     rollouts, records = Rollouts.load(fixture), []
-    with cluster():
+    with cluster(remote, verl_watch):
         groups: dict[int, Group] = {}
         for case in read_cases(cases):
             ranks = case.native.get("ranks", 1)

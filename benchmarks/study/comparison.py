@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.demo.workers import Job, Pool, pool
 from benchmarks.reporting import machine, write_json
 
-from . import hosts, models, plan, plot, summary
+from . import hosts, models, plan, summary
 from .settings import Settings, sources
 
 
@@ -48,7 +49,7 @@ class Options:
 def study(console: Console, scope: plan.Scope, settings: Settings, options: Options) -> None:
     """Plan, say what it costs, run, judge, write."""
     hosts.find_host(scope.host)
-    start, code = time.perf_counter(), sources()
+    start, code = time.perf_counter(), sources(scope.host)
     planned = plan.runs(scope, options.seeds, settings, options.folder, code)
     if not planned:
         raise ValueError("nothing to run: no cell has all of these tasks, arms and delays")
@@ -79,7 +80,7 @@ def study(console: Console, scope: plan.Scope, settings: Settings, options: Opti
         "verdict": summary.sentence(data, options.smoke),
         "command": options.command,
         "machine": machine(),
-        "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch")},
+        "versions": {name: version(name) for name in ("kl-plugins", scope.host, "transformers", "torch")},
         "seeds": options.seeds,
         "settings": asdict(settings),
         "wall_seconds": round(time.perf_counter() - start, 1),
@@ -89,10 +90,22 @@ def study(console: Console, scope: plan.Scope, settings: Settings, options: Opti
         "runs_reused": len(planned) - len(missing),
     }
     write_json(options.folder / "study.json", data)
-    plot.draw_all(options.folder, data)
+    drawn = _draw(options.folder, data)
     console.print(summary.table(data))
     console.print(data["verdict"], style="bold", highlight=False)
-    console.print(f"Written: {options.folder / 'study.json'} and plots beside it")
+    console.print(f"Written: {options.folder / 'study.json'}{' and plots beside it' if drawn else ''}")
+    if not drawn:
+        console.print("No plots: matplotlib is not installed here")
+
+
+def _draw(folder: Path, data: dict[str, Any]) -> bool:
+    """Draw the plots, if this environment can; a host's own need not."""
+    if find_spec("matplotlib") is None:
+        return False
+    from . import plot
+
+    plot.draw_all(folder, data)
+    return True
 
 
 def _references(crew: Pool, bars: Progress, missing: list[plan.Reference], settings: Settings) -> None:

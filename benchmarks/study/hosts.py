@@ -10,8 +10,8 @@ from typing import Any
 Run = Callable[..., dict[str, Any]]
 """`run(cell, seed, settings, reference_folder, tick)`, as in `trl_host`."""
 
-BUILT = {"trl": "benchmarks.study.trl_host"}
-PLANNED = ("verl", "openrlhf")
+BUILT = {"trl": "benchmarks.study.trl_host", "verl": "benchmarks.study.verl_host"}
+PLANNED = ("openrlhf",)
 
 
 def find_host(name: str) -> Run:
@@ -28,7 +28,7 @@ def find_host(name: str) -> Run:
     if name not in BUILT:
         raise ValueError(f"no host {name!r}; there is {', '.join(BUILT)}")
     if find_spec(name) is None:
-        raise ValueError(f"{name} is not installed here; make bench-study sets up an environment that has it")
+        raise ValueError(f"{name} is not installed here; benchmarks/README.md says which environment has it")
     run: Run = import_module(BUILT[name]).run
     return run
 

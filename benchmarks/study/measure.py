@@ -9,10 +9,13 @@ import torch
 from benchmarks.demo import evaluate
 from kl_plugins import exact_kl
 
-from .sampler import sample
+from .sampler import completion_logits, sample
 from .settings import Settings
 from .tasks import Task
 from .text import completion_tokens
+
+LOGGED = ("grad_norm", "kl/ess", "kl/weight/max", "kl/coef/std", "clip_ratio/region_mean")
+"""What a run's curve holds of its trainer's log, by TRL's names."""
 
 
 class Measure:
@@ -55,14 +58,7 @@ class Measure:
             texts = self._tokenizer.batch_decode(drawn.completion_lists(), skip_special_tokens=True)
             rewards += sum(self._task.reward(prompts, texts))
             first = drawn.prompt_ids.shape[1]
-            logits, ref = (
-                m(
-                    input_ids=drawn.sequences,
-                    attention_mask=drawn.attention,
-                    position_ids=(drawn.attention.cumsum(1) - 1).clamp(min=0),
-                ).logits[:, first - 1 : -1].float()
-                for m in (policy, self._reference)
-            )  # fmt: skip
+            logits, ref = (completion_logits(model, drawn) for model in (policy, self._reference))
             kl += float((exact_kl(logits, ref, drawn.sequences[:, first:]).kl * drawn.mask).sum())
             logp = logits.log_softmax(-1)
             entropy -= float(((logp.exp() * logp).sum(-1) * drawn.mask).sum())

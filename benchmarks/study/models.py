@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo import evaluate, model
-from benchmarks.demo.train import Tick, load
+from benchmarks.demo.curve import Tick
+from benchmarks.demo.train import load
 from benchmarks.reporting import machine
 
 from .measure import Measure

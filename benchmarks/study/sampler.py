@@ -76,8 +76,23 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, generato
     return Drawn(prompt_ids, torch.cat([prompt_ids, *written], 1), attention, mask, torch.cat(log_probs, 1) * mask)
 
 
+def completion_logits(model: Any, drawn: Drawn) -> Tensor:
+    """(B, T, V) float32 logits of the states that the completions' tokens were drawn in."""
+    positions = (drawn.attention.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=drawn.sequences, attention_mask=drawn.attention, position_ids=positions)
+    logits: Tensor = out.logits[:, drawn.prompt_ids.shape[1] - 1 : -1].float()
+    return logits
+
+
+@torch.no_grad()
+def completion_log_probs(model: Any, drawn: Drawn) -> Tensor:
+    """(B, T) log-probs of the completions' tokens under a model, nats, float32; 0 beyond a completion's end."""
+    ids = drawn.sequences[:, drawn.prompt_ids.shape[1] :, None]
+    return completion_logits(model, drawn).log_softmax(-1).gather(-1, ids).squeeze(-1) * drawn.mask
+
+
 class LaggedSampler:
-    """Hands TRL's `rollout_func` completions of the policy as it was some updates ago, with their true log-probs.
+    """Draws completions of the policy as it was some updates ago, with their true log-probs.
 
     Args:
         delay: updates that it is behind; fewer while so many have not been made.
@@ -103,12 +118,16 @@ class LaggedSampler:
             self._generator = torch.Generator(policy.device).manual_seed(self._seed)
         self.model.load_state_dict(self._snapshots[0])
 
+    def draw(self, policy: Any, tokenizer: Any, prompts: list[str]) -> Drawn:
+        """Follow the policy, then complete the prompts."""
+        self.follow(policy)
+        assert self._generator is not None
+        return sample(self.model, tokenizer, prompts, self._tokens, self._generator)
+
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`."""
-        self.follow(trainer.accelerator.unwrap_model(trainer.model))
-        assert self._generator is not None
         tokenizer = trainer.processing_class
-        drawn = sample(self.model, tokenizer, prompts, self._tokens, self._generator)
+        drawn = self.draw(trainer.accelerator.unwrap_model(trainer.model), tokenizer, prompts)
         return {
             "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": drawn.completion_lists(),

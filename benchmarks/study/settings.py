@@ -23,6 +23,7 @@ UNHASHED = (
     "plot",
     "summary",
 )  # what judges runs, not makes them
+TESTED = {"verl": ("workers", "remote", "ray_support")}  # files of a host's tests that its runs use
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,14 @@ class Cell:
         ))  # fmt: skip
 
 
-def sources() -> str:
-    """Digest of all code that a run's numbers depend on."""
+def sources(host: str) -> str:
+    """Digest of all code that the numbers of this host's runs depend on."""
     here = Path(__file__).parent
-    return arms.sources(file for file in here.glob("*.py") if file.stem not in UNHASHED)
+    of_others = {file.stem for file in here.glob("*_host*.py") if not file.stem.startswith(host)}
+    files = {file for file in here.glob("*.py") if file.stem not in of_others.union(UNHASHED)}
+    tested = here.parents[1] / "tests" / host
+    files |= {tested / f"{stem}.py" for stem in TESTED.get(host, ())}
+    return arms.sources(files, host)
 
 
 def run_key(settings: Settings, cell: Cell, seed: int, code: str) -> str:

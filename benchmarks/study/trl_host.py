@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.train import Tick, classes_of_trl, load, settings_of_trl, watcher
+from benchmarks.demo.curve import Curve, Tick
+from benchmarks.demo.train import classes_of_trl, load, settings_of_trl, watcher
 
-from .measure import Measure
+from .measure import LOGGED, Measure
 from .sampler import LaggedSampler
 from .settings import Cell, Settings
 from .tasks import TASKS
 from .text import completion_tokens, tokenizer_of
-
-LOGGED = ("grad_norm", "kl/ess", "kl/weight/max", "kl/coef/std", "clip_ratio/region_mean")
 
 
 def against_the_sampler(trainer: Any) -> Any:
@@ -70,7 +69,7 @@ def run(
     policy, reference = (load(reference_folder).to(settings.device) for _ in range(2))
     length = completion_tokens(task, settings, tokenizer)
     measure = Measure(reference.eval(), task, settings, tokenizer)
-    watch = watcher(settings, lambda: measure(policy), tick, LOGGED)
+    curve = Curve(settings, lambda: measure(policy), tick, LOGGED)
     arm = cell.regulariser
     config_class, trainer_class = classes_of_trl(arm)
     extra: dict[str, Any] = {}
@@ -90,7 +89,7 @@ def run(
                 args=config_class(**arguments),
                 train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in task.prompts]),
                 processing_class=tokenizer,
-                callbacks=[watch],
+                callbacks=[watcher(curve)],
                 **extra,
             )
             trainer.remove_callback(PrinterCallback)
@@ -98,4 +97,4 @@ def run(
     finally:
         detach()  # the next run in this worker may be TRL's own
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {"curve": watch.curve, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": watch.seconds}
+    return {"curve": curve.points, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": curve.seconds}

@@ -31,7 +31,7 @@ def test_delay_under_reward_is_refused(reference):
 
 @pytest.mark.parametrize("name", ["verl", "openrlhf", "nonsense"])
 def test_other_hosts_are_refused(name):
-    with pytest.raises(ValueError, match=r"does not train in|no host 'nonsense'; there is trl"):
+    with pytest.raises(ValueError, match=r"is not installed here|does not train in|no host 'nonsense'; there is trl"):
         hosts.find_host(name)
 
 
@@ -160,7 +160,7 @@ def test_command_line_says_what_it_would_cost_and_refuses_nonsense(tmp_path):
     assert "min on" in " ".join(dry.output.split())
     assert not list(tmp_path.iterdir())
     for arguments, said in (
-        (("--host", "verl"), "does not train in verl"),
+        (("--host", "verl"), "verl is not installed here"),
         (("--tasks", "rars"), "no task"),
         (("--delays", "3"), "no delay"),
         (("--arms", "k2@los"), "loss"),

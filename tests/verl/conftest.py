@@ -2,15 +2,14 @@
 
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.verl import ray_support
 from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9
 
 if importlib.util.find_spec("verl") is None:
@@ -46,19 +45,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    import ray
-
     from tests.verl import remote
 
-    folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
-    ray.init(
-        num_cpus=32,  # counted, not used: several groups may stand at a time
-        include_dashboard=False,
-        object_store_memory=100_000_000,
-        _temp_dir=folder,
-        log_to_driver=False,
-    )
-    ray.cloudpickle.register_pickle_by_value(remote)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_support.cluster(remote, cpus=32):
+        yield

@@ -1,8 +1,13 @@
 """Ray for tests: the environment of every process, and clusters with ports and folders of their own."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 from packaging.version import Version
 
@@ -29,6 +34,30 @@ ENVIRONMENT = {
     "HYDRA_FULL_ERROR": "1",
     "WANDB_MODE": "disabled",
 }
+
+
+@contextmanager
+def cluster(*modules: ModuleType, cpus: int = 8) -> Iterator[None]:
+    """A Ray cluster of this process alone; functions of the modules travel to its workers by value."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
+    ray.init(
+        address="local",
+        num_cpus=cpus,  # counted, not used: several groups may stand at a time
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        _temp_dir=folder,
+        log_to_driver=False,
+    )
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 HIDING = """
 import sys

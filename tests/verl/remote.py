@@ -1,18 +1,32 @@
 """Functions that run inside veRL's workers; they travel by value."""
 
 
+def weights(process):
+    """Parameters of the whole model, by name; every rank has to be asked."""
+    return {name: _full(value) for name, value in process.engine.module.named_parameters()}
+
+
+def decay_to_zero(process, steps):
+    """Let the learning rate fall linearly to 0, for which veRL has no name; its engine steps the schedule."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    process.engine.lr_scheduler = LambdaLR(process.engine.optimizer, lambda step: max(0.0, 1 - step / steps))
+
+
+def cpu_seconds(process):
+    """Processor time of the process."""
+    import time
+
+    return time.process_time()
+
+
 def state(process):
     """Gradient and parameters of the whole model, by name; every rank has to be asked."""
-
-    def full(tensor):
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        return tensor.detach().clone()
-
     named = dict(process.engine.module.named_parameters())
     # veRL drops gradients after the step; Adam's first moment, after its first step, is a tenth of the gradient.
     moments = process.engine.optimizer.state
-    gradient = {name: full(moments[value]["exp_avg"]) * 10 for name, value in named.items()}
-    return gradient, {name: full(value) for name, value in named.items()}
+    gradient = {name: _full(moments[value]["exp_avg"]) * 10 for name, value in named.items()}
+    return gradient, {name: _full(value) for name, value in named.items()}
 
 
 def imported(process):
@@ -37,19 +51,35 @@ def node_id(process):
     return ray.get_runtime_context().get_node_id()
 
 
+def start_from(process, path):
+    """Let a training worker load another model at its next reset."""
+    process.model_config = process.engine.model_config = _model(process, path)
+    process.model_config.model_type = process.config.model_type
+
+
 def add_reference(process, path):
     """Give a training worker a reference model beside its own, as veRL's hybrid worker has one."""
     import copy
     import dataclasses
 
-    from verl.workers.config import HFModelConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    model = HFModelConfig(
+    config = dataclasses.replace(copy.deepcopy(process.config), model_config=_model(process, path))
+    process.ref = TrainingWorker(config=config)
+    process.ref.reset()
+
+
+def _model(process, path):
+    from verl.workers.config import HFModelConfig
+
+    return HFModelConfig(
         path=path,
         use_remove_padding=process.model_config.use_remove_padding,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa"},
     )
-    process.ref = TrainingWorker(config=dataclasses.replace(copy.deepcopy(process.config), model_config=model))
-    process.ref.reset()
+
+
+def _full(tensor):
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -167,7 +168,7 @@ class Group:
         import ray
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
         from verl.trainer.config import CheckpointConfig
-        from verl.workers.config import FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+        from verl.workers.config import HFModelConfig, TrainingWorkerConfig
         from verl.workers.engine_workers import TrainingWorker
 
         model = HFModelConfig(
@@ -180,7 +181,7 @@ class Group:
             model_type="language_model",
             model_config=model,
             engine_config=self.engine(ranks),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9),
+            optimizer_config=self.optimizer(),
             checkpoint_config=CheckpointConfig(),
         )
         self.ranks = ranks
@@ -191,6 +192,11 @@ class Group:
             device_name="cpu",
             worker_env=environment or {},
         )
+
+    def optimizer(self) -> Any:
+        from verl.workers.config import FSDPOptimizerConfig
+
+        return FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, clip_grad=1e9)
 
     def engine(self, ranks: int) -> Any:
         from verl.workers.config import FSDPEngineConfig
@@ -236,16 +242,25 @@ class Group:
         for held in self.pool.pgs or ():
             remove_placement_group(held)
 
-    def step(self, batch: Batch) -> Step:
-        """One optimizer step on the batch."""
-        import ray
+    def train(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the batch, and veRL's metrics of it."""
         from verl.utils import tensordict_utils
         from verl.utils.metric import reduce_metrics
 
         output = self.workers.train_mini_batch(batch.tensordict()).get()
-        metrics = reduce_metrics(tensordict_utils.get(output, "metrics"))
-        states = ray.get([worker.__ray_call__.remote(remote.state) for worker in self.workers.workers])
-        return Step(metrics, *states[0])
+        metrics: dict[str, float] = reduce_metrics(tensordict_utils.get(output, "metrics"))
+        return metrics
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What a function says in each of the processes."""
+        import ray
+
+        return list(ray.get([worker.__ray_call__.remote(function, *arguments) for worker in self.workers.workers]))
+
+    def step(self, batch: Batch) -> Step:
+        """One optimizer step on the batch."""
+        metrics = self.train(batch)
+        return Step(metrics, *self.ask(remote.state)[0])
 
     def run(self, kl: str | None, batch: Batch, **changes: Any) -> Step:
         """One step from the initial weights."""

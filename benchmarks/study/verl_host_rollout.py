@@ -1,0 +1,156 @@
+"""From sampled completions to what veRL's trainer sends to its workers, by veRL's own functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kl_plugins import KLSpec
+from tests.verl.workers import Batch
+
+from .sampler import Drawn, completion_log_probs
+from .settings import Cell, Settings
+
+UNCLIPPED = 1e9
+LOSSES = {"dr_grpo": "seq-mean-token-sum-norm"}
+"""veRL's names of TRL's losses."""
+
+
+def actor_of(settings: Settings, length: int) -> dict[str, Any]:
+    """Settings of veRL's actor: those of the study's TRL runs, by veRL's names; its clip ratio is TRL's.
+
+    Raises:
+        ValueError: veRL is not known to have the loss.
+    """
+    if settings.loss_type not in LOSSES:
+        raise ValueError(f"the study knows no loss {settings.loss_type} in veRL; there is {', '.join(LOSSES)}")
+    return {
+        "loss_agg_mode": LOSSES[settings.loss_type],
+        "loss_scale_factor": length,
+        "clip_ratio_c": UNCLIPPED,  # TRL has no second clip
+        "kl_loss_coef": settings.beta,
+    }
+
+
+def config_of(cell: Cell, spec: KLSpec | None, settings: Settings, length: int) -> Any:
+    """veRL's config of the run, which kl-plugins has checked as it checks every trainer's.
+
+    A ratio that divides by the sampler is veRL's bypass mode. Where the sampler is the policy, its log-probs are the
+    trainer's own. `@advantage` is out of that mode too: as in TRL, the study takes its penalty from the policy's own
+    log-probs, before the sampler's take their place.
+
+    Raises:
+        ValueError: kl-plugins refuses the spec.
+    """
+    import verl
+    from hydra import compose, initialize_config_dir
+
+    from kl_plugins.patches.verl.trainer import checked
+
+    placement = spec.placement if spec else None
+    lags = (cell.delay, cell.precision) != (0, "fp32")
+    chosen: dict[str, Any] = {f"actor_rollout_ref.actor.{k}": v for k, v in actor_of(settings, length).items()}
+    chosen |= {
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "algorithm.adv_estimator": "grpo",
+        "algorithm.norm_adv_by_std_in_grpo": settings.scale_rewards != "none",
+        "algorithm.kl_ctrl.kl_coef": settings.beta,
+        "algorithm.rollout_correction.bypass_mode": lags and placement != "advantage",
+    }
+    if placement == "loss":
+        chosen |= {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_type": spec}
+    elif spec:
+        chosen |= {"algorithm.use_kl_in_reward": True, "algorithm.kl_penalty": spec}
+    folder = str(Path(verl.__file__).parent / "trainer" / "config")
+    with initialize_config_dir(folder, version_base=None):
+        config = compose("ppo_trainer", overrides=[f"{key}={value}" for key, value in chosen.items()])
+    try:
+        checked(config)
+    except ValueError as error:
+        sampler = "a delayed or bf16 sampler" if lags else "the study's settings"
+        raise ValueError(f"{cell.arm} cannot be trained with {sampler} in veRL: {error}") from error
+    return config
+
+
+class Trainer:
+    """What veRL's trainer does between rollout and update.
+
+    Args:
+        spec: of the run, or None.
+        config: veRL's.
+        reference: the reference model, in evaluation mode.
+        generations: completions of one prompt, which lie side by side.
+    """
+
+    def __init__(self, spec: KLSpec | None, config: Any, reference: Any, generations: int) -> None:
+        from verl.trainer.ppo import core_algos
+
+        from kl_plugins.adapters.verl.beta import ScoreBeta
+
+        self._spec, self._config, self._reference, self._generations = spec, config, reference, generations
+        self._score: Any = None
+        if spec and spec.placement != "loss":
+            self._score = ScoreBeta(spec, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
+
+    def prepare(self, policy: Any, drawn: Drawn, rewards: list[float]) -> tuple[Batch, dict[str, float]]:
+        """The batch of an update, and the metrics of a KL in rewards or advantages.
+
+        Args:
+            policy: as it is now, in evaluation mode.
+            drawn: its sampler's completions.
+            rewards: one per completion.
+        """
+        named = {"rollout_log_probs": drawn.logp}
+        if self._spec:
+            named["ref_log_prob"] = completion_log_probs(self._reference, drawn)
+        advantages, metrics = self._advantages(policy, drawn, rewards, named)
+        named["old_log_probs"] = drawn.logp  # the policy ratio divides by the sampler
+        start = drawn.prompt_ids.shape[1]
+
+        def rows(values: Tensor) -> list[Tensor]:
+            return [row[kept] for row, kept in zip(values, drawn.mask, strict=True)]
+
+        prompts = [row[kept.bool()] for row, kept in zip(drawn.prompt_ids, drawn.attention[:, :start], strict=True)]
+        responses, masks = rows(drawn.sequences[:, start:]), rows(drawn.mask.long())
+        log_probs = {key: rows(values) for key, values in named.items()}
+        return Batch(prompts, responses, log_probs, masks, rows(advantages)), metrics
+
+    def _advantages(
+        self, policy: Any, drawn: Drawn, rewards: list[float], named: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, float]]:
+        from verl import DataProto
+        from verl.trainer.ppo import ray_trainer
+
+        scores = torch.zeros(drawn.mask.shape)
+        scores[torch.arange(len(rewards)), drawn.mask.sum(1) - 1] = torch.tensor(rewards)
+        tensors = {"response_mask": drawn.mask.long(), "token_level_scores": scores, **named}
+        groups = np.array([str(i // self._generations) for i in range(len(rewards))], dtype=object)
+        metrics: dict[str, float] = {}
+        if self._score is None:
+            data = DataProto.from_single_dict({**tensors, "token_level_rewards": scores, "uid": groups})
+        else:
+            own = completion_log_probs(policy, drawn)
+            data = DataProto.from_single_dict({**tensors, "old_log_probs": own, "uid": groups})
+            data, metrics = ray_trainer.apply_kl_penalty(data, kl_ctrl=self._score, kl_penalty=str(self._spec))
+        algorithm = self._config.algorithm
+        data = ray_trainer.compute_advantage(
+            data, adv_estimator=algorithm.adv_estimator, num_repeat=self._generations,
+            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo, config=algorithm,
+        )  # fmt: skip
+        if self._score is not None and (self._score.pending or "kl/beta" not in metrics):
+            raise RuntimeError(f"the penalty of {self._spec} never reached the advantages")
+        advantages: Tensor = data.batch["advantages"]
+        return advantages, metrics
+
+    def checked(self, metrics: dict[str, float]) -> dict[str, float]:
+        """An update's metrics, the KL's as means over tokens, as veRL's trainers log them."""
+        from kl_plugins.adapters.verl.metrics import finish
+
+        found = finish(metrics, prefix="")
+        if self._spec and self._score is None and not found:
+            raise RuntimeError(f"the update returned no kl/ metrics, so {self._spec} was not applied in it")
+        return metrics
