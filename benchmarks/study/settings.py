@@ -23,7 +23,10 @@ UNHASHED = (
     "plot",
     "summary",
 )  # what judges runs, not makes them
-TESTED = {"verl": ("workers", "remote", "ray_support")}  # files of a host's tests that its runs use
+TESTED = {
+    "verl": ("workers", "remote", "ray_support"),
+    "openrlhf": ("harness", "rollouts", "remote", "command_line", "ray_support"),
+}  # files of a host's tests that its runs use
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def sources(host: str) -> str:
     files = {file for file in here.glob("*.py") if file.stem not in of_others.union(UNHASHED)}
     tested = here.parents[1] / "tests" / host
     files |= {tested / f"{stem}.py" for stem in TESTED.get(host, ())}
+    if host == "openrlhf":
+        files |= {here.parent / "hosts" / f"openrlhf_{stem}.py" for stem in ("float32", "watch")}
     return arms.sources(files, host)
 
 

@@ -6,10 +6,12 @@ in 2 % of its lines, the other in half of them. `sums` is plain arithmetic, of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+import torch
 
 from benchmarks.demo import task as products
 from benchmarks.demo.evaluate import Space
@@ -61,6 +63,14 @@ class Task:
     def prompts_per_step(self, most: int) -> int:
         """How many prompts a step takes."""
         return min(most, len(self.prompts))
+
+    def batches(self, most: int, seed: int) -> Iterator[list[str]]:
+        """Prompts step by step, for ever; as TRL's, each once in an epoch, without what is left over of it."""
+        count, generator = self.prompts_per_step(most), torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.prompts), generator=generator).tolist()
+            for start in range(0, len(order) - count + 1, count):
+                yield [self.prompts[i] for i in order[start : start + count]]
 
 
 def _spaced(completion: str) -> str:

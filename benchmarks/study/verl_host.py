@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from benchmarks.demo.curve import Curve, Tick
 from benchmarks.demo.train import load
@@ -16,7 +14,7 @@ from kl_plugins import KLSpec
 from .measure import LOGGED, Measure
 from .sampler import LaggedSampler
 from .settings import Cell, Settings
-from .tasks import TASKS, Task
+from .tasks import TASKS
 from .text import completion_tokens, tokenizer_of
 
 if TYPE_CHECKING:
@@ -24,15 +22,6 @@ if TYPE_CHECKING:
 
 CLIPPED = "actor/pg_clipfrac"
 """veRL's name of what TRL calls `clip_ratio/region_mean`."""
-
-
-def prompt_batches(task: Task, most: int, seed: int) -> Iterator[list[str]]:
-    """Prompts step by step, for ever; as TRL's, each once in an epoch, without what is left over of it."""
-    count, generator = task.prompts_per_step(most), torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(task.prompts), generator=generator).tolist()
-        for start in range(0, len(order) - count + 1, count):
-            yield [task.prompts[i] for i in order[start : start + count]]
 
 
 def run(
@@ -72,7 +61,7 @@ def run(
     measure = Measure(reference, task, settings, tokenizer)
     curve = Curve(settings, lambda: measure(policy), tick, LOGGED)
     sampler = LaggedSampler(cell.delay, cell.precision, length, seed)
-    batches = prompt_batches(task, settings.prompts, seed)
+    batches = task.batches(settings.prompts, seed)
     sequences = task.prompts_per_step(settings.prompts) * settings.generations
     group = workers.workers_of(reference_folder, settings, sequences)
     cpu = time.process_time() + group.cpu_seconds()  # a new worker answers when it is there

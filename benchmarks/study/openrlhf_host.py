@@ -1,0 +1,189 @@
+"""One run in OpenRLHF: its real Ray actors and its own training step, fed by a sampler that may lag.
+
+The host's recipe, as near to the runs in TRL as its flags allow. Where it differs:
+
+- OpenRLHF recomputes the old log-probs, so with one update per rollout its ratio is 1 and its clipping never acts. Its
+  own correction takes that place: it multiplies each token's policy-gradient term by the weight against the sampler,
+  and drops the term where that weight leaves 0.5 to 5, OpenRLHF's default band. With it, the weights of a spec divide
+  by the sampler's probabilities, as they do in TRL.
+- `@reward` can be trained with a sampler that lags or is in bf16. As `@advantage`, it takes the penalty from the
+  policy's own log-probs.
+- The learning rate is constant; losses are means over the batch's tokens, where TRL divides by the longest completion.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.demo.curve import Curve, Tick
+from benchmarks.demo.train import load
+from benchmarks.hosts import openrlhf_watch
+from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
+from kl_plugins.adapters.receipts import announce
+from tests.openrlhf.harness import Harness
+from tests.openrlhf.rollouts import Rollouts
+
+from .measure import LOGGED, Measure
+from .sampler import Drawn, LaggedSampler
+from .settings import Cell, Settings
+from .tasks import TASKS
+from .text import completion_tokens, tokenizer_of
+
+ESTIMATORS = {"none": "dr_grpo", "group": "group_norm"}
+"""What OpenRLHF calls TRL's `scale_rewards`: rewards less their group's mean, and divided by its deviation or not."""
+
+NAMES = {"grad_norm": "actor_grad_norm", "clip_ratio/region_mean": "is_filter_ratio"}
+"""What OpenRLHF calls the entries of TRL's log; the second is the share of tokens without a policy gradient in both."""
+
+
+@cache
+def actors() -> Harness:
+    """Policy and reference actors of this process, in a Ray cluster that ends with it."""
+    from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+
+    os.environ.update(ENVIRONMENT)
+    sys.path.append(str(CPU_HOST))
+    importlib.import_module("openrlhf_on_cpu").install()
+    cluster = ExitStack()
+    cluster.enter_context(local_cluster(attached=True))
+    atexit.register(cluster.close)
+    return actors_of(Path())  # each run brings its own models
+
+
+def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
+    """OpenRLHF's command line: one optimizer step per rollout, in one micro-batch.
+
+    Args:
+        cell: what to train.
+        settings: of the study.
+        seed: of the host's own randomness, which is the order within a batch.
+        prompts: per step.
+    """
+    whole = prompts * settings.generations
+    regularised = cell.arm != "none"
+    values = {
+        "--rollout.batch_size": prompts,
+        "--rollout.n_samples_per_prompt": settings.generations,
+        "--rollout.micro_batch_size": whole,
+        "--train.batch_size": whole,
+        "--train.micro_batch_size": whole,
+        "--train.max_epochs": 1,
+        "--train.seed": seed,
+        "--algo.advantage.estimator": ESTIMATORS[settings.scale_rewards],
+        "--algo.advantage.is_correction_level": "token",
+        "--algo.kl.init_coef": settings.beta if regularised else 0,
+        "--actor.adam.lr": settings.learning_rate,
+        "--actor.lr_scheduler": "constant",
+        "--actor.max_norm": settings.max_grad_norm,
+    }
+    found = [str(word) for pair in values.items() for word in pair]
+    found += ["--actor.adam.betas", "0.9", "0.999"]  # TRL's
+    if regularised:
+        found += ["--algo.kl.estimator", cell.arm]
+    return found + ["--algo.kl.use_loss"] * (cell.arm.partition("@")[2].partition("/")[0] == "loss")
+
+
+def in_host_form(drawn: Drawn, rewards: list[float]) -> Rollouts:
+    """What OpenRLHF's own sampler would have given."""
+    start = drawn.prompt_ids.shape[1]
+    prompts = [row[on] for row, on in zip(drawn.prompt_ids, drawn.attention[:, :start].bool(), strict=True)]
+    responses = [torch.tensor(row) for row in drawn.completion_lists()]
+    return Rollouts.of(prompts, responses, [torch.tensor(row) for row in drawn.log_prob_lists()], rewards)
+
+
+def refuse(cell: Cell, settings: Settings) -> None:
+    """Raise on what neither OpenRLHF nor kl-plugins would refuse by itself.
+
+    Raises:
+        ValueError: TRL's own arm, or another device than the one that OpenRLHF is made to run on here.
+    """
+    if cell.arm != "none" and cell.regulariser.spec is None:
+        raise ValueError(f"{cell.arm} is TRL's own KL and cannot be trained in OpenRLHF; use a spec such as k3@loss")
+    if settings.device != "cpu":
+        raise ValueError(f"the study's OpenRLHF runs on the CPU alone, not on {settings.device}; use --device cpu, or "
+                         "--host trl")  # fmt: skip
+
+
+def run(
+    cell: Cell, seed: int, settings: Settings, reference_folder: Path, tick: Tick,
+    find_actors: Callable[[], Harness] = actors,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one cell with one seed.
+
+    Args:
+        cell: what to train.
+        seed: of prompts and rollouts.
+        settings: of the study.
+        reference_folder: where the reference was saved.
+        tick: called with the number of steps done.
+        find_actors: gives actors that know float32.
+
+    Returns:
+        As `trl_host.run`; `cpu_seconds` are those of this process and of both actors.
+
+    Raises:
+        ValueError: kl-plugins refuses the spec in OpenRLHF, or see `refuse`.
+    """
+    refuse(cell, settings)
+    task, tokenizer = TASKS[cell.task], tokenizer_of(settings)
+    policy, reference = load(reference_folder).eval(), load(reference_folder).eval()
+    sampler = LaggedSampler(cell.delay, cell.precision, completion_tokens(task, settings, tokenizer), seed)
+    measure = Measure(reference, task, settings, tokenizer)
+    host = find_actors()
+    curve = Curve(settings, lambda: measure(policy), tick, LOGGED)
+    start, cpu = time.perf_counter(), _processor_seconds(host)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(host, "assets", Path(folder)):
+        for name in ("model", "reference"):
+            (host.assets / name).symlink_to(reference_folder.resolve())
+        with parsed_in("fp32"):
+            trainer = host.start(flags(cell, settings, seed, task.prompts_per_step(settings.prompts)))
+        if cell.arm == "none":  # OpenRLHF's own program has no reference then
+            trainer.reference_model_group = trainer.experience_maker.initial_model_group = None
+        for receipt in host.receipts(trainer):
+            announce(receipt)  # the run's record holds it
+        _follow(policy, host)
+        curve.measure(0)
+        for step, texts in zip(range(settings.steps), task.batches(settings.prompts, seed), strict=False):
+            prompts = [text for text in texts for _ in range(settings.generations)]
+            drawn = sampler.draw(policy, tokenizer, prompts)
+            answers = tokenizer.batch_decode(drawn.completion_lists(), skip_special_tokens=True)
+            rollouts = in_host_form(drawn, task.reward(prompts, answers))
+            status, _ = trainer.train_step(rollouts.experiences(), step)
+            _follow(policy, host)
+            curve.log(_as_in_trl(status))
+            curve.step(step + 1)
+    seconds, cpu = time.perf_counter() - start, _processor_seconds(host) - cpu
+    return {"curve": curve.points, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": curve.seconds}
+
+
+def _follow(policy: Any, host: Harness) -> None:
+    """Give a local copy the actor's weights."""
+    weights = host.ask(openrlhf_watch.weights)[0]
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _as_in_trl(status: dict[str, Any]) -> dict[str, Any]:
+    return {key: status[name] for key in LOGGED if (name := NAMES.get(key, key)) in status}
+
+
+def _processor_seconds(host: Harness) -> float:
+    import ray
+
+    handlers = host.policy._actor_handlers + host.reference._actor_handlers
+    spent = ray.get([actor.__ray_call__.remote(openrlhf_watch.processor_seconds) for actor in handlers])
+    return time.process_time() + sum(spent)
