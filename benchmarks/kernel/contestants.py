@@ -48,9 +48,10 @@ def of_logits() -> Iterator[Contestant | AbsentPeerError]:
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
     yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
     yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
-    # Compiled for sizes that may change, as training has them; that is also the faster code.
-    compiled = torch.compile(_naive_statistics, dynamic=True)
-    yield Contestant("compile(naive)", "exact", False, _naive_with_log_probs(compiled))
+    # Compiled for sizes that may change, as training has them, and as torch does by itself the first time.
+    for name, dynamic in (("compile(naive)", True), ("compile(naive), static", None)):
+        compiled = torch.compile(_naive_statistics, dynamic=dynamic)
+        yield Contestant(name, "exact", False, _naive_with_log_probs(compiled))
     alone = torch.compile(_naive, dynamic=True)
     yield Contestant(
         "compile(naive), KL alone", "exact", False, lambda it: alone(it.policy, it.reference, it.token_weight)
