@@ -8,7 +8,7 @@ The host's recipe, as near to the runs in TRL as its flags allow. Where it diffe
   by the sampler's probabilities, as they do in TRL.
 - `@reward` can be trained with a sampler that lags or is in bf16. As `@advantage`, it takes the penalty from the
   policy's own log-probs.
-- The learning rate is constant; losses are means over the batch's tokens, where TRL divides by the longest completion.
+- Losses are means over the batch's tokens, where TRL divides by the longest completion.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
         "--algo.advantage.is_correction_level": "token",
         "--algo.kl.init_coef": settings.beta if regularised else 0,
         "--actor.adam.lr": settings.learning_rate,
-        "--actor.lr_scheduler": "constant",
+        "--actor.lr_scheduler": "linear",
         "--actor.max_norm": settings.max_grad_norm,
     }
     found = [str(word) for pair in values.items() for word in pair]
@@ -149,7 +149,8 @@ def run(
         for name in ("model", "reference"):
             (host.assets / name).symlink_to(reference_folder.resolve())
         with parsed_in("fp32"):
-            trainer = host.start(flags(cell, settings, seed, task.prompts_per_step(settings.prompts)))
+            given = flags(cell, settings, seed, task.prompts_per_step(settings.prompts))
+            trainer = host.start(given, settings.steps)
         if cell.arm == "none":  # OpenRLHF's own program has no reference then
             trainer.reference_model_group = trainer.experience_maker.initial_model_group = None
         for receipt in host.receipts(trainer):

@@ -108,8 +108,13 @@ class Harness:
 
         return ray.get([actor.__ray_call__.remote(function, *arguments) for actor in self.policy._actor_handlers])
 
-    def start(self, flags: Sequence[str]) -> Any:
-        """Parse `flags`, initialise every model anew, and give the host's trainer of them (in this process)."""
+    def start(self, flags: Sequence[str], schedule: int = 50) -> Any:
+        """Parse `flags`, initialise every model anew, and give the host's trainer of them (in this process).
+
+        Args:
+            flags: of the host's command line.
+            schedule: optimizer steps that the learning rate's schedule is made for.
+        """
         import ray
         from openrlhf.trainer.ppo_trainer import BasePPOTrainer
         from openrlhf.utils import get_strategy, get_tokenizer
@@ -119,7 +124,7 @@ class Harness:
         args = parse(self.assets, flags, attached=self.attached)
         strategy = get_strategy(args)
         path = args.actor.model_name_or_path
-        ray.get(self.policy.async_init_model_from_pretrained(strategy, path, 50, None))
+        ray.get(self.policy.async_init_model_from_pretrained(strategy, path, schedule, None))
         ray.get(self.reference.async_init_model_from_pretrained(strategy, str(self.assets / "reference")))
         tokenizer = get_tokenizer(path, None, "left", strategy)
         return BasePPOTrainer(strategy, self.policy, None, None, self.reference, None, tokenizer)
