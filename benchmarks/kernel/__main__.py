@@ -41,6 +41,7 @@ def main(
 ) -> None:
     """Measure every contestant on every size, print tables, write JSON and a plot per dtype."""
     console = Console()
+    console = console if console.is_terminal else Console(width=140)  # a log does not cut names off
     chosen = [size for size in SIZES[sizes or device] if only in ("", "hidden" if size.width else "logits")]
     for name in dtypes.split(","):
         cases: list[dict[str, Any]] = []

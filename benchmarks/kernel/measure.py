@@ -27,11 +27,11 @@ def once(contestant: Contestant, problem: Problem) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(contestant: Contestant, problem: Problem) -> float:
-    """Wall-clock time of one pass."""
-    start = time.perf_counter()
+def seconds(contestant: Contestant, problem: Problem) -> tuple[float, float]:
+    """Wall-clock time of one pass, and the processor's, which other work on the machine moves less."""
+    start, cpu = time.perf_counter(), time.process_time()
     once(contestant, problem)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def transient_bytes(contestant: Contestant, problem: Problem) -> int:
@@ -77,27 +77,30 @@ def compare(
     slowest = 0.0
     for contestant in contestants:
         once(contestant, problem)
-        slowest = max(slowest, seconds(contestant, problem))
+        slowest = max(slowest, seconds(contestant, problem)[0])
         progress()
     rounds = min(rounds, FEWEST) if slowest > LONG else rounds
-    times: list[list[float]] = [[] for _ in contestants]
+    times: list[list[tuple[float, float]]] = [[] for _ in contestants]
     for _ in range(rounds):
         for found, contestant in zip(times, contestants, strict=True):
             found.append(seconds(contestant, problem))
             progress()
     gradient_bytes = sum(t.numel() * t.element_size() for t in (problem.policy, problem.weight) if t is not None)
     rows = []
+    firsts = list(zip(*times[0], strict=True))
     for found, contestant in zip(times, contestants, strict=True):
-        ratios = [own / first for own, first in zip(found, times[0], strict=True)]
+        wall, cpu = zip(*found, strict=True)
         peak = max(transient_bytes(contestant, problem) for _ in range(1 if slowest > LONG else 2))
         rows.append(
             {
                 "contestant": contestant.name,
                 "kind": contestant.kind,
                 "ours": contestant.ours,
-                "seconds": spread(found),
                 "rounds": len(found),
-                "ratio_to_first": spread(ratios),
+                "seconds": spread(wall),
+                "ratio_to_first": spread(ratios(wall, firsts[0])),
+                "cpu_seconds": spread(cpu),
+                "cpu_ratio_to_first": spread(ratios(cpu, firsts[1])),
                 "peak_bytes": peak,
                 "peak_bytes_beyond_gradients": max(0, peak - gradient_bytes),
             }
@@ -105,6 +108,11 @@ def compare(
         progress()
     problem.clear()
     return rows
+
+
+def ratios(values: Sequence[float], firsts: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [value / first for value, first in zip(values, firsts, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

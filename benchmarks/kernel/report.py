@@ -10,7 +10,9 @@ from rich.table import Table
 
 def table(case: dict[str, Any]) -> Table:
     """One problem's rows."""
-    made = Table("contestant", "kind", "ms", "quartiles", "x of ours", "MB beyond gradients", title=case["title"])
+    made = Table(
+        "contestant", "kind", "ms", "quartiles", "x of ours", "by CPU time", "MB beyond gradients", title=case["title"]
+    )
     for row in case["rows"]:
         found = row["seconds"]
         made.add_row(
@@ -19,6 +21,7 @@ def table(case: dict[str, Any]) -> Table:
             f"{found['median'] * 1e3:.1f}",
             f"{found['lower'] * 1e3:.1f} - {found['upper'] * 1e3:.1f}",
             f"{row['ratio_to_first']['median']:.2f}",
+            f"{row['cpu_ratio_to_first']['median']:.2f}",
             f"{row['peak_bytes_beyond_gradients'] / 1e6:.1f}",
         )
     return made
