@@ -76,9 +76,8 @@ class LinearKL(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the arguments and five numbers a row, or the rows' gradient alone."""
         *tensors, ctx.settings, rows_first = inputs
-        ctx.set_materialize_grads(
-            False
-        )  # zeros as large as the hidden states, for an output that is not differentiable
+        # Else zeros as large as the hidden states, for an output that is not differentiable.
+        ctx.set_materialize_grads(False)
         ctx.rows_first, ctx.dtype = rows_first, inputs[0].dtype
         ctx.mark_non_differentiable(*(part for part in output[1 if rows_first else 2 :] if part is not None))
         if rows_first:
