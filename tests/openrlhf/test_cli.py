@@ -63,6 +63,14 @@ def test_advantage_under_group_norm(assets, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("lora", [(), ("--ds.lora.rank", 4)], ids=["full", "lora"])
+def test_exact_loss(lora, assets, tmp_path):
+    steps = finished(run(assets, tmp_path, [*COLOCATED, *LOSS, "exact@loss/is:prefix/cap:5", *lora, *TWO_EPOCHS]))
+    assert all(step["kl"] >= 0 for step in steps), "an exact KL is never negative"
+    assert steps[-1]["kl/value"] > 0
+
+
+@pytest.mark.full
 def test_two_ranks(assets, tmp_path):
     ranks = ["--actor.num_gpus_per_node", 2, "--ref.num_gpus_per_node", 2, "--train.micro_batch_size", 2]
     sizes = ["--rollout.micro_batch_size", 2, "--train.batch_size", 8]
