@@ -258,13 +258,13 @@ def bench_report(session: nox.Session) -> None:
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
     """Run every benchmark end to end at its smallest size; writes out/bench-smoke. The numbers mean nothing."""
-    smallest = {
-        "variance": (CORE, ("--smoke",)),
-        "kernel": (BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
-        "host_terms": (TRL, ("--rounds", "3")),
-        "study": (TRL, ("--smoke", "--fresh")),
-    }
-    for name, (environment, arguments) in smallest.items():
+    smallest = (
+        ("variance", CORE, ("--smoke",)),
+        ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
+        *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
+        ("study", TRL, ("--smoke", "--fresh")),
+    )
+    for name, environment, arguments in smallest:
         environment.ensure(session)
         command = ("-m", f"benchmarks.{name}", *arguments, "--out", f"out/bench-smoke/{name}")
         session.run(environment.python, *command, external=True, env=RUN_ENV)

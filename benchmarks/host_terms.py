@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -62,7 +63,10 @@ def verl() -> Iterator[Pair]:
 
 
 def openrlhf() -> Iterator[Pair]:
-    """OpenRLHF's ``compute_approx_kl``."""
+    """OpenRLHF's ``compute_approx_kl``, whose package imports flash-attn: on a CPU, the tests' stand-in."""
+    from tests.openrlhf.ray_support import CPU_HOST
+
+    sys.path.append(str(CPU_HOST))
     from openrlhf.models.utils import compute_approx_kl
 
     def of(estimator: str, unbiased: bool) -> Expression:

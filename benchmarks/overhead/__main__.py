@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from benchmarks.hosts import run
 from benchmarks.hosts.report import NAMES
-from benchmarks.overhead.measure import Block, summary
+from benchmarks.overhead.measure import UNDECIDED, Block, summary
 from benchmarks.overhead.plan import PAIRS, SMOKE, Plan, Size
 from benchmarks.overhead.report import plot, table
 from benchmarks.reporting import machine, write_json
@@ -61,9 +61,9 @@ def main(
     for text in failed.values():
         console.print(text, highlight=False, markup=False)
     console.print(table(rows))
-    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in rows if not row["decided"]]
+    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in rows if row["verdict"] == UNDECIDED]
     if undecided:
-        console.print(f"the machine was too noisy for a percent: {', '.join(undecided)}")
+        console.print(f"too noisy for a percent, here and with so many rounds: {', '.join(undecided)}")
     settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}
     about = {"machine": machine(), "command": run.command("benchmarks.overhead"), "versions": versions, **settings}
     write_json(out / "overhead.json", {**about, "failed": failed, "rows": rows})

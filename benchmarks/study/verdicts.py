@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, Literal
+
+from benchmarks.intervals import student
 
 Direction = Literal["above", "below", "within"]
 REPRODUCED, REFUTED, UNDECIDED = "reproduced", "not reproduced", "undecided"
-
-# Student's t at 97.5 %, by degrees of freedom; beyond the table the last entry, which is wider than the truth.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,7 @@ def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
     middle = mean(effects)
     if len(effects) < 2 or not all(map(math.isfinite, effects)):
         return Verdict(UNDECIDED, tuple(effects), middle, None, None)
-    half = _T[min(len(effects) - 1, len(_T)) - 1] * stdev(effects) / math.sqrt(len(effects))
-    low, high = middle - half, middle + half
+    low, high = student(effects)
     holds, fails = _against(claim, low, high)
     verdict = REPRODUCED if holds else REFUTED if fails else UNDECIDED
     return Verdict(verdict, tuple(effects), middle, low, high)

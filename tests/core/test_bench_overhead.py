@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.overhead import memory, work
-from benchmarks.overhead.measure import Block, in_turns, spread, summary
+from benchmarks.overhead.measure import MET, MISSED, UNDECIDED, Block, in_turns, spread, summary
 from benchmarks.overhead.plan import AGAIN, ARMS, HOST, PAIRS, SMOKE, SPEC, Pair, Plan
 from benchmarks.overhead.report import plot, table
 from kl_plugins import KLSpec
@@ -41,12 +41,19 @@ def test_a_slower_machine_falls_out_of_the_ratio() -> None:
     assert (found["ratio"]["lower"], found["ratio"]["upper"]) == pytest.approx((1.005, 1.005))
     assert found["seconds"][HOST]["median"] == 2.0
     assert found["memory_ratio"]["median"] == 1.5
-    assert (found["within_target"], found["decided"]) == (True, True)
+    assert found["extra"] == pytest.approx({"mean": 0.005, "low": 0.005, "high": 0.005})
+    assert found["verdict"] == MET
 
 
 def test_a_slow_spec_and_a_noisy_machine_show() -> None:
-    assert not summary(blocks([1.0] * 3, [1.05] * 3, [1.0] * 3))["within_target"]
-    assert not summary(blocks([1.0] * 3, [1.0] * 3, [0.9, 1.0, 1.1]))["decided"]
+    assert summary(blocks([1.0] * 3, [1.05] * 3, [1.0] * 3))["verdict"] == MISSED
+    assert summary(blocks([1.0] * 3, [1.0] * 3, [0.9, 1.0, 1.1]))["verdict"] == UNDECIDED
+
+
+def test_what_a_step_takes_longer_is_against_both_blocks_of_the_host() -> None:
+    found = summary(blocks([1.0, 3.0, 2.0], [2.1, 2.2, 2.3], [3.0, 1.0, 2.0]))["extra_seconds"]
+    # 0.2 on average; Student's t for two degrees of freedom is 4.303, the standard error 0.1 / sqrt(3).
+    assert found == pytest.approx({"mean": 0.2, "low": 0.2 - 0.2484, "high": 0.2 + 0.2484}, abs=1e-4)
 
 
 def test_quartiles() -> None:
