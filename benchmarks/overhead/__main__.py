@@ -61,7 +61,8 @@ def main(
     for text in failed.values():
         console.print(text, highlight=False, markup=False)
     console.print(table(rows))
-    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in rows if row["verdict"] == UNDECIDED]
+    compared = [row for row in rows if row["same_gradient"]]
+    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in compared if row["verdict"] == UNDECIDED]
     if undecided:
         console.print(f"too noisy for a percent, here and with so many rounds: {', '.join(undecided)}")
     settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}

@@ -35,23 +35,26 @@ SMOKE = Size(hidden=64, layers=2, vocabulary=512, prompt=4, response=16)
 
 @dataclass(frozen=True)
 class Pair:
-    """A host's own KL and the spec of the same gradient.
+    """A host's own KL and a spec.
 
     Attributes:
         name: of the host's setting.
         native: what the host's worker sets.
         spec: of kl-plugins.
+        same_gradient: the two mean the same; else what is measured is the price of another gradient.
     """
 
     name: str
     native: dict[str, Any]
     spec: str
+    same_gradient: bool = True
 
 
 PAIRS: dict[str, tuple[Pair, ...]] = {
     "trl": (
         Pair("k3", {"use_bias_correction_kl": False}, "k3@loss"),
         Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
+        Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False),
     ),
     "verl": (
         Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),

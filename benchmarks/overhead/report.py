@@ -30,7 +30,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['seconds'][HOST]['median'] * 1e3:.1f}",
             interval(row["extra_seconds"], 1e3, "+.1f"),
             interval(row["extra"], 100, "+.1f") + " %",
-            row["verdict"],
+            row["verdict"] if row["same_gradient"] else "(another gradient)",
             f"{row['memory_ratio']['median']:.3f}",
         )
     return made

@@ -105,8 +105,8 @@ def test_tokens_fill_the_batch() -> None:
 
 def test_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    row = {"host": "trl", "name": "k3", "spec": "k3@loss", **summary(blocks([1.0] * 3, [1.0] * 3, [1.0] * 3))}
-    json.dumps(row)
-    assert table([row]).row_count == 1
-    plot([row], tmp_path / "plot.png")
+    rows = [{"host": "trl", **vars(pair), **summary(blocks([1.0] * 3, [1.0] * 3, [1.0] * 3))} for pair in PAIRS["trl"]]
+    json.dumps(rows)
+    assert list(table(rows).columns[6].cells) == [MET, MET, "(another gradient)"]
+    plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()
