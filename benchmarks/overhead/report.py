@@ -18,21 +18,28 @@ def interval(found: dict[str, float], scale: float, form: str) -> str:
     return f"{mean} ({low} to {high})"
 
 
+TITLES = ("host", "its own KL", "spec", "host ms", "adds ms [95 %]", "adds [95 %]", "against the target", "memory")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A pair's line, under :data:`TITLES`."""
+    return (
+        NAMES[row["host"]],
+        row["name"],
+        row["spec"],
+        f"{row['seconds'][HOST]['median'] * 1e3:.1f}",
+        interval(row["extra_seconds"], 1e3, "+.1f"),
+        interval(row["extra"], 100, "+.1f") + " %",
+        row["verdict"] if row["same_gradient"] else "(another gradient)",
+        f"{row['memory_ratio']['median']:.3f}",
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line per pair."""
-    titles = ("host", "its own KL", "spec", "host ms", "adds ms", "adds", "against the target", "memory")
-    made = Table(*titles, title=f"one optimizer step (target: adds at most {TARGET:.0%}; 95 % intervals)")
+    made = Table(*TITLES, title=f"one optimizer step (target: adds at most {TARGET:.0%})")
     for row in rows:
-        made.add_row(
-            NAMES[row["host"]],
-            row["name"],
-            row["spec"],
-            f"{row['seconds'][HOST]['median'] * 1e3:.1f}",
-            interval(row["extra_seconds"], 1e3, "+.1f"),
-            interval(row["extra"], 100, "+.1f") + " %",
-            row["verdict"] if row["same_gradient"] else "(another gradient)",
-            f"{row['memory_ratio']['median']:.3f}",
-        )
+        made.add_row(*cells(row))
     return made
 
 

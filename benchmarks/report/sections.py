@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.tables import Table, flat, study_tables, tables_of
+from benchmarks.report.tables import Table, flat, overhead_tables, study_tables, tables_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ SECTIONS = (
     Section(
         "overhead", "Cost of a step", "Step time and memory of each host with its own KL and with the spec of the "
         "same meaning, interleaved.", "make bench-overhead", "On a processor and a small model, where fixed costs "
-        "weigh more than they do on a GPU.", "overhead.json",
+        "weigh more than they do on a GPU.", "overhead.json", overhead_tables,
     ),
     Section(
         "collectives", "Communication", "How many collectives a step has, and how large, with and without the plugin, "

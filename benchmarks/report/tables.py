@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.overhead.report import TITLES, cells
 from benchmarks.study.verdicts import interval
 
 SCALARS = (str, int, float, bool)
@@ -93,6 +94,11 @@ def _is_rows(value: Any) -> bool:
     """Whether a value is a list of mappings, or a mapping of mappings."""
     items = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else []
     return bool(items) and all(isinstance(item, Mapping) for item in items)
+
+
+def overhead_tables(data: Mapping[str, Any]) -> list[Table]:
+    """What each spec adds to a step."""
+    return [Table("one optimizer step", TITLES, [cells(row) for row in data["rows"]])]
 
 
 def study_tables(data: Mapping[str, Any]) -> list[Table]:

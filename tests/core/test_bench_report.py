@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.overhead.measure import Block, summary
+from benchmarks.overhead.plan import AGAIN, HOST, PAIRS, SPEC
 from benchmarks.report.__main__ import render
 from benchmarks.report.sections import SECTIONS
 from benchmarks.report.tables import table_of, tables_of
@@ -70,7 +72,7 @@ def test_page_is_self_contained(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"cells": []}', ""])
 def test_a_broken_file_is_said_and_stops_nothing(text, tmp_path):
     write(tmp_path, "study/study.json", None, text)
-    write(tmp_path, "overhead/overhead.json", {"rows": [{"host": "trl", "ratio": 1.003}]})
+    write(tmp_path, "collectives/collectives.json", {"rows": [{"host": "trl", "ratio": 1.003}]})
     page, found = render(tmp_path)
     by_name = {f.section.name: f for f in found}
     assert by_name["study"].broken
@@ -108,3 +110,14 @@ def test_command(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "overhead: not measured here" in run.stdout
     assert "verdicts" in (tmp_path / "report.html").read_text()
+
+
+def test_overhead_says_what_a_spec_adds_and_how_that_lies_against_the_target(tmp_path):
+    blocks = {arm: [Block([seconds], 100, 10)] * 3 for arm, seconds in ((HOST, 2.0), (SPEC, 2.01), (AGAIN, 2.0))}
+    rows = [{"host": "trl", **vars(pair), **summary(blocks)} for pair in PAIRS["trl"]]
+    write(tmp_path, "overhead/overhead.json", {"rows": rows})
+    page, _ = render(tmp_path)
+    assert "+10.0 (+10.0 to +10.0)" in page
+    assert "+0.5 (+0.5 to +0.5) %" in page
+    assert page.count("<td>met</td>") == 2
+    assert page.count("<td>(another gradient)</td>") == 1
