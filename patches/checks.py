@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
-from kl_plugins.patches.patch import ALLOW_UNTESTED, Hook, PatchSet, UnsupportedHostError, check_version, refuse
+from kl_plugins.patches.guards import ALLOW_UNTESTED, UnsupportedHostError, check_version, refuse
+from kl_plugins.patches.patch import Hook, PatchSet
 
 
 def check_process(patches: PatchSet, failures: Sequence[str], host: str) -> None:

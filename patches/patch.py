@@ -1,4 +1,4 @@
-"""Generic patch engine: a patch is data plus one wrapper function; the guards, ``apply`` and ``undo`` are here.
+"""Generic patch engine: a patch is data plus one wrapper function; ``apply``, ``check`` and ``undo`` are here.
 
 It knows no host. ``kl_plugins.patches.<host>`` lists the patches, ``kl_plugins.adapters.<host>`` what they compute.
 """
@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import inspect
-import os
 import pkgutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -21,18 +18,12 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 
 from kl_plugins.patches.fingerprint import fingerprint
-
-ALLOW_UNTESTED = "KL_PLUGINS_ALLOW_UNTESTED"
-"""Environment variable: set to 1, an unknown host version or changed source is a warning instead of an error."""
+from kl_plugins.patches.guards import check_source, check_version
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called as ``wrapper(wrapped, instance, args, kwargs)``; ``wrapped`` is bound."""
 
 _MISSING: Any = object()
-
-
-class UnsupportedHostError(RuntimeError):
-    """The installed host is not one whose sources were checked: version out of range, or code changed."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +201,9 @@ class PatchSet:
         """
         version = check_version(self.distribution, self.supported)
         for patch in self.patches if patches is None else patches:
-            check_source(patch, _original(self.owner or patch.owner(), patch.attribute), self, version)
+            function = _original(self.owner or patch.owner(), patch.attribute)
+            name, host = f"{patch.module}.{patch.qualname}", f"{self.distribution} {version}"
+            check_source(name, function, patch.fingerprints, host, self.supported)
 
     def fingerprint(self, patches: Sequence[Patch] | None = None) -> str:
         """Digest of all the sources that are wrapped, or of those of some patches, for receipts."""
@@ -219,45 +212,6 @@ class PatchSet:
             if patch.fingerprints:
                 digest.update(fingerprint(_original(self.owner or patch.owner(), patch.attribute)).encode())
         return digest.hexdigest()
-
-
-def check_version(distribution: str, supported: SpecifierSet) -> str:
-    """The installed version of a host.
-
-    Raises:
-        UnsupportedHostError: it is outside ``supported``.
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        raise ModuleNotFoundError(
-            f"kl-plugins: {distribution} is not installed here; it supports {supported}"
-        ) from None
-    if not supported.contains(version, prereleases=True):
-        problem = f"{distribution} {version} is not among the versions that were checked ({supported})"
-        refuse(problem, _install_or_allow(supported))
-    return version
-
-
-def check_source(patch: Patch, function: Callable[..., Any], patches: PatchSet, version: str) -> None:
-    """Raise where a host function is not the code that the patch was written for.
-
-    Raises:
-        UnsupportedHostError: the fingerprint is none of the known ones.
-    """
-    if not patch.fingerprints:
-        return
-    try:
-        found = fingerprint(function)
-    except (OSError, TypeError) as error:
-        found = f"unreadable ({error})"
-    if found not in patch.fingerprints.values():
-        refuse(
-            f"{patch.module}.{patch.qualname} of {patches.distribution} {version} is not the code that kl-plugins was "
-            f"checked with (fingerprint {found}); it was edited, or another package has replaced it",
-            _install_or_allow(patches.supported),
-        )
 
 
 def hooked(owner: type, attribute: str) -> bool:
@@ -271,19 +225,3 @@ def _original(owner: Any, attribute: str) -> Callable[..., Any]:
     while isinstance(function, Hook):
         function = function.__wrapped__
     return function  # type: ignore[no-any-return]
-
-
-def refuse(problem: str, remedy: str) -> None:
-    """Raise for a host that was not checked; where the user allows that, warn.
-
-    Raises:
-        UnsupportedHostError: the problem and its remedy.
-    """
-    if os.environ.get(ALLOW_UNTESTED) == "1":
-        warnings.warn(f"kl-plugins: {problem}; going on because {ALLOW_UNTESTED}=1", RuntimeWarning, stacklevel=3)
-        return
-    raise UnsupportedHostError(f"kl-plugins: {problem}. {remedy}")
-
-
-def _install_or_allow(supported: SpecifierSet) -> str:
-    return f"Install a version in {supported}, or set {ALLOW_UNTESTED}=1 and check the run's kl/ metrics yourself."

@@ -16,11 +16,12 @@ from kl_plugins.adapters.openrlhf import attach, detach, diagnose, run
 from kl_plugins.adapters.openrlhf.host import HOST
 from kl_plugins.adapters.openrlhf.ray_job import HOOK, OWN_HOOK, VARIABLE, with_hook
 from kl_plugins.hosts import installed_hosts
+from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.openrlhf import HOOKS, support
 from kl_plugins.patches.openrlhf.cli import extended_flag
 from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
 from kl_plugins.patches.openrlhf.targets import PATCHES
-from kl_plugins.patches.patch import Hook, UnsupportedHostError
+from kl_plugins.patches.patch import Hook
 from tests.openrlhf.ray_support import ENVIRONMENT
 
 

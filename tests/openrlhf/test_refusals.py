@@ -11,7 +11,7 @@ from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 from kl_plugins.adapters.openrlhf import attach, guards, require_receipts
 from kl_plugins.adapters.openrlhf.sampler import MISSING
 from kl_plugins.adapters.openrlhf.settings import behaviour_source, needs_sampler, spec_of
-from kl_plugins.patches.patch import UnsupportedHostError
+from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
 from tests.openrlhf.command_line import parse
 from tests.openrlhf.ray_support import ENVIRONMENT

@@ -15,9 +15,9 @@ from packaging.specifiers import SpecifierSet
 from kl_plugins.adapters.openrlhf import attach, diagnose
 from kl_plugins.adapters.openrlhf.host import HOST
 from kl_plugins.patches.fingerprint import fingerprints_in_folder
+from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.openrlhf import support
 from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
-from kl_plugins.patches.patch import UnsupportedHostError
 from tests.openrlhf.ray_support import ENVIRONMENT
 
 FOLDER = Path(openrlhf.__file__).parent

@@ -126,16 +126,16 @@ def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):
 
 def test_unknown_version_is_refused(monkeypatch):
     from kl_plugins.adapters.trl import attach
-    from kl_plugins.patches import patch
+    from kl_plugins.patches import guards
 
-    monkeypatch.setattr(patch.importlib.metadata, "version", lambda name: "1.17.0")
-    with pytest.raises(patch.UnsupportedHostError, match=r"1\.17\.0"):
+    monkeypatch.setattr(guards.importlib.metadata, "version", lambda name: "1.17.0")
+    with pytest.raises(guards.UnsupportedHostError, match=r"1\.17\.0"):
         attach()
 
 
 def test_changed_source_is_refused(monkeypatch):
     from kl_plugins.adapters.trl import attach
-    from kl_plugins.patches.patch import UnsupportedHostError
+    from kl_plugins.patches.guards import UnsupportedHostError
 
     def _compute_loss(self, model, inputs):
         return 0

@@ -17,7 +17,8 @@ from kl_plugins.adapters.verl import attach, detach, diagnose
 from kl_plugins.adapters.verl.host import HOST
 from kl_plugins.hosts import installed_hosts
 from kl_plugins.patches import verl
-from kl_plugins.patches.patch import Hook, UnsupportedHostError
+from kl_plugins.patches.guards import UnsupportedHostError
+from kl_plugins.patches.patch import Hook
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, expected
 from kl_plugins.patches.verl.targets import PATCHES

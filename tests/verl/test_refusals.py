@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from kl_plugins.adapters.verl import guards
 from kl_plugins.adapters.verl.settings import specs_of
-from kl_plugins.patches.patch import UnsupportedHostError
+from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.trainer import checked
 from kl_plugins.spec import KLSpec, KLSpecError
