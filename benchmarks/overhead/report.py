@@ -44,13 +44,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Ratios of time and of peak memory; grey is the host against itself."""
+    """Ratios of time and of peak memory where both mean the same; grey is the host against itself."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = rows[::-1]
+    rows = [row for row in rows[::-1] if row["same_gradient"]]
     figure, panels = plt.subplots(1, 2, figsize=(12, 1.6 + 0.5 * len(rows)), layout="constrained", sharey=True)
     for axes, own, noise, title in (
         (panels[0], "ratio", "noise", "time of a step"),
