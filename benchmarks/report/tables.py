@@ -60,9 +60,15 @@ def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     flattened = [flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flattened for name in row))
     columns = [c for c in columns if any(row.get(c) is not None for row in flattened)]
+    columns = [c for i, c in enumerate(columns) if not any(_says_the_same(flattened, c, o) for o in columns[:i])]
     if len(columns) > MOST_COLUMNS:
         columns = [c for c in columns if not c.endswith((".lower", ".upper"))][:MOST_COLUMNS]
     return Table(title, columns, [[text(row.get(column)) for column in columns] for row in flattened])
+
+
+def _says_the_same(rows: Sequence[Mapping[str, Any]], column: str, other: str) -> bool:
+    """Whether two columns hold the same text in every row, as a case that is named by its spec."""
+    return all(isinstance(row.get(column), str) and row[column] == row.get(other) for row in rows)
 
 
 def tables_of(data: Mapping[str, Any], title: str = "") -> list[Table]:

@@ -121,3 +121,10 @@ def test_overhead_says_what_a_spec_adds_and_how_that_lies_against_the_target(tmp
     assert "+0.5 (+0.5 to +0.5) %" in page
     assert page.count("<td>met</td>") == 2
     assert page.count("<td>(another gradient)</td>") == 1
+
+
+def test_text_that_every_row_repeats_is_shown_once():
+    rows = [{"case": name, "spec": name, "loss": 1.0, "gradient": 1.0} for name in ("k1@loss", "k2@loss")]
+    assert table_of("parity", rows).columns == ["case", "loss", "gradient"]
+    rows[0]["case"] = "k1@loss in 2 processes"
+    assert table_of("parity", rows).columns == ["case", "spec", "loss", "gradient"]
