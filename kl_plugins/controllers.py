@@ -15,6 +15,12 @@ ADAPTIVE_ERROR_LIMIT = 0.2
 LARGEST_BETA = 1e6
 """A controller that pushes in vain stops here: the loss stays finite, and the log shows it."""
 
+LARGEST_OBSERVED = 10.0
+"""A token counts at most this many nats in the KL that a controller observes.
+
+k3 grows like exp(-u), so without a limit one token of 100,000 with u = -20 would decide the next beta alone.
+"""
+
 State = dict[str, Any]
 
 
@@ -56,8 +62,8 @@ def update(state: State, kl: float, n: int) -> State:
 
     Args:
         state: what :func:`init` or :func:`update` returned; it is not changed.
-        kl: observed KL to the reference per token, in nats: token-weighted global mean of k3.
-        n: sequences in the batch, over all ranks.
+        kl: observed KL to the reference per token, in nats: token-weighted global mean of min(k3, 10).
+        n: responses in the batch with at least one response token, over all ranks.
 
     Returns:
         The next state.
@@ -97,7 +103,7 @@ def _scheduled(kind: str, start: float, end: float, length: float, *, step: int)
 
 
 def observed_kl_sums(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What a host sums over ranks to observe the KL: sum of k3 and number of tokens.
+    """What a host sums over ranks to observe the KL: sum of min(k3, 10) and number of tokens.
 
     Args:
         logp: (B, T) log-probs of the policy, nats.
@@ -105,7 +111,8 @@ def observed_kl_sums(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> tuple[Tens
         mask: (B, T), True on response tokens.
 
     Returns:
-        Two 0-d tensors (float32, or float64 for float64 input): sum of k3 in nats, token count.
+        Two 0-d tensors (float32, or float64 for float64 input): sum over tokens of k3, each at most
+        :data:`LARGEST_OBSERVED` nats, and the number of tokens.
     """
     from kl_plugins.estimators import k3_value
     from kl_plugins.numerics import Limits, masked_difference
@@ -113,4 +120,5 @@ def observed_kl_sums(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> tuple[Tens
 
     u = masked_difference(logp.detach(), ref_logp.detach(), mask)
     limits = Limits.of(u.dtype, DEFAULT_BOUND)
-    return k3_value(limits.linear(u), limits.exponent(u)).sum(), mask.bool().sum().to(u.dtype)
+    observed = k3_value(limits.linear(u), limits.exponent(u)).clamp_max(LARGEST_OBSERVED)
+    return observed.sum(), mask.bool().sum().to(u.dtype)

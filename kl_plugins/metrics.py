@@ -13,7 +13,7 @@ from kl_plugins.kernels.sampled import SampledTerms, log_ratios
 from kl_plugins.numerics import Limits, compute_dtype
 from kl_plugins.spec.grammar import DEFAULT_BOUND
 
-REDUCTIONS: dict[str, Literal["mean", "max"]] = {
+REDUCTIONS: dict[str, Literal["mean", "max", "pooled"]] = {
     "kl/value": "mean",
     "kl/exact": "mean",
     "kl/reverse_k1": "mean",
@@ -21,17 +21,26 @@ REDUCTIONS: dict[str, Literal["mean", "max"]] = {
     "kl/log_ratio/mean": "mean",
     "kl/log_ratio/max": "max",
     "kl/coef/mean": "mean",
-    "kl/coef/std": "mean",
+    "kl/coef/std": "pooled",
     "kl/coef/max": "max",
-    "kl/ess": "mean",
+    "kl/ess": "pooled",
+    "kl/weight/mean": "mean",
     "kl/weight/max": "max",
     "kl/cap_frac": "mean",
     "kl/dead_frac": "mean",
-    "kl/disagree": "mean",
+    "kl/disagree": "pooled",
     "kl/trust_region": "mean",
     "kl/active": "mean",
 }
-"""Every key, and how a host joins it over micro-batches and ranks. ``kl/exact`` only where exact values are given."""
+"""Every key, and how a host joins it over micro-batches, ranks and the logging window.
+
+``mean``: weighted by response tokens. ``max``: the largest. ``pooled``: a ratio or a spread; ``adapters/metrics.py``
+computes it again from joined sums, so that it does not depend on how tokens were split into micro-batches.
+``kl/exact`` is there only where exact values are given.
+"""
+
+LEAST_KL = 1e-4
+"""``kl/disagree`` is 0 where the mean of k3 is below this (nats): a relative difference of two noises says nothing."""
 
 ALIVE = 1e-6
 """A token whose log-ratio is smaller than this (nats) may have a zero coefficient without being dead."""
@@ -58,7 +67,8 @@ def term_metrics(
 
     Returns:
         0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
-        KL(behaviour || policy) from ``rho - 1 - log rho``; ``ess`` is that of the weight in use.
+        KL(behaviour || policy) from ``rho - 1 - log rho``; ``ess`` is that of the weight in use, and ``weight/mean``
+        its mean, which is 1 in expectation for an exact weight.
     """
     limits = Limits.of(u.dtype, DEFAULT_BOUND)
     count = mask.sum().clamp_min(1)
@@ -86,10 +96,11 @@ def term_metrics(
         "kl/coef/std": (spread / scale).square().sum().div(count).sqrt() * scale,
         "kl/coef/max": _largest(coefficient),
         "kl/ess": effective_sample_size(weight, mask),
+        "kl/weight/mean": mean(weight),
         "kl/weight/max": _largest(weight),
         "kl/cap_frac": mean(terms.altered.to(u.dtype)),
         "kl/dead_frac": mean(dead.to(u.dtype)),
-        "kl/disagree": (k1_mean - k3_mean).abs() / k3_mean.clamp_min(1e-8),
+        "kl/disagree": ((k1_mean - k3_mean).abs() / k3_mean.clamp_min(LEAST_KL)).masked_fill(k3_mean < LEAST_KL, 0.0),
         "kl/trust_region": mean(trust_region),
         "kl/active": mask.any().to(u.dtype) * 0 + 1,
     }

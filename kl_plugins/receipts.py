@@ -8,6 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+COMPARED = (
+    "host",
+    "host_version",
+    "patches",
+    "fingerprint",
+    "spec",
+    "behaviour",
+    "reward_site",
+    "aggregation",
+    "sampling",
+)
+"""Fields in which the receipts of all ranks have to agree."""
+
 
 class MissingReceiptError(RuntimeError):
     """A process that should be patched gave no receipt; the run must stop before its first update."""
@@ -25,6 +38,9 @@ class Receipt:
         spec: the canonical spec.
         target: which gradient its expectation estimates.
         behaviour: where the behaviour policy's log-probs come from (``sampler``, ``old``, ``current``, ``unused``).
+        aggregation: how this host turns per-token terms into one number.
+        sampling: how responses are sampled, and which log-probs the engine reports.
+        caveats: what bends the estimate although the target stays: of the spec, and of this host's settings.
         reward_site: what this host does with a KL in reward, or empty.
         cost: what the spec makes this host do beside its own work, or empty.
     """
@@ -40,6 +56,9 @@ class Receipt:
     behaviour: str
     reward_site: str = ""
     cost: str = ""
+    aggregation: str = ""
+    sampling: str = ""
+    caveats: tuple[str, ...] = ()
     pid: int = field(default_factory=os.getpid)
     node: str = field(default_factory=socket.gethostname)
 
@@ -47,11 +66,14 @@ class Receipt:
         """One log line."""
         site = f", reward site: {self.reward_site}" if self.reward_site else ""
         cost = f", costs {self.cost}" if self.cost else ""
+        aggregation = f", aggregation {self.aggregation}" if self.aggregation else ""
+        sampling = f", sampling: {self.sampling}" if self.sampling else ""
+        caveats = f", caveats: {'; '.join(self.caveats)}" if self.caveats else ""
         return (
             f"kl-plugins: {self.spec} active in {self.host} {self.host_version}, "
             f"rank {self.rank} of {self.world_size} (pid {self.pid} on {self.node}), "
-            f"target {self.target}, behaviour {self.behaviour}{site}{cost}, "
-            f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]"
+            f"target {self.target}, behaviour {self.behaviour}{aggregation}{sampling}{site}{cost}, "
+            f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]{caveats}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +83,7 @@ class Receipt:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Receipt:
         """Rebuild what :meth:`to_dict` wrote."""
-        return cls(**{**data, "patches": tuple(data["patches"])})
+        return cls(**{**data, **{name: tuple(data.get(name, ())) for name in ("patches", "caveats")}})
 
 
 def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
@@ -87,7 +109,17 @@ def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
         raise MissingReceiptError(
             f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank."
         )
-    for name in ("host", "host_version", "patches", "fingerprint", "spec", "behaviour", "reward_site"):
+    for name in (
+        "host",
+        "host_version",
+        "patches",
+        "fingerprint",
+        "spec",
+        "behaviour",
+        "reward_site",
+        "aggregation",
+        "sampling",
+    ):
         seen = {getattr(receipt, name): receipt for receipt in receipts}
         if len(seen) > 1:
             found = "; ".join(f"rank {receipt.rank} on {receipt.node}: {value}" for value, receipt in seen.items())

@@ -25,6 +25,10 @@ TARGETS: dict[str, str] = {
 }
 
 
+OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
+"""Said whenever the importance weight divides by old log-probs, whether the user asked for them or not."""
+
+
 def target_of(spec: KLSpec) -> str:
     """The key of :data:`TARGETS` that the spec's expected gradient is.
 
@@ -54,18 +58,35 @@ def _loss_target(spec: KLSpec) -> str:
     return "other_f_sequence" if spec.future == "own" else "none"
 
 
+def caveats_with_source(spec: KLSpec, source: str) -> tuple[str, ...]:
+    """The spec's caveats, once a host has decided where the behaviour policy's log-probs come from.
+
+    Args:
+        spec: a parsed spec.
+        source: ``old`` or ``current`` (the trainer's own log-probs), ``sampler``, ``unused``.
+    """
+    by_old = spec.needs_behaviour and spec.behaviour is None and source in ("old", "current")
+    return (*((OLD_CAVEAT,) if by_old else ()), *spec.caveats)
+
+
 def caveats_of(spec: KLSpec) -> tuple[str, ...]:
     """Sentences on what keeps the target but bends the estimate."""
     found: list[str] = []
     score = spec.placement != "loss"
     if spec.placement == "loss" and spec.estimator == "exact" and spec.correction == "none" and spec.horizon == "token":
-        found.append("off-policy, this is exactly the reverse-KL gradient on the behaviour policy's states")
+        if spec.top is None:
+            found.append("off-policy, this is exactly the reverse-KL gradient on the behaviour policy's states")
+        else:
+            found.append(
+                "off-policy, the sampled tail of top: is biased, because its token was drawn from another policy: 20 % "
+                "in one example; without top: nothing is sampled"
+            )
     elif not score and not spec.needs_behaviour:
         found.append("is:none reads the data as on-policy; on stale or mismatched samples the gradient is biased")
     if score:
         found.append("the host's own importance weight on the policy-gradient term is the only off-policy correction")
     if spec.behaviour == "old":
-        found.append("behaviour:old is exact only where the old policy drew the samples, not a different sampler")
+        found.append(OLD_CAVEAT)
     if spec.cap is not None:
         found.append("cap truncates large weights: lower variance, and tokens that the policy moved towards count less")
     if spec.band is not None:

@@ -162,6 +162,22 @@ def test_observed_kl_of_nothing_and_of_extremes() -> None:
     assert tokens == 16
 
 
+@pytest.mark.parametrize("u", [-15.0, -20.0, -60.0])
+@pytest.mark.parametrize("text", ["dual-0.01-0.1", "adaptive-0.01-64"])
+def test_one_outlier_hardly_moves_beta(text: str, u: float) -> None:
+    """One token of 100,000, against the same batch without it; k3 of it is 3e6 nats and more."""
+    logp = 0.1 * torch.randn(100, 1000, generator=torch.Generator().manual_seed(0))
+    mask, found = torch.ones(100, 1000), []
+    for outlier in (False, True):
+        if outlier:
+            logp[3, 7] = u
+        total, tokens = observed_kl_sums(logp, torch.zeros_like(logp), mask)
+        found.append(update(init(schedule(text), 1e-3), (total / tokens).item(), 100)["beta"])
+    without, with_it = found
+    assert without != 1e-3
+    assert abs(with_it / without - 1) < 0.2
+
+
 def test_the_limit_is_zieglers() -> None:
     assert controllers.ADAPTIVE_ERROR_LIMIT == 0.2
 

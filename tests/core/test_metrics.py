@@ -49,6 +49,7 @@ def test_by_hand() -> None:
         "kl/coef/std": spread,
         "kl/coef/max": 4.0,
         "kl/ess": 6.5**2 / (4 * (4 + 0.25 + 1 + 9)),
+        "kl/weight/mean": 6.5 / 4,
         "kl/weight/max": 3.0,
         "kl/cap_frac": 1 / 4,
         "kl/dead_frac": 0.0,
@@ -99,7 +100,8 @@ def test_the_same_keys_for_every_spec_and_every_rank(written: Written) -> None:
 
 
 def test_reductions_are_known_words() -> None:
-    assert set(REDUCTIONS.values()) == {"mean", "max"}
+    assert set(REDUCTIONS.values()) == {"mean", "max", "pooled"}
+    assert {key for key, how in REDUCTIONS.items() if how == "pooled"} == {"kl/coef/std", "kl/ess", "kl/disagree"}
     assert {key for key, how in REDUCTIONS.items() if how == "max"} == {
         "kl/log_ratio/max",
         "kl/coef/max",
@@ -113,6 +115,14 @@ def test_disagreement_is_zero_at_the_reference() -> None:
     assert found["kl/disagree"] == 0
     assert found["kl/value"] == 0
     assert found["kl/dead_frac"] == 0
+
+
+@pytest.mark.parametrize(("u", "wanted"), [(0.01, 0.0), (0.02, abs(0.02 - k3(0.02)) / k3(0.02))])
+def test_disagreement_says_nothing_where_there_is_hardly_any_kl(u: float, wanted: float) -> None:
+    """k3 is about u^2 / 2: 5e-5 nats at u = 0.01, 2e-4 at 0.02; the limit lies between them."""
+    logp = torch.full((2, 3), u, dtype=torch.float64)
+    found = kl_term(KLSpec.parse("k2@loss"), logp, torch.zeros_like(logp), torch.ones(2, 3)).metrics
+    assert found["kl/disagree"].item() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_huge_coefficients_have_a_spread() -> None:

@@ -1,0 +1,116 @@
+"""Beta over the run: the spec's controller or schedule, else the host's own coefficient; the same in every host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.controllers import BetaSchedule, init, observed_kl_sums, update
+
+logger = logging.getLogger(__name__)
+
+
+class BetaChangedError(RuntimeError):
+    """The host's coefficient was changed during a run whose spec controls beta."""
+
+
+class Controller:
+    """Beta of one trainer or worker.
+
+    All ranks hold the same state, because every one of them sees the same reduced KL.
+
+    Attributes:
+        schedule: the spec's ``beta:`` option, or None.
+        base: the host's coefficient at the start of the run.
+        setting: name of the host's setting that holds the coefficient, for messages.
+        state: of :mod:`kl_plugins.controllers`; plain data.
+    """
+
+    def __init__(self, schedule: BetaSchedule | None, base: float, setting: str) -> None:
+        """Start at the beginning of the schedule.
+
+        Args:
+            schedule: the spec's ``beta:`` option; None keeps the host's coefficient, whatever it is at the time.
+            base: the host's coefficient now.
+            setting: name of the host's setting that holds it, for messages.
+        """
+        self.schedule, self.base, self.setting = schedule, float(base), setting
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything that was observed."""
+        self.state = init(self.schedule, self.base)
+        self._sums: Tensor | None = None
+
+    def beta(self, host: float) -> float:
+        """The coefficient to use now.
+
+        Args:
+            host: the host's coefficient now. Hosts and users may change it during a run.
+
+        Raises:
+            BetaChangedError: it has changed, and the spec's own ``beta:`` would ignore that.
+        """
+        if self.schedule is None:
+            return float(host)
+        if float(host) != self.base:
+            raise BetaChangedError(
+                f"kl-plugins: {self.setting} was changed from {self.base:g} to {float(host):g} during the run, but the "
+                f"spec's beta:{self.schedule.kind} controls beta, so the change would be ignored. Leave beta out of "
+                f"the spec to control it through {self.setting}, or leave {self.setting} alone"
+            )
+        return float(self.state["beta"])
+
+    def observe(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> None:
+        """Add a training micro-batch to the observed KL of the current optimizer batch.
+
+        Args:
+            logp: (B, T) log-probs of the policy, nats.
+            ref_logp: (B, T) log-probs of the reference, nats.
+            mask: (B, T), True on response tokens.
+        """
+        if self.schedule is None:
+            return
+        mask = mask.bool()
+        kl, tokens = observed_kl_sums(logp, ref_logp, mask)
+        # The number of responses is counted in one way everywhere: those that have at least one response token.
+        sums = torch.stack([kl, tokens, mask.any(-1).sum().to(kl)]).float()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def forget(self) -> None:
+        """Drop what was observed since the last step: a batch that is started again must not count twice."""
+        self._sums = None
+
+    def step(self, total: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Advance by one optimizer batch.
+
+        Args:
+            total: sums a (3,) tensor over the data-parallel ranks, a collective that every rank takes part in; None:
+                this process sees the whole batch.
+        """
+        if self.schedule is None or self._sums is None:
+            return
+        sums, self._sums = self._sums, None
+        kl, tokens, responses = (sums if total is None else total(sums)).tolist()
+        self.state = update(self.state, kl / max(tokens, 1.0), int(responses))
+
+    def saved(self) -> dict[str, Any]:
+        """The state for a checkpoint; plain data."""
+        return dict(self.state)
+
+    def restore(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint's state; start again, and say so, where it has none for this schedule."""
+        self.restart()
+        if self.schedule is None:
+            return
+        if saved is None or any(saved.get(key) != self.state[key] for key in ("kind", "numbers")):
+            logger.warning(
+                "kl-plugins: the checkpoint holds no state of the beta controller %s; it starts again at beta %g",
+                self.schedule.kind, self.state["beta"],
+            )  # fmt: skip
+            return
+        self.state = {key: saved[key] for key in self.state}

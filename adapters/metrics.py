@@ -1,0 +1,126 @@
+"""Joins the ``kl/`` metrics of micro-batches and ranks: means weighted by tokens, maxima, pooled ratios and spreads.
+
+A mean over tokens joins by its sum. A standard deviation and an effective sample size do not: they are turned into
+the sums that they are made of, and computed again from the joined sums. So the result is that of one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kl_plugins.metrics import LEAST_KL, REDUCTIONS
+
+TOKENS, BATCHES = "tokens", "batches"
+"""Keys of the sums that the others are divided by: response tokens, and micro-batches."""
+
+SQUARED_COEFFICIENT, SQUARED_WEIGHT = "coef/square", "weight/square"
+"""Keys of the sums that ``kl/coef/std`` and ``kl/ess`` are computed from."""
+
+PER_BATCH = ("kl/active", "kl/beta")
+"""Keys that describe a micro-batch, and not its tokens: a micro-batch without tokens counts as well."""
+
+_LARGEST = 1e100
+"""Squares and sums of this stay finite in float64."""
+
+
+def sums_and_maxima(
+    found: Mapping[str, Tensor], mask: Tensor, beta: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What has to be added up, and what has to be maximised, to join one micro-batch with others.
+
+    Nothing is read back from the device.
+
+    Args:
+        found: 0-d tensors by key, the same keys on every rank; see :data:`kl_plugins.metrics.REDUCTIONS`.
+        mask: (B, T), True on response tokens.
+        beta: the coefficient that was applied to this micro-batch.
+
+    Returns:
+        Two dicts of 0-d tensors, float64 (float32 on devices without it): sums over tokens, and maxima.
+    """
+    dtype = torch.float32 if mask.device.type == "mps" else torch.float64
+    tokens = mask.bool().sum().to(dtype)
+    one = torch.ones_like(tokens)
+    sums, maxima = {TOKENS: tokens, BATCHES: one, "kl/beta": one * beta}, {}
+    values = {key: value.detach().to(dtype) for key, value in found.items()}
+    for key, value in values.items():
+        how = REDUCTIONS[key]
+        if how == "max":
+            maxima[key] = value
+        elif how == "mean":
+            sums[key] = value if key in PER_BATCH else value * tokens
+    mean, spread = (values[key].clamp(-_LARGEST, _LARGEST) for key in ("kl/coef/mean", "kl/coef/std"))
+    sums[SQUARED_COEFFICIENT] = (mean.square() + spread.square()) * tokens
+    weight, ess = values["kl/weight/mean"].clamp_max(_LARGEST), values["kl/ess"]
+    # ess = mean^2 / mean square; no weight at all gives 0, not 0 / 0.
+    sums[SQUARED_WEIGHT] = torch.where(ess > 0, weight.square() / ess.clamp_min(1e-30), 0.0) * tokens
+    return sums, maxima
+
+
+def joined(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of everything that was added up and maximised.
+
+    Args:
+        sums: the totals of :func:`sums_and_maxima` over micro-batches, ranks and the logging window.
+        maxima: the largest of each.
+
+    Returns:
+        One number by key: those of :data:`kl_plugins.metrics.REDUCTIONS`, and ``kl/beta``.
+    """
+    tokens, batches = max(sums[TOKENS], 1.0), max(sums[BATCHES], 1.0)
+    found = {
+        key: value / (batches if key in PER_BATCH else tokens) for key, value in sums.items() if key.startswith("kl/")
+    }
+    mean = min(max(found["kl/coef/mean"], -_LARGEST), _LARGEST)
+    found["kl/coef/std"] = max(sums[SQUARED_COEFFICIENT] / tokens - mean**2, 0.0) ** 0.5
+    square = sums[SQUARED_WEIGHT] / tokens
+    weight = min(found["kl/weight/mean"], _LARGEST)
+    found["kl/ess"] = min(weight**2 / square, 1.0) if square > 0 else 0.0
+    k1, k3 = found["kl/reverse_k1"], found["kl/value"]
+    found["kl/disagree"] = abs(k1 - k3) / k3 if k3 >= LEAST_KL else 0.0
+    return {**found, **maxima}
+
+
+class Accumulator:
+    """Adds up the metrics of micro-batches; nothing leaves the device before :meth:`total`."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add(self, found: Mapping[str, Tensor], mask: Tensor, beta: float) -> None:
+        """Add one micro-batch; the arguments are those of :func:`sums_and_maxima`."""
+        sums, maxima = sums_and_maxima(found, mask, beta)
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+        for key, value in maxima.items():
+            self._maxima[key] = torch.maximum(self._maxima[key], value) if key in self._maxima else value
+
+    def packed(self) -> tuple[Tensor, Tensor] | None:
+        """Sums and maxima as two 1-d tensors for collectives, or None where nothing was added."""
+        if not self._sums:
+            return None
+        return torch.stack(list(self._sums.values())), torch.stack(list(self._maxima.values()))
+
+    def total(self, packed: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
+        """The metrics of everything that was added; the accumulator is empty afterwards.
+
+        Args:
+            packed: what :meth:`packed` gave, after it was reduced over ranks; None: this process alone.
+
+        Returns:
+            Numbers by key; nothing where nothing was added.
+        """
+        packed = self.packed() if packed is None else packed
+        if packed is None:
+            return {}
+        sums, maxima = (
+            dict(zip(names, part.tolist(), strict=True))
+            for names, part in zip((self._sums, self._maxima), packed, strict=True)
+        )
+        self._sums, self._maxima = {}, {}
+        return joined(sums, maxima)
