@@ -147,7 +147,7 @@ class Driver(Protocol):
         """The receipt of a run under these settings."""
 
     def resume(self, before: str, after: str) -> Resumed:
-        """Train some steps under one spec, write the host's checkpoint, and resume from it under another (or the same)."""
+        """Train some steps under one spec, write a checkpoint, and resume from it under another or the same."""
 
     def unused(self) -> tuple[Outcome, Outcome]:
         """The host's own KL for one step: without kl-plugins in the process, and with it attached and unused."""
