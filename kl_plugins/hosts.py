@@ -51,6 +51,7 @@ class Host:
         tested: versions that the test-suite runs.
         keys: placement -> where the spec goes in this host.
         module: dotted path of the :class:`HostModule`.
+        aggregation: how this host turns per-token terms into one number, by the setting that decides it; one sentence.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Host:
     tested: tuple[str, ...]
     keys: Mapping[str, str] = field(hash=False)
     module: str
+    aggregation: str = ""
 
     def installed_version(self) -> str | None:
         """The installed version, or None where the host is absent. Does not import the host."""

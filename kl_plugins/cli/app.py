@@ -35,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("spec", metavar="SPEC", help="a KL spec or preset, for example k2@loss/is:token")
     others = [add("list", "list the words of the spec, presets and hosts", LIST)]
     others.append(add("doctor", "check this installation; a remedy per finding", DOCTOR))
+    others[-1].add_argument(
+        "--config",
+        metavar="FILE",
+        help="also say what the sampling settings in this config, script or command line (- for standard input) mean",
+    )
     for command in (explain, *others):
         command.add_argument("--json", action="store_true", help="print one JSON document, for a bad spec too")
     run = add("run", "run a program of a framework under the plugin", RUN)
@@ -78,4 +83,4 @@ def _dispatch(arguments: list[str]) -> int:
         return list_command(chosen.json)
     from kl_plugins.cli.doctor import doctor_command
 
-    return doctor_command(chosen.json)
+    return doctor_command(chosen.json, chosen.config)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from kl_plugins import __version__
 from kl_plugins.cli.backends import backend_findings
-from kl_plugins.cli.output import Page, print_json
+from kl_plugins.cli.output import Page, fail, print_json
 from kl_plugins.cli.running import install_remedy
 from kl_plugins.hosts import Finding, Host, HostModule, discover_hosts
 
@@ -17,19 +19,25 @@ OLDEST_TORCH = "2.6"
 _STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "fault": "bold red"}
 
 
-def doctor_command(as_json: bool) -> int:
+def doctor_command(as_json: bool, config: str | None = None) -> int:
     """Check the installation.
 
     Args:
         as_json: print JSON.
+        config: file with the settings of a run, ``-`` for standard input, or None.
 
     Returns:
-        Exit status: 1 where something is at fault, else 0.
+        Exit status: 1 where something is at fault, 2 where the config cannot be read, else 0.
     """
+    try:
+        text = None if config is None else sys.stdin.read() if config == "-" else Path(config).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return fail(f"kl-plugins: cannot read {config}: {error}", as_json, 2)
     sections = {
         "environment": [*_package_findings(), *_estimator_findings()],
         "backends": list(backend_findings()),
         "hosts": list(_host_findings()),
+        **({} if text is None else {"sampling": list(_sampling_findings(text))}),
     }
     found = [finding for findings in sections.values() for finding in findings]
     faults = sum(finding.level == "fault" for finding in found)
@@ -116,6 +124,29 @@ def _host_findings() -> Iterator[Finding]:
             general = version_finding(host, installed)
             # A host that judges its own version says it better, and once is enough.
             yield from own if any(finding.subject == general.subject for finding in own) else [general, *own]
+
+
+def _sampling_findings(text: str) -> Iterator[Finding]:
+    from kl_plugins.sampling import EFFECTS, PRODUCTS, read_text
+
+    sampling = read_text(text)
+    if sampling.truncated:
+        yield Finding(
+            "warning",
+            "truncated sampling",
+            f"{sampling}: the sampler is not the policy that the trainer scores; {EFFECTS}",
+            f"sample the whole distribution (top_p 1, no top_k, no min_p); is:{', is:'.join(PRODUCTS)} against the "
+            "sampler are refused here",
+        )
+    if sampling.raw and (sampling.truncated or sampling.penalised or sampling.temperature != 1):
+        yield Finding(
+            "warning",
+            "raw log-probs",
+            "the engine reports log-probs of another distribution than the one that it samples from",
+            "set logprobs_mode to processed_logprobs, or use behaviour:old in the spec",
+        )
+    if not sampling.truncated and not sampling.raw:
+        yield Finding("ok", "sampling", str(sampling))
 
 
 def version_finding(host: Host, installed: str) -> Finding:

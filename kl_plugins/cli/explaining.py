@@ -47,6 +47,7 @@ def _print(it: Explanation, registry: HostRegistry) -> None:
     page.section("What is computed", it.formulas.items())
     page.section("Which gradient it estimates", _gradient(it))
     page.section("Caveats", (("-", caveat) for caveat in it.caveats))
+    page.section("What the host's aggregation does to it", [*it.aggregation.items(), *it.host_aggregation.items()])
     page.section("What it needs", _needs(it))
     page.section(
         "Options in effect",

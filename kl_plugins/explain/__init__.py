@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kl_plugins.aggregation import MEANINGS
 from kl_plugins.explain.bias import Estimate, off_policy, on_policy, why_none
 from kl_plugins.explain.formulas import formulas
 from kl_plugins.explain.notes import notes
@@ -35,6 +36,8 @@ class Explanation:
         why_none: why no divergence is estimated; empty where one is.
         on_policy, off_policy: what is estimated on each kind of data, with the bias.
         caveats: what bends the estimate although the target stays.
+        aggregation: what each way in which a host joins the tokens' terms does to the target, by name.
+        host_aggregation: host -> which of them it uses, and the setting that decides it.
         needs_behaviour, needs_exact: what has to be passed beside policy and reference log-probs.
         options: every option in effect.
         presets: names of the presets that are this spec -> where they come from.
@@ -53,6 +56,8 @@ class Explanation:
     on_policy: Estimate
     off_policy: Estimate
     caveats: tuple[str, ...]
+    aggregation: Mapping[str, str]
+    host_aggregation: Mapping[str, str]
     needs_behaviour: bool
     needs_exact: bool
     options: tuple[Option, ...]
@@ -79,6 +84,7 @@ def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
         KLSpecError: the text is no spec.
     """
     spec, forgiven = _parse_forgiving(text)
+    hosts = tuple(hosts)
     return Explanation(
         written=text,
         spec=str(spec),
@@ -91,6 +97,8 @@ def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
         on_policy=on_policy(spec),
         off_policy=off_policy(spec),
         caveats=spec.caveats,
+        aggregation=MEANINGS,
+        host_aggregation={host.name: host.aggregation for host in hosts if host.aggregation},
         needs_behaviour=spec.needs_behaviour,
         needs_exact=spec.needs_exact,
         options=options_in_effect(spec),

@@ -16,7 +16,7 @@ from kl_plugins import KLSpec
 from kl_plugins.spec import PRESETS, looks_like_spec
 from kl_plugins.spec.grammar import format_number, parse_number, parse_numbers
 from kl_plugins.spec.presets import NOTES
-from kl_plugins.spec.target import TARGETS
+from kl_plugins.spec.target import TARGETS, caveats_with_source
 from tests.core.specs import Written, written_specs
 
 
@@ -135,3 +135,25 @@ def test_numbers_read_back(value: float) -> None:
 @given(st.lists(st.floats(min_value=0, allow_nan=False, allow_infinity=False), min_size=1, max_size=4))
 def test_joined_numbers_read_back(values: list[float]) -> None:
     assert parse_numbers("-".join(map(format_number, values))) == values
+
+
+def test_only_the_whole_sum_is_said_to_be_exact_off_policy() -> None:
+    """With top:, a sampled tail remains, which is biased on another policy's data."""
+    (whole,) = (caveat for caveat in KLSpec.parse("exact@loss").caveats if caveat.startswith("off-policy"))
+    (top,) = (caveat for caveat in KLSpec.parse("exact@loss/top:16").caveats if caveat.startswith("off-policy"))
+    assert "exactly" in whole
+    assert "exactly" not in top
+    assert "biased" in top
+    assert not any("off-policy, this is exactly" in c for c in KLSpec.parse("exact@loss/top:16/is:prefix").caveats)
+
+
+def test_the_caveat_of_old_log_probs_is_said_once_whoever_chose_them() -> None:
+    for text, source in (
+        ("k2@loss/is:token/behaviour:old", "old"),
+        ("k2@loss/is:token", "old"),
+        ("k2@loss/is:token", "current"),
+    ):
+        found = [c for c in caveats_with_source(KLSpec.parse(text), source) if c.startswith("behaviour:old")]
+        assert len(found) == 1, text
+    for text, source in (("k2@loss/is:token", "sampler"), ("k2@loss", "unused"), ("k2@loss", "old")):
+        assert not any("behaviour:old" in caveat for caveat in caveats_with_source(KLSpec.parse(text), source))

@@ -92,8 +92,9 @@ def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tupl
     w = y - x
     second_order = w - torch.log1p(w)
     # Two forms of one number, each with the size of what was rounded: the one that loses less is taken; NaN loses all.
+    # The derivatives of the first are 1 / (1 + w) by y and w / (1 + w) by x: it loses all where R = 1 + w nears 0.
     small, large = y - second_order, x + log_ref_mass
-    loses_small = (y.abs() + second_order.abs()).nan_to_num(torch.inf)
+    loses_small = torch.where(w > -1.0, (y.abs() + (x * w).abs()) / (1.0 + w), torch.inf).nan_to_num(torch.inf)
     loses_large = (x.abs() + 2.0 + 0.0 * log_ref_mass).nan_to_num(torch.inf)
     kl = torch.where(loses_small <= loses_large, small, large)
     lost = torch.minimum(loses_small, loses_large)
