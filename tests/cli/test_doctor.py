@@ -136,3 +136,26 @@ def test_versions(version: str, level: str, message: str) -> None:
     finding = version_finding(host, version)
     assert finding.level == level
     assert message in finding.message
+
+
+def test_the_sampling_settings_of_a_config_are_explained(tmp_path) -> None:
+    config = tmp_path / "grpo.yaml"
+    config.write_text("beta: 0.1\ntop_p: 0.9\ntop_k: 20\n")
+    result = run_cli("doctor", "--json", "--config", str(config))
+    finding = findings(document(result), "sampling")["truncated sampling"]
+    assert (result.returncode, finding["level"]) == (0, "warning")
+    for words_ in ("top_p 0.9, top_k 20", "15 % at top_p 0.9"):
+        assert words_ in finding["message"]
+    assert "is:prefix" in finding["remedy"]
+    config.write_text("beta: 0.1\n")
+    whole = findings(document(run_cli("doctor", "--json", "--config", str(config))), "sampling")
+    assert whole["sampling"]["level"] == "ok"
+    assert "the whole distribution" in whole["sampling"]["message"]
+    assert "sampling" not in document(run_cli("doctor", "--json"))
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path) -> None:
+    result = run_cli("doctor", "--config", str(tmp_path / "none.yaml"))
+    assert result.returncode == 2
+    assert "cannot read" in result.stderr
+    assert "none.yaml" in result.stderr

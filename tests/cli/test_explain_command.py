@@ -99,3 +99,12 @@ def test_a_registered_estimator_is_explained(register) -> None:
     )
     assert it["target"] == "reverse_kl_token"
     assert "user-defined" in it["formulas"]["value"]
+
+
+def test_says_what_the_hosts_aggregation_does_to_the_target() -> None:
+    it = document(run_cli("explain", "k2@loss", "--json"))
+    assert "1/|y|" in it["aggregation"]["sequence mean"]
+    assert "unchanged" in it["aggregation"]["token sum"]
+    for host in ("trl", "verl", "openrlhf"):
+        assert it["host_aggregation"][host]
+    assert "short responses count more" in words(run_cli("explain", "k2@loss").stdout)

@@ -49,3 +49,9 @@ def test_no_file_names_a_machine_or_an_index() -> None:
 )
 def test_places_are_seen(line: str) -> None:
     assert PLACES.search(line)
+
+
+def test_the_page_of_faults_is_that_of_the_contract() -> None:
+    from tests.contract import document
+
+    assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run python -m tests.contract.document"
