@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kl_plugins.adapters.log_probs import OLD, SAMPLER, count_not_finite, finite_or, used
 from kl_plugins.spec import KLSpec
 from kl_plugins.term import kl_term
 
@@ -26,8 +27,10 @@ class CarriedBatch:
         old_logp: the trainer's log-probs at rollout time, nats.
         sampler_logp: the sampler's, nats, or None.
         exact: full-vocabulary KL of the states, nats, where the spec needs it.
+        source: whose log-probs the importance weight divides by: ``sampler``, ``old``; anything else: no one's.
         metrics: 0-d tensors, filled by :meth:`term`.
         observed: policy and reference log-probs, filled by :meth:`term`.
+        not_finite: the counts of :func:`kl_plugins.adapters.log_probs.count_not_finite`, filled by :meth:`term`.
     """
 
     host: ClassVar[str]
@@ -38,8 +41,10 @@ class CarriedBatch:
     old_logp: Tensor
     sampler_logp: Tensor | None
     exact: Tensor | None = None
+    source: str = "unused"
     metrics: dict[str, Tensor] | None = None
     observed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    not_finite: Tensor | None = field(default=None, repr=False)
 
     def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
         """The (B, T) term that the host aggregates and multiplies by its coefficient.
@@ -55,8 +60,14 @@ class CarriedBatch:
             raise RuntimeError(
                 f"kl-plugins: {self.host} asked for the KL of {self.spec} twice in one {self.loss}; that is not known"
             )
-        behaviour = {"old_logp": self.old_logp, "sampler_logp": self.sampler_logp}
-        term = kl_term(self.spec, logp, ref_logp, self.mask, **behaviour, exact=self.exact)
+        old, sampler = self.old_logp, self.sampler_logp
+        found = used(self.spec, self.source, policy=logp, reference=ref_logp, old=old, sampler=sampler)
+        self.not_finite = count_not_finite(found, self.mask)
+        if OLD not in found:
+            old = finite_or(old, logp.detach())
+        if SAMPLER not in found:
+            sampler = finite_or(sampler, logp.detach() if old is None else old)
+        term = kl_term(self.spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
         self.metrics, self.observed = term.metrics, (logp.detach(), ref_logp.detach())
         return term.loss
 
