@@ -44,6 +44,7 @@ class Sampling:
         min_p: smallest kept probability, relative to the largest; 0 keeps all.
         penalised: a repetition, presence or frequency penalty, or another logit processor, is in use.
         raw: the engine reports log-probs of the plain model: before temperature, penalties and truncation.
+        unknown: the engine does not say which log-probs it reports; a weight is then refused where raw ones would be.
         logprobs_setting: name of the host's setting that decides about ``raw``, for messages.
     """
 
@@ -53,6 +54,7 @@ class Sampling:
     min_p: float = 0.0
     penalised: bool = False
     raw: bool = False
+    unknown: bool = False
     logprobs_setting: str = "the engine's logprobs_mode"
 
     @property
@@ -66,7 +68,7 @@ class Sampling:
         found += [f"top_k {self.top_k}"] if self.top_k > 0 else []
         found += [f"min_p {self.min_p:g}"] if self.min_p > 0 else []
         found += ["penalties"] if self.penalised else []
-        mode = "raw log-probs" if self.raw else "processed log-probs"
+        mode = "log-probs of an unknown mode" if self.unknown else f"{'raw' if self.raw else 'processed'} log-probs"
         return f"{', '.join(found)}, {mode}" if found else f"the whole distribution, {mode}"
 
     def problems(self, spec: KLSpec, source: str) -> Iterator[str]:
@@ -87,9 +89,10 @@ class Sampling:
             )
             if on
         ]
-        if self.raw and changed:
+        if (self.raw or self.unknown) and changed:
+            reports = "may report" if self.unknown else "reports"
             yield (
-                f"the engine reports raw log-probs, which are not those of the distribution that it samples from "
+                f"the engine {reports} raw log-probs, which are not those of the distribution that it samples from "
                 f"({' and '.join(changed)}), so every importance weight would be wrong; set {self.logprobs_setting} to "
                 "processed_logprobs, or use behaviour:old in the spec"
             )
