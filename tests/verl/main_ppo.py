@@ -55,6 +55,8 @@ SETTINGS = {
     "trainer.save_freq": -1,
     "trainer.total_training_steps": 2,
     "trainer.resume_mode": "disable",
+    # Each of the default's eight storage processes takes seconds to import veRL.
+    "++transfer_queue.backend.SimpleStorage.num_data_storage_units": 1 if SINCE_0_9 else None,
     "ray_kwargs.ray_init.num_cpus": 16,
     "+ray_kwargs.ray_init.include_dashboard": False,
     "+ray_kwargs.ray_init.object_store_memory": 200_000_000,
