@@ -1,4 +1,4 @@
-"""The trainer's public events: receipts at the start, a check before each update, beta after it, and its state."""
+"""The trainer's public events: receipts at the start, a check before each update, beta after it, checkpoints."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.receipts import announce
 from kl_plugins.adapters.trl.receipts import exchange
 from kl_plugins.adapters.trl.session import Session
 
 STATE_KEY = "kl_plugins"
-"""Where the controller lies in ``trainer_state.json``, among the states of callbacks."""
+"""Where spec and controller lie in ``trainer_state.json``, among the states of callbacks."""
 
 
 class KLCallback(TrainerCallback):  # type: ignore[misc]
@@ -22,14 +23,19 @@ class KLCallback(TrainerCallback):  # type: ignore[misc]
         self.session = session
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log and exchange receipts, and go on from the checkpoint's beta."""
+        """Log and exchange receipts, and go on from the checkpoint's beta.
+
+        Raises:
+            SpecChangedError: the checkpoint was written under another spec.
+        """
         receipt = self.session.receipt()
         announce(receipt)
         exchange(receipt)
         if state.global_step > 0:
-            self.session.beta.restore(state.stateful_callbacks.get(STATE_KEY))
+            saved = resumed(state.stateful_callbacks.get(STATE_KEY), self.session.spec)
+            self.session.controller.restore(saved)
         else:
-            self.session.beta.restart()
+            self.session.controller.restart()
         self._save(state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -50,11 +56,13 @@ class KLCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One controller update per optimizer step."""
-        self.session.beta.step(self.session.accelerator)
+        accelerator = self.session.accelerator
+        self.session.controller.step(lambda sums: accelerator.reduce(sums, reduction="sum"))
         self._save(state)
 
     def _save(self, state: Any) -> None:
         # The trainer writes this dict into every checkpoint. Restoring through transformers' own callback mechanism
         # would need a flag that is off by default, so on_train_begin reads it back itself.
-        if self.session.beta.schedule is not None:
-            state.stateful_callbacks[STATE_KEY] = dict(self.session.beta.state)
+        controller = self.session.controller
+        saved = None if controller.schedule is None else controller.saved()
+        state.stateful_callbacks[STATE_KEY] = record(self.session.spec, saved)

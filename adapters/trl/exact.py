@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.agreement import disagreement
+from kl_plugins.adapters.log_probs import disagreement
 from kl_plugins.adapters.trl.log_probs import Scored
 from kl_plugins.exact import ExactKL, linear_kl
 from kl_plugins.spec import KLSpec
@@ -21,14 +21,18 @@ SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 class StateKL(Protocol):
     """Computes the full-vocabulary KL of the states that a trainer scores; see ``patches/trl/exact.py``."""
 
+    @property
+    def model(self) -> str:
+        """The policy's class, for messages."""
+
     def watching(self, positions: int, differentiable: bool) -> AbstractContextManager[list[ExactKL]]:
         """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states."""
 
-    def checked(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) KL of one host call's batches, once the head has been seen to give the host's log-probs."""
+    def joined(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+        """(B, T) KL of one host call's batches, and how far the head's log-probs are from the host's; 0: they agree."""
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, Tensor]:
-        """(B, T) KL of a rollout's states, without graph, and the policy's log-probs of its tokens."""
+    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, float, Tensor]:
+        """The same for a rollout's states, without graph, and the policy's log-probs of its tokens."""
 
 
 def cost(spec: KLSpec) -> str:
@@ -90,8 +94,11 @@ def _logit_scale(config: Any) -> float:
         factor = getattr(config, name, None)
         if factor is not None:
             return float(factor)
-    divisor = getattr(config, "logits_scaling", None)
-    return 1.0 if divisor is None else 1.0 / float(divisor)
+    factor = getattr(config, "logits_scaling", None)
+    if factor is None:
+        return 1.0
+    # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
+    return float(factor) if config.model_type == "hyperclovax" else 1.0 / float(factor)
 
 
 def kl_of_states(
@@ -146,21 +153,29 @@ def in_16_bits(hidden: Tensor) -> bool:
     return hidden.element_size() < 4 or torch.is_autocast_enabled(hidden.device.type)
 
 
-def check_head(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool, model: str) -> None:
-    """Raise unless the head gives the log-probs that TRL computed itself: a model may do more than its head shows.
+def deviation_of(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool) -> float:
+    """How far the head's log-probs are from TRL's own on average, nats; 0 where rounding explains it.
 
     Args:
         exact: (B, T) per-token results.
         logp: (B, T) TRL's own log-probs of the same tokens, nats.
         mask: (B, T) bool.
         rounded: TRL computed them in 16 bits.
-        model: its class, for the message.
+    """
+    return disagreement(exact.logp, logp, mask, rounded) or 0.0
+
+
+def require_head(deviation: float, model: str) -> None:
+    """Raise unless the head gives the log-probs that TRL computed itself: a model may do more than its head shows.
+
+    Args:
+        deviation: what :func:`deviation_of` gave, on any rank.
+        model: the policy's class, for the message.
 
     Raises:
         RuntimeError: they differ.
     """
-    deviation = disagreement(exact.logp, logp, mask, rounded)
-    if deviation is not None:
+    if deviation != 0:
         raise RuntimeError(
             f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {deviation:.2g} "
             "nats on average, so its logits are more than its head shows and an exact KL would be wrong. Use a sampled "

@@ -7,10 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from kl_plugins.adapters.log_probs import finite_or
 from kl_plugins.spec import KLSpec
+
+OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"
+"""GRPO's own keys of a micro-batch; RLOO keeps none of them, so the first two are added there."""
 
 
 class Scored(NamedTuple):
@@ -113,40 +116,31 @@ def behaviour_source(spec: KLSpec, config: Any, sampler_expected: bool) -> str:
     return "old" if kept or corrected else "current"
 
 
-def behaviour_log_probs(source: str, inputs: Mapping[str, Any], logp: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def behaviour_log_probs(source: str, inputs: Mapping[str, Any], logp: Tensor) -> dict[str, Tensor]:
     """``old_logp`` and ``sampler_logp`` for ``kl_term``.
+
+    What the weight divides by is handed on as it is; what only metrics use is made finite.
 
     Args:
         source: what :func:`behaviour_source` said.
         inputs: the host's micro-batch.
         logp: (B, T) the policy's own log-probs, nats.
-        mask: (B, T) bool.
 
     Raises:
-        ValueError: the sampler's log-probs are missing, or NaN on response tokens.
+        ValueError: the sampler's log-probs are missing.
     """
-    old = inputs.get("old_per_token_logps")
-    sampler = inputs.get("sampling_per_token_logps")
-    given = {"old_logp": logp.detach() if old is None else old}
-    if source == "unused":
-        # For metrics only: a NaN there is not worth stopping for.
-        return (
-            given
-            if sampler is None or bool((torch.isnan(sampler) & mask).any())
-            else {**given, "sampler_logp": sampler}
-        )
-    if source != "sampler":
-        return given
-    if sampler is None:
-        raise ValueError(
-            "kl-plugins: the sampler's log-probs were expected, but TRL handed none over; return 'logprobs' from "
-            "rollout_func, or say behaviour:old in the spec"
-        )
-    unknown = int((torch.isnan(sampler) & mask).sum())
-    if unknown:
-        raise ValueError(
-            f"kl-plugins: the sampler gave no log-prob (NaN) for {unknown} of {int(mask.sum())} response tokens, so "
-            "their importance weight is unknown. Say behaviour:old in the spec, or check the engine's logprobs_mode "
-            "(processed_logprobs) and sampling parameters"
-        )
-    return {"sampler_logp": sampler}
+    logp = logp.detach()
+    old, sampler = inputs.get(OLD), inputs.get(SAMPLER)
+    if source == "sampler":
+        if sampler is None:
+            raise ValueError(
+                "kl-plugins: the sampler's log-probs were expected, but TRL handed none over; return 'logprobs' from "
+                "rollout_func, or say behaviour:old in the spec"
+            )
+        return {"sampler_logp": sampler}
+    if source != "unused":
+        return {"old_logp": logp if old is None else old}
+    given = finite_or(old, logp)
+    given = logp if given is None else given
+    mismatch = finite_or(sampler, given)
+    return {"old_logp": given} if mismatch is None else {"old_logp": given, "sampler_logp": mismatch}

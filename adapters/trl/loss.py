@@ -1,4 +1,4 @@
-"""``@loss``: the term that takes the place of TRL's own per-token KL."""
+"""``@loss``: the term that takes the place of TRL's own per-token KL, and what TRL does with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_plugins.adapters.trl.log_probs import behaviour_log_probs
+from kl_plugins.adapters.trl.log_probs import REFERENCE, behaviour_log_probs
+from kl_plugins.aggregation import Aggregation, Kind
 from kl_plugins.spec import KLSpec
 from kl_plugins.term import KLTerm, kl_term
 
@@ -35,5 +36,29 @@ def loss_term(
         The term; (B, T) like the host's own KL.
     """
     mask = response_mask(inputs)
-    behaviour = behaviour_log_probs(source, inputs, logp, mask)
-    return kl_term(spec, logp, inputs["ref_per_token_logps"], mask, **behaviour, exact=exact)
+    behaviour = behaviour_log_probs(source, inputs, logp)
+    return kl_term(spec, logp, inputs[REFERENCE], mask, **behaviour, exact=exact)
+
+
+_KINDS: dict[str, Kind] = {
+    "grpo": "sequence mean",
+    "sapo": "sequence mean",
+    "bnpo": "token mean",
+    "dapo": "token mean",
+    "cispo": "token mean",
+    "vespo": "token mean",
+    "dr_grpo": "constant",
+    "luspo": "token sum",
+}
+
+
+def aggregation(algorithm: str, config: Any) -> Aggregation:
+    """How TRL turns per-token terms into one number; the policy loss and the KL beside it go the same way.
+
+    Args:
+        algorithm: ``GRPO`` or ``RLOO``.
+        config: its config.
+    """
+    if algorithm == "RLOO":
+        return Aggregation("token sum", "RLOO adds up each response's log-probs")
+    return Aggregation(_KINDS[config.loss_type], f"loss_type {config.loss_type}")

@@ -1,36 +1,41 @@
-"""The ``kl/`` metrics in TRL's own log, reduced over ranks."""
+"""The ``kl/`` metrics in TRL's own log: those of everything since TRL last logged, as if it had been one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any
 
-import torch
-from torch import Tensor
+from kl_plugins.adapters.metrics import joined
 
-from kl_plugins.metrics import REDUCTIONS
+_ALWAYS = "kl/active"
 
 
-def append(
-    log: MutableMapping[str, list[float]], found: Mapping[str, Tensor], mask: Tensor, beta: float, accelerator: Any
-) -> None:
-    """Reduce one micro-batch's metrics over ranks and append them to the host's log.
+class Window:
+    """What has been added up since TRL last logged, over micro-batches and ranks.
 
-    Means are weighted by each rank's tokens. Every rank has to call it: it holds one collective.
-
-    Args:
-        log: TRL's ``_metrics[mode]``.
-        found: 0-d tensors by key, the same keys on every rank.
-        mask: (B, T) bool.
-        beta: the coefficient in use.
-        accelerator: TRL's accelerator.
+    TRL averages each list of its log when it logs, and empties the log afterwards. So each list holds one number, that
+    of the whole window, and a log without it means that a new window has begun.
     """
-    keys = sorted(found)
-    local = torch.stack([mask.sum().float(), *(found[key].float() for key in keys)]).unsqueeze(0)
-    tokens, *columns = accelerator.gather(local).unbind(dim=1)
-    share = tokens / tokens.sum().clamp_min(1.0)
-    for key, column in zip(keys, columns, strict=True):
-        value = column.max() if REDUCTIONS[key] == "max" else (share * column).sum()
-        # A rank without tokens is active all the same.
-        log[key].append(1.0 if key == "kl/active" else value.item())
-    log["kl/beta"].append(beta)
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(
+        self, log: MutableMapping[str, list[float]], sums: Mapping[str, float], maxima: Mapping[str, float]
+    ) -> None:
+        """Add a micro-batch and put the window's metrics into the host's log.
+
+        Args:
+            log: TRL's ``_metrics[mode]``.
+            sums: totals over all ranks, see :func:`kl_plugins.adapters.metrics.sums_and_maxima`.
+            maxima: the largest of all ranks.
+        """
+        if not log.get(_ALWAYS):
+            self._sums, self._maxima = {}, {}
+        for key, value in sums.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        for key, value in maxima.items():
+            self._maxima[key] = max(self._maxima.get(key, value), value)
+        for key, value in joined(self._sums, self._maxima).items():
+            log[key] = [value]

@@ -41,7 +41,8 @@ def substituted_beta(trainer: Any, product: Product) -> Iterator[None]:
         RuntimeError: the host did not multiply by beta, or did so more than once.
     """
     beta = trainer.beta
-    shim = trainer.beta = SubstitutedBeta(beta, product)
+    # A coefficient that a user sets to 0 during the run must not make the host leave its KL term out.
+    shim = trainer.beta = SubstitutedBeta(beta or 1.0, product)
     try:
         yield
     finally:
@@ -52,3 +53,14 @@ def substituted_beta(trainer: Any, product: Product) -> Iterator[None]:
             "its loss takes a path that kl-plugins does not know, so the KL regulariser would be wrong. "
             "Use one of TRL's own GRPOTrainer or RLOOTrainer, or set kl to null."
         )
+
+
+@contextmanager
+def reference_scored(trainer: Any) -> Iterator[None]:
+    """Within the block, the host scores the reference, also where a user has set beta to 0 for the time being."""
+    beta = trainer.beta
+    trainer.beta = beta or 1.0
+    try:
+        yield
+    finally:
+        trainer.beta = beta

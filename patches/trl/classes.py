@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import trl
 
 from kl_plugins.adapters.trl.config import HELP
-from kl_plugins.patches.trl import targets
+from kl_plugins.patches.trl import shared, targets
+
+
+class _OnlyForHookedTrainers:
+    """Part of a config: a trainer without hooks, which would ignore ``kl``, cannot be built on it."""
+
+    kl: str | None
+
+    @property
+    def place_model_on_device(self) -> Any:
+        """TRL's own setting; transformers reads it while it builds a trainer, and hardly anything else does.
+
+        Raises:
+            RuntimeError: the trainer is one that would ignore ``kl``.
+        """
+        if self.kl is not None and not shared.is_taken(self):
+            raise RuntimeError(
+                f"kl-plugins: kl={self.kl!r} is set, but this trainer would ignore it: it is not one of kl-plugins'. "
+                "Use GRPOTrainer or RLOOTrainer of kl_plugins.adapters.trl, or call kl_plugins.adapters.trl.attach() "
+                "before the trainer is built"
+            )
+        return super().place_model_on_device  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the note that a trainer has taken this config: the next one may be another."""
+        return {name: value for name, value in vars(self).items() if name != shared.TAKEN}
 
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]
+class GRPOConfig(_OnlyForHookedTrainers, trl.GRPOConfig):  # type: ignore[misc]
     """TRL's ``GRPOConfig`` with one more field.
 
     Args:
@@ -26,7 +52,7 @@ class GRPOConfig(trl.GRPOConfig):  # type: ignore[misc]
 
 
 @dataclass
-class RLOOConfig(trl.RLOOConfig):  # type: ignore[misc]
+class RLOOConfig(_OnlyForHookedTrainers, trl.RLOOConfig):  # type: ignore[misc]
     """TRL's ``RLOOConfig`` with one more field.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.trl.exact import check_head, head_of, in_16_bits, kl_of_states
+from kl_plugins.adapters.trl.exact import deviation_of, head_of, in_16_bits, kl_of_states
 from kl_plugins.adapters.trl.log_probs import Scored
 from kl_plugins.exact import ExactKL
 
@@ -32,6 +32,11 @@ class TrainerStates:
         self._trainer = trainer
         self._no_checkpointing = no_checkpointing
         self._rounded = False
+
+    @property
+    def model(self) -> str:
+        """The policy's class, for messages."""
+        return type(self._bare(self._trainer.model)).__name__
 
     @contextmanager
     def watching(self, positions: int, differentiable: bool) -> Iterator[list[ExactKL]]:
@@ -52,10 +57,10 @@ class TrainerStates:
         with _hook(policy.base_model, after_backbone):
             yield results
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, Tensor]:
+    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, float, Tensor]:
         """(B, T) KL of a rollout's states, without graph: one forward pass of the policy and one of the reference.
 
-        The policy's log-probs of the rollout's tokens come with it.
+        The head's deviation and the policy's log-probs of the rollout's tokens come with it.
 
         Args:
             call: the host's call that scored the rollout.
@@ -63,23 +68,21 @@ class TrainerStates:
         """
         with self.watching(call.response_mask().shape[1], differentiable=False) as results:
             logp = score_policy(call)
-        return self.checked(results, logp, call.response_mask()), logp
+        return *self.joined(results, logp, call.response_mask()), logp
 
-    def checked(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> Tensor:
-        """(B, T) KL of the batches of one call, once the head has been seen to give the host's log-probs.
+    def joined(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+        """(B, T) KL of the batches of one call, and how far the head's log-probs are from the host's; 0: they agree.
 
         Raises:
-            RuntimeError: it does not, or the policy's forward pass was not seen.
+            RuntimeError: the policy's forward pass was not seen.
         """
-        policy = type(self._bare(self._trainer.model)).__name__
         if not results:
             raise RuntimeError(
-                f"kl-plugins: the backbone of {policy} was not called where TRL scored the policy, so no exact KL "
+                f"kl-plugins: the backbone of {self.model} was not called where TRL scored the policy, so no exact KL "
                 "could be computed; use a sampled spec, such as k2@loss/is:token"
             )
         merged = ExactKL(*(torch.cat(parts) for parts in zip(*results, strict=True)))
-        check_head(merged, logp, mask, self._rounded, policy)
-        return merged.kl
+        return merged.kl, deviation_of(merged, logp, mask, self._rounded)
 
     def _kl(self, policy: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any], positions: int) -> ExactKL:
         self._rounded = in_16_bits(hidden)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kl_plugins.adapters.trl import advantage, reward
-from kl_plugins.adapters.trl.log_probs import Scored
+from kl_plugins.adapters.trl.log_probs import OLD, REFERENCE, Scored
 from kl_plugins.adapters.trl.loss import response_mask
-from kl_plugins.adapters.trl.session import ADVANTAGE_PENALTY, OLD, PENALTY, REFERENCE
+from kl_plugins.adapters.trl.session import ADVANTAGE_PENALTY, BETA, PENALTY
 from kl_plugins.patches.trl import shared
 from kl_plugins.patches.trl.beta import substituted_beta
 from kl_plugins.patches.trl.shared import log_of, micro_batch, session_of
@@ -33,21 +34,24 @@ def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs
     if session is None:
         return wrapped(*args, **kwargs)
     penalties: list[Tensor] = []
+    host_beta = float(trainer.beta)
+    beta = session.beta(host_beta)
     with session.recorder.recording() as calls:
 
         def product(host_kl: Tensor) -> Tensor:
-            penalties.append(session.rollout_penalty(_scorer(trainer)))
+            penalties.append(session.rollout_penalty(_scorer(trainer), host_beta))
             if session.spec.placement != "reward":
                 return host_kl.new_zeros(())
             gathered: Tensor = trainer.accelerator.gather(reward.sequence_penalty(penalties[0]))
-            return session.beta.value * gathered.to(host_kl)
+            return beta * gathered.to(host_kl)
 
         with substituted_beta(trainer, product):
             output = wrapped(*args, **kwargs)
     output[PENALTY] = penalties[0]
     output[OLD], output[REFERENCE] = calls[0].logp, calls[-1].logp
     if session.spec.placement == "advantage":
-        output[ADVANTAGE_PENALTY] = session.beta.value * penalties[0]
+        output[ADVANTAGE_PENALTY] = beta * penalties[0]
+    output[BETA] = torch.tensor(beta, dtype=torch.float64)
     return output
 
 
@@ -67,7 +71,7 @@ def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict
 
     with session.recorder.recording(supply) as calls:
         result = wrapped(args[0] if args else kwargs["model"], inputs)
-    session.finish_loss(inputs, calls[-1].logp, None, log_of(trainer), trainer.model.training)
+    session.finish_loss(inputs, calls[-1].logp, None, log_of(trainer), trainer.model.training, float(trainer.beta))
     return result
 
 

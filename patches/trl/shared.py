@@ -10,20 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.trl import config as kl_config
 from kl_plugins.adapters.trl import guards
-from kl_plugins.adapters.trl.beta import BetaControl
 from kl_plugins.adapters.trl.exact import cost
-from kl_plugins.adapters.trl.log_probs import Scored, behaviour_source
+from kl_plugins.adapters.trl.log_probs import Scored
+from kl_plugins.adapters.trl.loss import aggregation
 from kl_plugins.adapters.trl.reward import site
 from kl_plugins.adapters.trl.session import Session
 from kl_plugins.exact import ExactKL
 from kl_plugins.patches.patch import PatchSet
 from kl_plugins.patches.trl.exact import TrainerStates
 from kl_plugins.receipts import Receipt
+from kl_plugins.spec.target import caveats_with_source
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock TRL."""
+
+
+TAKEN = "_kl_plugins_taken"
+"""Attribute of a config with a spec that a trainer with hooks has taken over."""
 
 
 def session_of(trainer: Any) -> Session | None:
@@ -50,10 +56,11 @@ def check_then_post_init(algorithm: str, wrapped: Any, config: Any, args: Any, k
     if text is None:
         return
     kl_config.parse(config, algorithm)
-    # A spec in a config that reaches a trainer without hooks would be ignored in silence.
-    from kl_plugins.patches import trl
 
-    trl.attach()
+
+def is_taken(config: Any) -> bool:
+    """Whether a trainer with hooks has been built, or is being built, on this config."""
+    return bool(vars(config).get(TAKEN, False))
 
 
 def init_with_session(
@@ -72,14 +79,15 @@ def init_with_session(
     if spec is None:
         wrapped(*args, **kwargs)
         return
-    guards.check_arguments(spec, config, arguments)
+    source, sampling = guards.check_arguments(spec, config, arguments)
     hooks = {patch.attribute: patch.owner().__dict__[patch.attribute] for patch in patches if patch.fingerprints}
     guards.check_overrides(spec, type(trainer), hooks)
+    setattr(config, TAKEN, True)
     wrapped(*args, **kwargs)
     # Imported here: it needs transformers, and a config must be checked without.
     from kl_plugins.adapters.trl.callback import KLCallback
 
-    source = behaviour_source(spec, config, guards.sampler_log_probs_expected(config, arguments))
+    aggregated = aggregation(algorithm, config)
     patch_set = PatchSet("trl", _supported(), patches)
 
     def receipt() -> Receipt:
@@ -97,11 +105,14 @@ def init_with_session(
             behaviour=source,
             reward_site=site(algorithm, config) if spec.placement == "reward" else "",
             cost=cost(spec),
+            aggregation=str(aggregated),
+            sampling=str(sampling),
+            caveats=(*caveats_with_source(spec, source), *aggregated.caveats, *sampling.caveats(spec, source)),
         )
 
-    beta = BetaControl(spec.beta, float(trainer.beta))
+    controller = Controller(spec.beta, float(trainer.beta), "trainer.beta")
     states = TrainerStates(trainer, no_checkpointing) if spec.needs_exact else None
-    session = Session(spec, source, trainer.accelerator, beta, receipt, states)
+    session = Session(spec, source, trainer.accelerator, controller, receipt, states)
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(KLCallback(session))
 
@@ -124,11 +135,6 @@ def watching_states(session: Session, inputs: dict[str, Any]) -> Iterator[list[E
     differentiable = session.spec.estimator == "exact"
     with session.state_kl.watching(inputs["completion_ids"].shape[1], differentiable) as states:
         yield states
-
-
-def exact_of(session: Session, states: list[ExactKL], call: Scored) -> Tensor | None:
-    """(B, T) full-vocabulary KL of what the host has just scored, where the spec needs it."""
-    return None if session.state_kl is None else session.state_kl.checked(states, call.logp, call.response_mask())
 
 
 def policy_scorer(trainer: Any, no_checkpointing: Callable[..., Any]) -> Callable[[Scored], Tensor]:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import trl
+from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from kl_plugins.adapters.trl.guards import LUSPO_MASKS_PADDING
 from tests.trl import support
 from tests.trl.test_reward import BETA, log_ratio
 
@@ -78,3 +81,80 @@ def test_trains_over_several_epochs_of_a_rollout(trainer, config, model, tmp_pat
     built.train()
     assert support.log_of(built, "kl/active") == [1.0] * 4
     assert support.log_of(built, "kl/value")[-1] > 0
+
+
+def policy_log_probs(built, inputs):
+    """(B, T) log-probs of the completions with their graph, by TRL's own function."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return built._get_per_token_logps_and_entropies(built.model, ids, attention, inputs["completion_ids"].shape[1])[0]
+
+
+@pytest.mark.parametrize("epsilon", [0.2, 1e-3], ids=["within the clip", "clipped"])
+@pytest.mark.parametrize("spec", ["k1@advantage", "k1@advantage/horizon:token"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo", "luspo", "cispo"])
+def test_a_sequence_ratio_leaves_each_token_its_own_penalty(loss_type, spec, epsilon, model, tmp_path):
+    settings = {"loss_type": loss_type, "importance_sampling_level": "sequence", "scale_rewards": "none"}
+    settings |= {"num_iterations": 2, "epsilon": epsilon, "epsilon_high": 5.0 if loss_type == "cispo" else epsilon}
+    if loss_type == "luspo" and Version(trl.__version__) < LUSPO_MASKS_PADDING:
+        pytest.skip("refused in this TRL")
+    built, inputs, _ = rollout(GRPOTrainer, GRPOConfig, model, tmp_path, kl=spec, **settings)
+    task = torch.tensor(list(built._logs["advantages"]))
+    u, mask = log_ratio(built, inputs), inputs["completion_mask"].bool()
+    penalty = u if "token" in spec else u.flip(-1).cumsum(-1).flip(-1)
+    for updates in (0, 3):
+        for update in range(updates):
+            support.shift(built, 0.02, seed=20 + update)
+        logp = policy_log_probs(built, inputs)
+        length = mask.sum(-1)
+        log_ratios = ((logp - inputs["old_per_token_logps"]) * mask).sum(-1) / length
+        ratio = log_ratios.exp().detach()
+        assert (ratio - 1).abs().max() > 5e-3 or not updates
+        clip = ratio.clamp(1 - epsilon, 1 + epsilon)
+        clipped = ratio * task > clip * task
+        if loss_type == "cispo":
+            clip, clipped = ratio, clipped & False
+        # The task's own gradient stops where the host clips; the penalty keeps the weight that the host then uses.
+        weight = torch.where(clipped, clip, ratio).unsqueeze(1)
+        tokens = (ratio * ~clipped * task).unsqueeze(1) - BETA * weight * penalty
+        per_sequence = (tokens * logp * mask).sum(-1)
+        total = {
+            "grpo": (per_sequence / length).mean(),
+            "luspo": per_sequence.mean(),
+            "dr_grpo": per_sequence.sum() / (len(mask) * built.max_completion_length),
+        }.get(loss_type, per_sequence.sum() / mask.sum())
+        built.model.zero_grad()
+        (-total).backward()
+        expected = support.gradient(built)
+        built.model.zero_grad()
+        built.compute_loss(built.model, inputs).backward()
+        found = support.gradient(built)
+        assert expected.norm() > 1e-4
+        assert (found - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_changed_beta_is_used_from_the_next_rollout_on(model, tmp_path):
+    built, _, _ = rollout(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@advantage", reward=support.zero_reward)
+    built.beta = 2 * BETA
+    inputs, _, _ = support.rollout_and_gradient(built)
+    u, mask = log_ratio(built, inputs), inputs["completion_mask"].bool()
+    expected = -2 * BETA * u.flip(-1).cumsum(-1).flip(-1)
+    torch.testing.assert_close(inputs["advantages"][mask], expected[mask], rtol=1e-4, atol=1e-5)
+    assert built._metrics["train"]["kl/beta"] == pytest.approx([1.5 * BETA])  # two rollouts since the last log
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_the_logged_beta_is_the_rollouts(trainer, config, model, tmp_path):
+    spec = "k1@advantage/beta:linear-0-0.8-4"
+    built = support.build(trainer, config, model, tmp_path, kl=spec, max_steps=8, num_iterations=4)
+    built.train()
+    assert support.log_of(built, "kl/beta") == pytest.approx([0.0] * 4 + [0.8] * 4)
+
+
+def test_split_batches_take_their_rollouts_beta_with_them(model, tmp_path):
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@reward/beta:linear-0-0.8-4", max_steps=8,
+        gradient_accumulation_steps=1, steps_per_generation=2,
+    )  # fmt: skip
+    built.train()
+    assert support.log_of(built, "kl/beta") == pytest.approx([0, 0, 0.4, 0.4, 0.8, 0.8, 0.8, 0.8])

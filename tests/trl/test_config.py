@@ -92,10 +92,22 @@ def test_attached_classes_train_under_the_spec(model, tmp_path):
         assert support.log_of(in_place, key) == support.log_of(subclass, key)
 
 
-def test_a_spec_in_a_stock_trainer_is_not_ignored(model, tmp_path):
-    built = support.build(trl.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl="k2@loss")
+@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
+def test_a_spec_in_a_stock_trainer_is_an_error(algorithm, model, tmp_path):
+    config, trainer = getattr(adapter, f"{algorithm}Config"), getattr(trl, f"{algorithm}Trainer")
+    hooks = inspect.getattr_static(trainer, "_compute_loss")
+    with pytest.raises(RuntimeError, match=r"kl-plugins: .*would ignore.*attach"):
+        support.build(trainer, config, model, tmp_path, kl="k1@reward")
+    assert inspect.getattr_static(trainer, "_compute_loss") is hooks, "a config must not change TRL's classes"
+    support.build(trainer, config, model, tmp_path, kl=None)
+    # A config that has been used and saved does not pass either.
+    used = support.build(getattr(adapter, f"{algorithm}Trainer"), config, model, tmp_path, kl="k1@reward").args
+    with pytest.raises(RuntimeError, match="would ignore"):
+        trainer(model, support.even_reward, args=pickle.loads(pickle.dumps(used)), train_dataset=support.prompts())
+    adapter.attach()
+    built = support.build(trainer, config, model, tmp_path, kl="k1@reward", max_steps=1)
     built.train()
-    assert support.log_of(built, "kl/active") == [1.0, 1.0]
+    assert support.log_of(built, "kl/active") == [1.0]
 
 
 def test_a_users_config_class_derived_after_attach_has_the_field(tmp_path):

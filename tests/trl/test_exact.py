@@ -60,6 +60,7 @@ SPECS = [
 
 
 def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
+    built._metrics["train"].clear()
     built.compute_loss(built.model, inputs).backward()
     ours = support.gradient(built)
     mask = inputs["completion_mask"].bool()
@@ -103,6 +104,26 @@ def test_soft_cap_of_the_model_is_kept(model, tmp_path):
     built, inputs = moved_on(capped_model(model, tmp_path / "capped"), tmp_path, "exact@loss")
     assert built.model.config.final_logit_softcapping == 2.0
     check_gradient(built, inputs, "exact@loss")
+
+
+def test_a_factor_on_the_logits_is_read_as_the_model_means_it(model, tmp_path):
+    # HyperCLOVA X multiplies by what Granite divides by.
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "HyperCLOVAXForCausalLM"):
+        pytest.skip("this transformers has no HyperCLOVA X")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for name in ("HyperCLOVAX", "Granite"):
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, logits_scaling=1.5,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        folder = tmp_path / name
+        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        check_gradient(*moved_on(str(folder), tmp_path, "exact@loss"), "exact@loss")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

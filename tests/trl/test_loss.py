@@ -123,6 +123,36 @@ def test_metrics_stand_beside_the_hosts_own(model, tmp_path):
     assert not support.log_of(host, "kl/active")
 
 
+def test_a_logging_window_is_joined_as_one_batch(model, tmp_path):
+    """Maxima are maxima, and means count tokens, over micro-batches and over steps."""
+    from kl_plugins.patches.trl.shared import session_of
+
+    changes = {"kl": "k2@loss/is:token", "max_steps": 3, **OFF_POLICY}
+    each = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
+    largest, tokens, sums = [], [], []
+    observe = session_of(each).controller.observe
+
+    def recorded(logp, ref_logp, mask):
+        u = (logp - ref_logp)[mask]
+        largest.append(u.abs().max().item())
+        tokens.append(int(mask.sum()))
+        sums.append(u.abs().sum().item())
+        observe(logp, ref_logp, mask)
+
+    session_of(each).controller.observe = recorded
+    each.train()
+    whole = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, **{**changes, "logging_steps": 3})
+    whole.train()
+    assert len(largest) == 6
+    assert len(set(tokens)) > 1
+    for key in ("kl/log_ratio/max", "kl/coef/max", "kl/weight/max"):
+        assert support.log_of(whole, key) == pytest.approx([max(support.log_of(each, key))]), key
+    assert support.log_of(whole, "kl/log_ratio/max") == pytest.approx([max(largest)], rel=1e-4)
+    assert support.log_of(whole, "kl/log_ratio/mean") == pytest.approx([sum(sums) / sum(tokens)], rel=1e-4)
+    steps = [sum(sums[i : i + 2]) / sum(tokens[i : i + 2]) for i in (0, 2, 4)]
+    assert support.log_of(each, "kl/log_ratio/mean") == pytest.approx(steps, rel=1e-4)
+
+
 def test_evaluation_regularises_and_logs(model, tmp_path):
     built = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", per_device_eval_batch_size=8)
     built.eval_dataset = support.prompts(4)

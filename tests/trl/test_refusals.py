@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 import trl
 from packaging.version import Version
 
@@ -22,6 +23,13 @@ from tests.trl import support
         (GRPOConfig, {"kl": "k1@reward", "multi_objective_aggregation": "normalize_then_sum"}, "sum_then_normalize"),
         (GRPOConfig, {"kl": "k1@advantage", "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         (GRPOConfig, {"kl": "k1@advantage", "loss_type": "vespo"}, "vespo"),
+        (GRPOConfig, {"kl": "k1@advantage", "top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+        (
+            GRPOConfig,
+            {"kl": "k1@advantage", "loss_type": "sapo", "importance_sampling_level": "sequence"},
+            "sapo.*importance_sampling_level",
+        ),
+        (GRPOConfig, {"kl": "k2@loss", "generation_kwargs": {"temperature": 0.5}}, "temperature 0.5.*scores with 1"),
     ],
 )
 def test_contradictions_in_the_config(cls, changes, reason, tmp_path):
@@ -36,6 +44,8 @@ def test_contradictions_in_the_config(cls, changes, reason, tmp_path):
         ("1.14.0", {"use_liger_kernel": True}, None),
         ("1.9.0", {"loss_type": "luspo", "kl": "k1@advantage"}, "luspo"),
         ("1.10.0", {"loss_type": "luspo", "kl": "k1@advantage"}, None),
+        ("1.9.0", {"loss_type": "luspo", "kl": "k2@loss"}, "luspo"),
+        ("1.9.0", {"loss_type": "luspo", "kl": "k1@reward"}, None),
     ],
 )
 def test_contradictions_of_old_versions(version, changes, reason, tmp_path):
@@ -45,7 +55,7 @@ def test_contradictions_of_old_versions(version, changes, reason, tmp_path):
     from kl_plugins.adapters.trl.guards import _contradictions
 
     spec = changes.pop("kl", "k2@loss") if "kl" in changes else "k2@loss"
-    settings = SimpleNamespace(**{"beta": 0.1, "loss_type": "dapo", **changes})
+    settings = SimpleNamespace(**{"beta": 0.1, "loss_type": "dapo", "importance_sampling_level": "token", **changes})
     found = list(_contradictions(KLSpec.parse(spec), settings, "GRPO", Version(version)))
     assert [reason in problem for problem in found] == ([True] if reason else [])
 
@@ -112,6 +122,51 @@ def test_a_subclass_that_calls_super_is_welcome(model, tmp_path):
     built = support.build(CallsSuper, GRPOConfig, model, tmp_path, kl="k2@loss")
     built.train()
     assert support.log_of(built, "kl/active") == [1.0, 1.0]
+
+
+class OwnRewards(GRPOTrainer):
+    """Replaces what only @reward works through."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return torch.tensor([[float(i % 2)] for i in range(len(prompts))])
+
+
+class OwnRollout(GRPOTrainer):
+    """Replaces what only scores work through."""
+
+    def _generate_and_score_completions(self, inputs):
+        return trl.GRPOTrainer._generate_and_score_completions(self, inputs)
+
+
+def test_a_subclass_is_refused_only_over_what_the_spec_works_through(model, tmp_path):
+    for cls, spec in ((OwnRewards, "k2@loss"), (OwnRewards, "k1@advantage"), (OwnRollout, "k2@loss")):
+        built = support.build(cls, GRPOConfig, model, tmp_path, kl=spec, max_steps=1)
+        built.train()
+        assert support.log_of(built, "kl/active") == [1.0]
+    for cls, spec, method in (
+        (OwnRewards, "k1@reward", "_calculate_rewards"),
+        (OwnRollout, "k1@advantage", "_generate_and_score_completions"),
+    ):
+        with pytest.raises(ValueError, match=f"own {method} never calls"):
+            support.build(cls, GRPOConfig, model, tmp_path, kl=spec)
+
+
+@pytest.mark.parametrize("spec", ["exact@loss", "exact@advantage"])
+def test_exact_terms_under_zero_3(spec, monkeypatch, tmp_path):
+    from transformers.integrations import deepspeed
+
+    class Zero3:
+        """Stands for a DeepSpeed config, without DeepSpeed in the process."""
+
+        def is_zero3(self):
+            return True
+
+    settings = support.settings(tmp_path)
+    there = Zero3()
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: there)
+    with pytest.raises(ValueError, match=r"ZeRO-3.*sampled spec"):
+        GRPOConfig(**settings, kl=spec)
+    GRPOConfig(**settings, kl="k2@loss")
 
 
 def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):

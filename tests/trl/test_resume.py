@@ -29,7 +29,12 @@ def test_resumed_equals_uninterrupted(spec, model, tmp_path):
     betas = after(whole, "kl/beta", 0)
     assert len(set(betas)) == 5, "the controller should move at every step"
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["kl_plugins"]["step"] == 2
+    assert (
+        json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["kl_plugins"]["controller"][
+            "step"
+        ]
+        == 2
+    )
     resumed = finished(model, tmp_path / "resumed", str(checkpoint), spec)
     for key in ("kl/beta", "loss", "grad_norm", "kl/value"):
         assert after(resumed, key, 2) == after(whole, key, 2), key
@@ -43,7 +48,7 @@ def test_a_checkpoint_without_controller_state_says_so(model, tmp_path, caplog):
     del content["stateful_callbacks"]["kl_plugins"]
     state.write_text(json.dumps(content))
     resumed = finished(model, tmp_path / "resumed", str(state.parent))
-    assert "starts anew at beta 0.2" in caplog.text
+    assert "starts again at beta 0.2" in caplog.text
     assert after(resumed, "kl/beta", 2)[0] == 0.2
 
 
