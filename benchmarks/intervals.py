@@ -1,4 +1,4 @@
-"""Intervals of a mean, from few measurements."""
+"""95 % intervals: of a mean from few measurements, of a share from counts."""
 
 from __future__ import annotations
 
@@ -24,3 +24,23 @@ def student(values: Sequence[float]) -> tuple[float, float]:
     """
     middle, half = mean(values), _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / math.sqrt(len(values))
     return middle - half, middle + half
+
+
+_Z = 1.959964  # the standard normal's quantile at 97.5 %
+
+
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score: it stays within 0 and 1, also where all or none were counted.
+
+    Args:
+        count: how many.
+        of: of how many, at least one.
+
+    Returns:
+        Lower and upper end.
+    """
+    share, size = count / of, 1 + _Z**2 / of
+    middle = (share + _Z**2 / (2 * of)) / size
+    half = _Z * math.sqrt(share * (1 - share) / of + _Z**2 / (4 * of**2)) / size
+    # The ends are exact where rounding would leave 1e-16.
+    return (0.0 if count == 0 else middle - half), (1.0 if count == of else middle + half)
