@@ -21,22 +21,22 @@ class SpecChangedError(RuntimeError):
     """A run was resumed under another spec than that of its checkpoint."""
 
 
-def record(spec: KLSpec, controller: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def record(spec: KLSpec | str, controller: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What goes into a checkpoint; plain data.
 
     Args:
-        spec: the run's.
+        spec: the run's; a canonical text where a host has several.
         controller: the state of its beta controller.
     """
     return {SPEC: str(spec), CONTROLLER: None if controller is None else dict(controller)}
 
 
-def resumed(saved: Mapping[str, Any] | None, spec: KLSpec) -> dict[str, Any] | None:
+def resumed(saved: Mapping[str, Any] | None, spec: KLSpec | str) -> dict[str, Any] | None:
     """The controller's state in a checkpoint, once its spec has been found to be the run's.
 
     Args:
         saved: what :func:`record` gave; None where the checkpoint holds nothing of kl-plugins.
-        spec: the run's.
+        spec: the run's, as :func:`record` got it.
 
     Raises:
         SpecChangedError: the checkpoint was written under another spec, and the user has not allowed that.

@@ -60,13 +60,13 @@ class CarriedBatch:
             raise RuntimeError(
                 f"kl-plugins: {self.host} asked for the KL of {self.spec} twice in one {self.loss}; that is not known"
             )
-        old, sampler = self.old_logp, self.sampler_logp
-        found = used(self.spec, self.source, policy=logp, reference=ref_logp, old=old, sampler=sampler)
+        behaviour = {"old": self.old_logp, "sampler": self.sampler_logp}
+        found = used(self.spec, self.source, policy=logp, reference=ref_logp, **behaviour)
         self.not_finite = count_not_finite(found, self.mask)
-        if OLD not in found:
-            old = finite_or(old, logp.detach())
-        if SAMPLER not in found:
-            sampler = finite_or(sampler, logp.detach() if old is None else old)
+        # A log-prob that only metrics use does not stop the run.
+        own = logp.detach()
+        old = self.old_logp if OLD in found else finite_or(self.old_logp, own)
+        sampler = self.sampler_logp if SAMPLER in found else finite_or(self.sampler_logp, own if old is None else old)
         term = kl_term(self.spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
         self.metrics, self.observed = term.metrics, (logp.detach(), ref_logp.detach())
         return term.loss

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kl_plugins.adapters.verl.host import LOSS_KEY, SCORE_KEY
-from kl_plugins.adapters.verl.settings import Specs
+from kl_plugins.adapters.verl.host import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
+from kl_plugins.adapters.verl.settings import Specs, logprobs_mode, sampling_of
+from kl_plugins.sampling import PRODUCTS
 from kl_plugins.spec import KLSpec
+
+REWARD_ESTIMATORS = (
+    "gae",
+    "grpo",
+    "grpo_vectorized",
+    "rloo",
+    "rloo_vectorized",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "opo",
+    "gpg",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+)
+"""Estimators in whose advantages the rewards of every response, and so its KL, have their effect."""
+
+WITHOUT_KL = {
+    "gdpo": "it normalises the components in algorithm.gdpo_reward_keys and never reads rewards that hold a KL",
+    "grpo_passk": "it gives the best response of a group an advantage and all others none, so their KL is dropped",
+}
+"""Estimators under which a KL in the reward is lost, with the reason."""
 
 ADVANTAGE_ESTIMATORS = ("grpo", "gae", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 """Estimators whose advantages are per token and final, so that a per-token penalty may be subtracted from them."""
@@ -43,7 +66,8 @@ def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
         yield "actor_rollout_ref.actor.use_kl_loss is False, so veRL would ignore it; set it to True"
     if spec.needs_exact:
         yield from _exact_problems(config)
-    yield from _beta_problems(spec, "actor_rollout_ref.actor.kl_loss_coef", actor.kl_loss_coef)
+    yield from _beta_problems(spec, LOSS_BETA, actor.kl_loss_coef)
+    yield from _sampling_problems(spec, config)
     if spec.behaviour == "sampler" and not rollout.calculate_log_probs:
         yield (
             "behaviour:sampler needs the sampler's log-probs; set actor_rollout_ref.rollout.calculate_log_probs=True, "
@@ -57,25 +81,38 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
         yield "algorithm.use_kl_in_reward is False, so veRL would ignore it; set it to True"
     if spec.needs_exact:
         yield "exact terms need the logits, which veRL's trainer process never has; use an exact @loss spec"
-    yield from _beta_problems(spec, "algorithm.kl_ctrl.kl_coef", algorithm.kl_ctrl.kl_coef)
+    yield from _beta_problems(spec, SCORE_BETA, algorithm.kl_ctrl.kl_coef)
     if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
         yield (
             f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both "
-            "control beta; "
-            "set algorithm.kl_ctrl.type=fixed or leave beta out of the spec"
+            "control beta; set algorithm.kl_ctrl.type=fixed or leave beta out of the spec"
         )
     if bypasses(config):
         yield (
             "algorithm.rollout_correction.bypass_mode=True puts the engine's log-probs in place of the "
-            "trainer's, so the KL "
-            "would hold their mismatch; set bypass_mode=False, or use a @loss spec"
+            "trainer's, so the KL would hold their mismatch; set bypass_mode=False, or use a @loss spec"
         )
     if spec.placement == "advantage":
         yield from _advantage_problems(algorithm, actor)
+    else:
+        yield from _reward_problems(algorithm)
+
+
+def _reward_problems(algorithm: Any) -> Iterator[str]:
+    estimator = estimator_of(algorithm)
+    if estimator in REWARD_ESTIMATORS:
+        return
+    reason = WITHOUT_KL.get(
+        estimator, "it is not veRL's own, so kl-plugins cannot know whether its advantages depend on every reward"
+    )
+    yield (
+        f"under algorithm.adv_estimator={estimator} a KL in the reward may have no effect: {reason}. Use one of "
+        f"{', '.join(REWARD_ESTIMATORS)}, or a @loss spec"
+    )
 
 
 def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
-    estimator = str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))
+    estimator = estimator_of(algorithm)
     if estimator not in ADVANTAGE_ESTIMATORS:
         yield (
             f"@advantage was checked with {', '.join(ADVANTAGE_ESTIMATORS)}, not with "
@@ -87,8 +124,31 @@ def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
     if mode not in PER_TOKEN_LOSSES:
         yield (
             f"actor_rollout_ref.actor.policy_loss.loss_mode={mode} does not use each token's own advantage "
-            "linearly; use "
-            f"one of {', '.join(PER_TOKEN_LOSSES)}, or a @loss spec"
+            f"linearly; use one of {', '.join(PER_TOKEN_LOSSES)}, or a @loss spec"
+        )
+
+
+def estimator_of(algorithm: Any) -> str:
+    """The name of the advantage estimator, which veRL has as a text or as a member of an enumeration."""
+    return str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))
+
+
+def _sampling_problems(spec: KLSpec, config: Any) -> Iterator[str]:
+    source, sampling = behaviour_source(spec, config), sampling_of(config)
+    yield from sampling.problems(spec, source)
+    if source != "sampler":
+        return
+    setting, mode = logprobs_mode(config)
+    if "logits" in mode:
+        yield (
+            f"{setting}={mode} makes the engine report logits, which are no log-probs; set it to "
+            "processed_logprobs, or use behaviour:old in the spec"
+        )
+    if str(config.actor_rollout_ref.rollout.get("name")) == "sglang" and sampling.truncated:
+        yield (
+            "SGLang reports log-probs of the distribution before truncation, which is not the one that it samples from "
+            f"({sampling}), so every importance weight would be wrong; sample the whole distribution (top_p 1, "
+            "top_k -1), or use behaviour:old in the spec"
         )
 
 
@@ -121,3 +181,28 @@ def behaviour_source(spec: KLSpec, config: Any) -> str:
         return "sampler"  # also under behaviour:old, because old equals rollout then
     sampled = bool(config.actor_rollout_ref.rollout.calculate_log_probs)
     return "sampler" if sampled and spec.behaviour != "old" else "old"
+
+
+def check_sessions(spec: KLSpec, keys: Sequence[str]) -> None:
+    """Raise where an agent loop gave several outputs in one session and the spec has terms that belong together.
+
+    Under GRPO veRL takes the advantages of a session from its last output alone, so a KL in the reward of the others
+    is dropped. Sums over later tokens and products of weights end where a row ends.
+
+    Args:
+        spec: what the user named.
+        keys: of the rows of a batch, ``{uid}_{session}_{index of the output}``.
+
+    Raises:
+        ValueError: how many sessions, and what to do.
+    """
+    own_tokens = spec.placement != "reward" and spec.horizon == "token" and spec.correction not in PRODUCTS
+    several = {key.rpartition("_")[0] for key in keys if key.rpartition("_")[2] not in ("", "0")}
+    if own_tokens or not several:
+        return
+    raise ValueError(
+        f"kl-plugins: the agent loop gave several outputs in {len(several)} sessions of this batch, and veRL trains on "
+        f"each output as a response of its own. {spec} has terms that belong to the whole session: they would stop at "
+        "the ends of outputs, and a KL in the reward would count in the last output alone. Use a spec whose terms "
+        "belong to single tokens, such as k2@loss/is:token, or an agent loop with one output per session"
+    )

@@ -8,6 +8,11 @@ SUPPORTED = ">=0.8,<0.10"
 
 LOSS_KEY = "actor_rollout_ref.actor.kl_loss_type"
 SCORE_KEY = "algorithm.kl_penalty"
+"""veRL's settings that hold a spec."""
+
+LOSS_BETA = "actor_rollout_ref.actor.kl_loss_coef"
+SCORE_BETA = "algorithm.kl_ctrl.kl_coef"
+"""veRL's settings that hold beta."""
 
 HOST = Host(
     name="verl",

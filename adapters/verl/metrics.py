@@ -1,4 +1,4 @@
-"""The ``kl/`` metrics through veRL's own tracking, weighted by tokens over micro-batches and ranks."""
+"""The ``kl/`` metrics on veRL's own way to its trainer: sums and maxima, which the trainer turns into metrics."""
 
 from __future__ import annotations
 
@@ -8,40 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.metrics import REDUCTIONS
+from kl_plugins.adapters.metrics import TOKENS, joined, sums_and_maxima
 
-TOKENS = "kl/tokens"
-"""Carries the weights of the means from the workers to the trainer, which takes it out again."""
+SUM, MAX = "kl_plugins/sum/", "kl_plugins/max/"
+"""What stands before the keys on the way.
 
-UNWEIGHTED = ("kl/active", "kl/beta")
-"""Keys that a micro-batch without tokens has as well."""
+veRL joins mini-batches by names: the largest where a key contains "max", else the mean. A mean of sums is as good as
+their total, because only ratios of sums are reported.
+"""
 
 
 def worker_metrics(
-    found: Mapping[str, Tensor], tokens: float, beta: float, make: Callable[[str, float], Any]
+    found: Mapping[str, Tensor], mask: Tensor, beta: float, make: Callable[[str, float], Any]
 ) -> dict[str, Any]:
-    """One micro-batch's metrics in a form that veRL may add up: means as sums over tokens.
+    """One micro-batch's sums and maxima in the form in which veRL carries them.
 
     Args:
         found: 0-d tensors by key, the same keys on every rank.
-        tokens: response tokens of the micro-batch.
-        beta: the coefficient in use.
-        make: builds veRL's metric object from an aggregation (``sum``, ``max``, ``mean``) and a value.
+        mask: (B, T), True on response tokens.
+        beta: the coefficient that was applied.
+        make: builds veRL's metric object from an aggregation (``sum`` or ``max``) and a value.
     """
-    columns = torch.stack([value.double() for value in found.values()]).tolist()  # one transfer from the device
-    made: dict[str, Any] = {TOKENS: make("sum", tokens), "kl/beta": make("mean", beta)}
-    for key, value in zip(found, columns, strict=True):
-        if key in UNWEIGHTED:
-            made[key] = make("mean", value)
-        elif REDUCTIONS[key] == "max":
-            made[key] = make("max", value)
-        else:
-            made[key] = make("sum", value * tokens)
-    return made
+    sums, maxima = sums_and_maxima(found, mask, beta)
+    numbers = iter(torch.stack([*sums.values(), *maxima.values()]).tolist())  # one transfer from the device
+    return {
+        f"{prefix}{key}": make(how, next(numbers))
+        for prefix, how, part in ((SUM, "sum", sums), (MAX, "max", maxima))
+        for key in part
+    }
 
 
 def finish(metrics: MutableMapping[str, Any], prefix: str) -> bool:
-    """Turn the sums into means and strip veRL's prefix, in place; values may be numbers or lists over mini-batches.
+    """Turn sums and maxima into the ``kl/`` metrics, in place; values may be numbers or lists over mini-batches.
 
     Args:
         metrics: what veRL's trainer got from its workers.
@@ -50,19 +48,23 @@ def finish(metrics: MutableMapping[str, Any], prefix: str) -> bool:
     Returns:
         Whether any KL metrics were there.
     """
-    ours = {key: metrics.pop(key) for key in list(metrics) if key.startswith(f"{prefix}kl/")}
-    found = {key.removeprefix(prefix): _total(value, "max" in key) for key, value in ours.items()}
-    if not found:
+    sums = {key: _sum(value) for key, value in _taken(metrics, f"{prefix}{SUM}").items()}
+    maxima = {key: _largest(value) for key, value in _taken(metrics, f"{prefix}{MAX}").items()}
+    if not sums:
         return False
-    tokens = found.pop(TOKENS)
-    for key, value in found.items():
-        weighted = key not in UNWEIGHTED and REDUCTIONS[key] == "mean"
-        metrics[key] = value / max(tokens, 1e-8) if weighted else value
+    # veRL has divided the totals by the numbers of ranks and mini-batches, so that less than one token may be left.
+    scale = 1 / sums[TOKENS] if 0 < sums[TOKENS] < 1 else 1.0
+    metrics.update(joined({key: value * scale for key, value in sums.items()}, maxima))
     return True
 
 
-def _total(value: Any, largest: bool) -> float:
-    # Means over mini-batches keep the ratio of a sum to its tokens.
-    if not isinstance(value, list):
-        return float(value)
-    return float(max(value)) if largest else float(sum(value)) / len(value)
+def _taken(metrics: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): metrics.pop(key) for key in list(metrics) if key.startswith(prefix)}
+
+
+def _sum(value: Any) -> float:
+    return float(sum(value)) if isinstance(value, list) else float(value)
+
+
+def _largest(value: Any) -> float:
+    return float(max(value)) if isinstance(value, list) else float(value)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from kl_plugins.adapters.log_probs import POLICY, count_not_finite, finite_or, require_finite
+from kl_plugins.adapters.log_probs import REFERENCE as OF_REFERENCE
 from kl_plugins.adapters.verl.beta import ScoreBeta
 from kl_plugins.adapters.verl.loss import MASK, OLD, SAMPLER
-from kl_plugins.controllers import observed_kl_sums
 from kl_plugins.metrics import penalty_metrics
 from kl_plugins.penalty import kl_penalty
 from kl_plugins.spec import KLSpec
@@ -19,10 +20,13 @@ REFERENCE = "ref_log_prob"
 """veRL's key of the reference's log-probs."""
 
 PENALTY = "kl_plugins_penalty"
-"""Key of beta times the ``@advantage`` penalty (B, T), from where rewards are shaped to where advantages are final."""
+"""Key of beta times the ``@advantage`` penalty (B, T) in veRL's batch, and of its controller in the batch's notes.
 
-current: ContextVar[Tensor | None] = ContextVar("kl_plugins_verl_penalty", default=None)
-"""The penalty that the hook around veRL's KL function hands out while rewards are shaped."""
+Both are there from where rewards are shaped to where advantages are final.
+"""
+
+current: ContextVar[Tensor | None] = ContextVar("kl_plugins_verl_kl", default=None)
+"""What the hook around veRL's KL function hands out while rewards are shaped."""
 
 
 class NoSubtraction:
@@ -38,52 +42,55 @@ class NoSubtraction:
         self._control.update(current_kl=current_kl, n_steps=n_steps)
 
 
-def penalty_of(spec: KLSpec, batch: Any) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:
-    """The (B, T) penalty of a rollout batch per unit beta, its metrics, and the observed KL.
+class Shaped(NamedTuple):
+    """What becomes of the KL of a rollout batch.
+
+    Attributes:
+        penalty: (B, T) per unit beta, nats.
+        kl: (B, T) nats, what veRL takes for the KL: it logs its mean, and its adaptive controller follows that.
+        metrics: 0-d tensors by key.
+    """
+
+    penalty: Tensor
+    kl: Tensor
+    metrics: dict[str, Tensor]
+
+
+def shape(control: ScoreBeta, batch: Any) -> Shaped:
+    """The penalty of a rollout batch; the controller observes its KL.
 
     Args:
-        spec: a score spec.
+        control: of a score spec.
         batch: veRL's padded batch: the trainer's log-probs, the reference's, the mask, and the sampler's if there.
 
-    Returns:
-        Penalty, 0-d metrics by key, and (sum of k3 in nats, response tokens).
-
     Raises:
-        ValueError: a log-prob of a response token is not finite.
+        LogProbError: a log-prob of a response token is not finite.
     """
-    logp, ref, mask = batch[OLD], batch[REFERENCE], batch[MASK].bool()
-    for name, values in ((OLD, logp), (REFERENCE, ref)):
-        unknown = int((~torch.isfinite(values) & mask).sum())
-        if unknown:
-            raise ValueError(
-                f"kl-plugins: {name} is not finite on {unknown} of {int(mask.sum())} response tokens, so {spec} "
-                "has no value "
-                "there. Resume from the last checkpoint, with a smaller learning rate if the policy diverged."
-            )
+    spec, logp, ref, mask = control.spec, batch[OLD], batch[REFERENCE], batch[MASK].bool()
+    require_finite(count_not_finite({POLICY: logp, OF_REFERENCE: ref}, mask), spec)
+    control.controller.forget()
+    control.controller.observe(logp, ref, mask)
     penalty = kl_penalty(spec, logp, ref, mask)
+    # An @advantage penalty holds the KL of later tokens as well: its mean is no KL per token.
+    own = replace(spec, horizon="token", future=None, gamma=1.0)
+    kl = penalty if spec.placement == "reward" else kl_penalty(own, logp, ref, mask)
     sampler = batch[SAMPLER] if SAMPLER in batch.keys() else None  # noqa: SIM118  TensorDict has no plain `in`
-    kl, tokens = observed_kl_sums(logp, ref, mask)
-    return penalty, penalty_metrics(penalty, logp, ref, sampler, mask), (kl.item(), tokens.item())
+    return Shaped(penalty, kl, penalty_metrics(penalty, logp, ref, finite_or(sampler, logp), mask))
 
 
-_sender: ContextVar[ScoreBeta | None] = ContextVar("kl_plugins_verl_sender", default=None)
-
-
-def hand_on(batch: Any, penalty: Tensor, control: ScoreBeta) -> None:
-    """Put an ``@advantage`` penalty, beta included, into the batch; it is pending until the advantages have it."""
-    batch[PENALTY] = penalty
+def hand_on(data: Any, penalty: Tensor, control: ScoreBeta) -> None:
+    """Put an ``@advantage`` penalty, beta included, into veRL's batch; it is pending until the advantages have it."""
+    data.batch[PENALTY], data.meta_info[PENALTY] = penalty, control
     control.pending = True
-    _sender.set(control)
 
 
-def take_penalty(batch: Any) -> Tensor | None:
+def take_penalty(data: Any) -> Tensor | None:
     """Take the ``@advantage`` penalty out of the batch; None where there is none, or an outer hook has taken it."""
-    if PENALTY not in batch.keys():  # noqa: SIM118  TensorDict has no plain `in`
+    control: ScoreBeta | None = data.meta_info.pop(PENALTY, None)
+    if control is None:
         return None
-    control = _sender.get()
-    if control is not None:
-        control.pending = False
-    penalty: Tensor = batch.pop(PENALTY)
+    penalty: Tensor = data.batch.pop(PENALTY)
+    control.pending = False
     return penalty
 
 

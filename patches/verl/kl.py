@@ -22,16 +22,15 @@ def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: 
     batch = current()
     if batch is not None:
         return batch.term(named["logprob"], named["ref_logprob"])
-    penalty = score.current.get()
-    if penalty is not None:
-        return penalty
+    kl = score.current.get()
+    if kl is not None:
+        return kl
     from kl_plugins.patches.verl.support import check_process
 
     check_process()
     raise RuntimeError(
         f"kl-plugins: {text} reached veRL's KL function from a place that kl-plugins does not know; a @loss spec "
-        "works in "
-        "veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
+        "works in veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
     )
 
 
@@ -47,23 +46,22 @@ def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kw
             f"kl-plugins: {spec} is used by a trainer that kl-plugins has not checked; use one of veRL's own PPO "
             "trainers"
         )
-    penalty, found, control.observed = score.penalty_of(spec, data.batch)
-    beta = control.value
+    shaped, beta = score.shape(control, data.batch), control.value
     in_reward = spec.placement == "reward"
-    token = score.current.set(penalty)
+    token = score.current.set(shaped.kl)
     try:
         data, metrics = wrapped(data, control if in_reward else score.NoSubtraction(control), named["kl_penalty"])
     finally:
         score.current.reset(token)
     if not in_reward:
-        score.hand_on(data.batch, beta * penalty, control)
+        score.hand_on(data, beta * shaped.penalty, control)
         metrics["actor/reward_kl_penalty_coeff"] = beta
-    return data, {**metrics, **{key: value.item() for key, value in found.items()}, "kl/beta": beta}
+    return data, {**metrics, **{key: value.item() for key, value in shaped.metrics.items()}, "kl/beta": beta}
 
 
 def compute_advantage(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the functions that end in final advantages; the outermost of them subtracts the penalty."""
-    penalty = score.take_penalty(arguments(wrapped, args, kwargs)["data"].batch)
+    penalty = score.take_penalty(arguments(wrapped, args, kwargs)["data"])
     data = wrapped(*args, **kwargs)
     if penalty is not None:
         advantages = data.batch["advantages"]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kl_plugins.adapters.beta import LossBeta, restored
+from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.micro_batch import carried
 from kl_plugins.adapters.verl.beta import read_state, write_state
 from kl_plugins.adapters.verl.exact import LOGITS, cost
 from kl_plugins.adapters.verl.loss import MicroBatch
-from kl_plugins.adapters.verl.session import Session
-from kl_plugins.adapters.verl.settings import loss_spec
+from kl_plugins.adapters.verl.session import Session, Total
+from kl_plugins.adapters.verl.settings import aggregation_caveats, aggregation_of, loss_spec
 from kl_plugins.patches.arguments import Function, arguments
 from kl_plugins.patches.patch import Hook
 from kl_plugins.patches.verl import exact
 from kl_plugins.receipts import Receipt
+from kl_plugins.spec.target import caveats_with_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a training worker that holds its session; absent on stock workers."""
@@ -36,7 +41,7 @@ def session_of(worker: Any) -> Session | None:
         return None
     session: Session | None = vars(worker).get(ATTRIBUTE)
     if session is None or session.loss_fn is not loss_fn:
-        session = Session(spec, loss_fn, LossBeta(spec.beta, float(config.kl_loss_coef)))
+        session = Session.of(spec, loss_fn, config)
         setattr(worker, ATTRIBUTE, session)
     return session
 
@@ -53,10 +58,9 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
     if session is None:
         raise RuntimeError(
             f"kl-plugins: veRL's PPO loss was called with {spec} outside of TrainingWorker.train_batch; this "
-            "engine or trainer "
-            "is not one that kl-plugins was tested with"
+            "engine or trainer is not one that kl-plugins was tested with"
         )
-    batch = MicroBatch.read(spec, named["data"], session.behaviour, session.sampler_usable)
+    batch = MicroBatch.read(spec, named["data"], session.behaviour)
     if spec.needs_exact:
         batch.exact = exact.of_model_output(spec, named["model_output"], named["data"])
     named["config"] = session.config_with_beta(named["config"])
@@ -78,44 +82,76 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     if session is None:
         return wrapped(*args, **kwargs)
     session.require_confirmed()
-    group = worker.engine.get_data_parallel_group()
-    session.check_sampler(arguments(wrapped, args, kwargs)["data"], partial(_total, group))
+    session.start_step()
+    total = partial(_total, worker.engine.get_data_parallel_group())
     token = _active.set(session)
     try:
-        with exact.showing_logits(session, arguments(wrapped, args, kwargs)["data"]):
+        with (
+            exact.showing_logits(session, arguments(wrapped, args, kwargs)["data"]),
+            _checked_steps(worker.engine, session, total),
+        ):
             output = wrapped(*args, **kwargs)
     finally:
         _active.reset(token)
-    session.beta.step(group)
+    session.controller.step(total)
     return output
 
 
-def _total(group: Any, numbers: list[int]) -> list[int]:
-    import torch.distributed
-    from verl.utils.device import get_device_id
+@contextmanager
+def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None]:
+    """Within the block, the engine's optimizer steps only if the step's log-probs are sound on all ranks.
 
-    sums = torch.tensor(numbers, device=get_device_id())
+    Then the gradients are there, and nothing is updated yet. veRL itself would skip the update where the norm of the
+    gradient is not finite, and go on.
+
+    Raises:
+        RuntimeError: the block ended without a step.
+    """
+    step, own, steps = engine.optimizer_step, vars(engine).get("optimizer_step"), 0
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        session.check(total)
+        steps += 1
+        return step(*args, **kwargs)
+
+    engine.optimizer_step = checked
+    try:
+        yield
+    finally:
+        del engine.optimizer_step
+        if own is not None:
+            engine.optimizer_step = own
+    if steps != 1:
+        raise RuntimeError(
+            f"kl-plugins: veRL's engine took {steps} optimizer steps in one train_batch instead of one, so the "
+            f"log-probs that {session.spec} needs were not checked; this engine is not known"
+        )
+
+
+def _total(group: Any, numbers: Tensor) -> Tensor:
+    import torch.distributed
+
     if group is not None:
-        torch.distributed.all_reduce(sums, group=group)
-    return [int(number) for number in sums.tolist()]
+        torch.distributed.all_reduce(numbers, group=group)
+    return numbers
 
 
 def save_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around a worker's checkpoint: the controller's state goes beside its shard."""
+    """Around a worker's checkpoint: the spec and the controller's state go beside its shard."""
     result = wrapped(*args, **kwargs)
     session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
-    if session is not None and session.beta.schedule is not None and folder:
-        write_state(_state_file(folder, worker), session.beta.state)
+    if session is not None and folder:
+        write_state(_state_file(folder, worker), record(session.spec, session.controller.saved()))
     return result
 
 
 def load_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around a worker's resume."""
+    """Around a worker's resume: another spec is refused before anything is loaded."""
     session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
-    if session is not None and session.beta.schedule is not None and folder:
+    if session is not None and folder:
         # Read first: veRL may delete the folder after loading.
-        saved = read_state(_state_file(folder, worker))
-        session.beta.state = restored(session.beta.state, saved, session.beta.schedule)
+        session.controller.restore(resumed(read_state(_state_file(folder, worker)), session.spec))
     return wrapped(*args, **kwargs)
 
 
@@ -149,6 +185,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     if session.spec.needs_exact:
         session.reference = _reference(process)
     session.confirmed, session.behaviour = True, behaviour
+    actor = session.loss_fn.keywords["config"]
     used = [patch for patch in PATCHES.patches if patch.module.startswith("verl.workers")]
     return Receipt(
         rank=int(process.rank),
@@ -161,6 +198,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         target=session.spec.target,
         behaviour=behaviour,
         cost=cost(session.spec),
+        aggregation=str(aggregation_of(actor, "loss")),
+        caveats=(*caveats_with_source(session.spec, behaviour), *aggregation_caveats(actor, "loss")),
     )
 
 

@@ -6,11 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.verl import ray_support
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9
+from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9, WITHOUT_PLUGIN
+from tests.verl.workers import Group
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("veRL is not installed", allow_module_level=True)
@@ -49,3 +51,35 @@ def cluster() -> Iterator[None]:
 
     with ray_support.cluster(remote, cpus=32):
         yield
+
+
+@pytest.fixture(scope="session")
+def model(assets: Path) -> Any:
+    """The policy that every group of workers starts from."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="session")
+def single(assets: Path, cluster: None) -> Iterator[Group]:
+    """One training worker, shared by all tests; sequences are packed."""
+    made = Group(str(assets / "model"), 1, packed=True)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def pair(assets: Path, cluster: None) -> Iterator[Group]:
+    """Two training workers, shared by all tests; sequences are padded."""
+    made = Group(str(assets / "model"), 2, packed=False)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def stock(assets: Path, cluster: None) -> Iterator[Group]:
+    """One training worker in a process without kl-plugins."""
+    made = Group(str(assets / "model"), 1, packed=True, environment=WITHOUT_PLUGIN)
+    yield made
+    made.end()

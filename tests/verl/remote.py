@@ -29,6 +29,39 @@ def state(process):
     return gradient, {name: _full(value) for name, value in named.items()}
 
 
+def record_gradients(process):
+    """From now on keep the gradients of the last optimizer step that was made."""
+    parameters = dict(process.engine.module.named_parameters())
+    process.recorded = {}
+
+    def keep(optimizer, args, kwargs):
+        process.recorded = {name: value.grad.detach().clone() for name, value in parameters.items()}
+
+    process.engine.optimizer.register_step_pre_hook(keep)
+
+
+def recorded_gradients(process):
+    """Those gradients, by name; every rank has to be asked."""
+    return {name: _full(value) for name, value in process.recorded.items()}
+
+
+def set_coefficient(process, value):
+    """Change the coefficient of the KL loss, as a program does that controls it."""
+    object.__setattr__(process.loss_fn.keywords["config"], "kl_loss_coef", value)  # veRL's dataclasses are frozen
+
+
+def break_policy(process, position, token, value):
+    """Put a value into the logits of the next forward pass, in its first sequence."""
+
+    def once(module, args, output):
+        handle.remove()
+        output = output.clone()
+        output[0, position, token] = value
+        return output
+
+    handle = process.engine.module.lm_head.register_forward_hook(once)
+
+
 def imported(process):
     """Names of the modules of kl-plugins in the process."""
     import sys

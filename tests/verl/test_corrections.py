@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from tests.verl.reference import by_hand, difference, distance
-from tests.verl.workers import Group, make_batch
+from tests.verl.workers import make_batch
 
 SPEC = "k2@loss/is:token"
-
-
-@pytest.fixture(scope="module")
-def model(assets):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +16,9 @@ def batch(model):
     return make_batch(model, advantages=True)
 
 
-@pytest.fixture(scope="module")
-def group(assets, cluster):
-    made = Group(str(assets / "model"), 1, packed=True)
-    yield made
-    made.end()
+@pytest.fixture
+def group(single):
+    return single
 
 
 def corrected(batch, **settings):
@@ -59,14 +50,14 @@ def kl_gradient(group, batch, text, **changes):
 def test_rejected_tokens_are_no_tokens_of_the_kl(rejection, text, group, batch, model):
     mode, threshold = rejection
     rejected = corrected(batch, rollout_rs=mode, rollout_rs_threshold=threshold)
-    kept = sum(mask.sum().item() for mask in rejected.extra["response_mask"])
-    assert 0 < kept < sum(len(mask) for mask in batch.masks)
+    assert (
+        0 < sum(mask.sum().item() for mask in rejected.extra["response_mask"]) < sum(len(mask) for mask in batch.masks)
+    )
     value, expected, found = by_hand(model, rejected, text)
     gradient, metrics = kl_gradient(group, rejected, text)
     assert metrics["kl_loss"] == pytest.approx(value, rel=1e-5)
     assert distance(gradient, expected) < 1e-4
-    assert metrics["kl/tokens"] == kept
-    assert metrics["kl/reverse_k1"] / kept == pytest.approx(found["kl/reverse_k1"].item(), rel=1e-4)
+    assert metrics["kl/reverse_k1"] == pytest.approx(found["kl/reverse_k1"].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["token", "sequence"])

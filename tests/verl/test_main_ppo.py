@@ -36,7 +36,7 @@ def test_grpo_with_a_weighted_loss_over_two_epochs(assets, tmp_path):
         assert step["actor/kl_coef"] == step["kl/beta"] == 0.1
     # The policy leaves the reference in the first update.
     assert second["kl/value"] > 0 < second["actor/kl_loss"]
-    assert not [key for key in second if key.startswith("actor/kl/") or key == "kl/tokens"]
+    assert not [key for key in second if key.startswith("actor/kl/") or "kl_plugins" in key]
 
 
 @pytest.mark.full
@@ -80,14 +80,3 @@ def test_loss_controller_over_a_resume_on_two_ranks_in_v0(assets, tmp_path):
     resumed = {**settings, "trainer.resume_mode": "auto", "trainer.total_training_steps": 3}
     (third,) = finished(run(assets, tmp_path, resumed, ranks=2), steps=1)
     assert third["kl/beta"] == pytest.approx(0.3)
-
-
-@pytest.mark.full
-def test_a_broken_sampler_stops_the_run_and_the_checkpoint_resumes(assets, tmp_path):
-    settings = {**LOSS, KL_TYPE: "k2@loss/is:token", "trainer.save_freq": 1, "trainer.total_training_steps": 1}
-    finished(run(assets, tmp_path, settings), steps=1)
-    resumed = {**settings, "trainer.resume_mode": "auto", "trainer.total_training_steps": 2}
-    broken = run(assets, tmp_path, resumed, environment={"SAMPLER_NAN": "1"})
-    assert broken.status != 0
-    assert "the sampler gave no finite log-prob" in broken.output
-    finished(run(assets, tmp_path, resumed), steps=1)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from kl_plugins.adapters.verl import require_receipts
 from kl_plugins.receipts import MissingReceiptError
@@ -21,17 +20,8 @@ SPEC = "k2@loss/is:token"
 
 
 @pytest.fixture(scope="module")
-def batch(assets):
-    from transformers import AutoModelForCausalLM
-
-    return make_batch(AutoModelForCausalLM.from_pretrained(assets / "model"))
-
-
-@pytest.fixture(scope="module")
-def pair(assets, cluster):
-    made = Group(str(assets / "model"), 2, packed=False)
-    yield made
-    made.end()
+def batch(model):
+    return make_batch(model)
 
 
 def test_every_worker_gives_a_receipt(pair):
@@ -56,24 +46,8 @@ def test_a_worker_with_another_spec_is_named(pair):
         require_receipts(pair.workers, SPEC)
 
 
-def test_log_probs_of_the_sampler_that_are_nan_stop_the_update(pair, batch):
-    kept = batch.log_probs["rollout_log_probs"][0]
-    batch.log_probs["rollout_log_probs"][0] = torch.full_like(kept, torch.nan)
-    try:
-        pair.use(SPEC)
-        with pytest.raises(ValueError, match=r"no finite log-prob for \d+ of \d+ response tokens"):
-            pair.step(batch)
-        pair.use("k2@loss/is:token/behaviour:old")
-        assert pair.step(batch).metrics["grad_norm"] > 0
-    finally:
-        batch.log_probs["rollout_log_probs"][0] = kept
-
-
-@pytest.mark.parametrize(
-    ("text", "betas"),
-    [("k2@loss/beta:linear-0.1-0.5-2", [0.1, 0.3, 0.5]), ("k2@loss/beta:dual-0.001-1", None)],
-)
-def test_controllers_are_saved_with_veRLs_checkpoints(text, betas, pair, batch, tmp_path):
+def test_controllers_are_saved_with_verls_checkpoints(pair, batch, tmp_path):
+    text = "k2@loss/beta:dual-0.001-1"
     pair.use(text)
     seen = [pair.step(batch).metrics["kl_coef"] for _ in range(2)]
     pair.workers.save_checkpoint(str(tmp_path / "actor"), global_step=2)
@@ -82,22 +56,22 @@ def test_controllers_are_saved_with_veRLs_checkpoints(text, betas, pair, batch, 
     assert states[0] == states[1], "every rank holds the same beta"
     third = pair.step(batch).metrics["kl_coef"]
     assert len({*seen, third}) == 3
-    if betas:
-        assert [*seen, third] == pytest.approx(betas)
-    pair.use(text)  # anew
+    pair.use(text)  # starts again
     assert pair.step(batch).metrics["kl_coef"] == seen[0]
     pair.workers.load_checkpoint(str(tmp_path / "actor"))
     assert pair.step(batch).metrics["kl_coef"] == third
 
 
-def test_a_dead_worker_is_named(assets, cluster, pair):
+def test_a_dead_worker_is_named(assets, cluster):
     import ray
 
-    pair.use(SPEC, receipts=False)
+    group = Group(str(assets / "model"), 1, packed=True)
+    group.use(SPEC, receipts=False)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(pair.workers.workers[1].__ray_call__.remote(remote.end))
-    with pytest.raises(MissingReceiptError, match=r"no receipt from 1 of 2 workers:\s+rank 1: Actor\w*Error"):
-        require_receipts(pair.workers, SPEC)
+        ray.get(group.workers.workers[0].__ray_call__.remote(remote.end))
+    with pytest.raises(MissingReceiptError, match=r"no receipt from 1 of 1 workers:\s+rank 0: Actor\w*Error"):
+        require_receipts(group.workers, SPEC)
+    group.end()
 
 
 def two_nodes(assets, *second):

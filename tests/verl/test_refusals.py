@@ -5,17 +5,19 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import verl
 from hydra import compose, initialize_config_dir
+from packaging.version import Version
 
 from kl_plugins.adapters.verl import guards
-from kl_plugins.adapters.verl.settings import specs_of
+from kl_plugins.adapters.verl.settings import Specs, aggregation_caveats, aggregation_of, specs_of
 from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.verl import support
-from kl_plugins.patches.verl.trainer import checked
+from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession, checked
 from kl_plugins.spec import KLSpec, KLSpecError
 from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
@@ -26,6 +28,10 @@ ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advanta
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
 V1 = pytest.mark.skipif(not SINCE_0_9, reason="veRL without v1 trainers")
 LAUNCHER = pytest.mark.skipif(not SINCE_0_9, reason="veRL that checks its config in Ray's task runner")
+ROLLOUT = "actor_rollout_ref.rollout"
+LOGPROBS = f"{ROLLOUT}.logprobs_mode"
+RAW_BY_ENGINE = f"+{ROLLOUT}.engine_kwargs.vllm.logprobs_mode=raw_logprobs"
+SAMPLED = f"{ROLLOUT}.calculate_log_probs=True"
 BYPASS = "algorithm.rollout_correction.bypass_mode=True"
 
 
@@ -72,6 +78,16 @@ def test_good_configs_pass(overrides):
             (REWARD[0], "algorithm.kl_penalty=k1@reward/beta:dual-0.1-0.01", "algorithm.kl_ctrl.type=adaptive"),
             "both control beta",
         ),
+        ((*REWARD, "algorithm.adv_estimator=gdpo"), r"adv_estimator=gdpo .* never reads rewards that hold a KL"),
+        ((*REWARD, "algorithm.adv_estimator=grpo_passk"), r"adv_estimator=grpo_passk .* their KL is dropped"),
+        ((*REWARD, "algorithm.adv_estimator=mine"), r"adv_estimator=mine .* is not veRL's own.* or a @loss spec"),
+        ((*LOSS, SAMPLED, f"{LOGPROBS}=processed_logits"), "report logits, which are no log-probs"),
+        ((*LOSS, SAMPLED, f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.top_p=0.9"), "SGLang reports .* before truncation"),
+        (
+            (*LOSS, SAMPLED, f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.temperature=0.7", RAW_BY_ENGINE),
+            r"raw log-probs.*\(temperature 0\.7\).*set actor_rollout_ref\.rollout\.engine_kwargs\.vllm\.logprobs_mode",
+        ),
+        ((*LOSS, SAMPLED, f"{ROLLOUT}.temperature=0.7", f"{LOGPROBS}=null"), "raw log-probs"),
         ((*ADVANTAGE, "algorithm.adv_estimator=opo"), "algorithm.adv_estimator=opo"),
         ((*ADVANTAGE, "algorithm.use_pf_ppo=True"), "resamples"),
         ((*ADVANTAGE, "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean"), "geo_mean"),
@@ -127,6 +143,85 @@ def test_trainers_that_were_not_tested_are_refused_by_name():
 )
 def test_behaviour_source(text, overrides, source):
     assert guards.behaviour_source(KLSpec.parse(text), config(*overrides)) == source
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("token-mean", "token mean"),
+        ("seq-mean-token-sum", "token sum"),
+        ("seq-mean-token-sum-norm", "constant"),
+        ("seq-mean-token-mean", "sequence mean"),
+    ],
+)
+def test_aggregation_of_a_loss(mode, kind):
+    actor = config(f"actor_rollout_ref.actor.loss_agg_mode={mode}").actor_rollout_ref.actor
+    found = aggregation_of(actor, "loss")
+    assert (found.kind, found.setting) == (kind, f"actor_rollout_ref.actor.loss_agg_mode={mode}")
+    caveats = aggregation_caveats(actor, "loss")
+    assert len(caveats) == (kind in ("sequence mean", "constant"))
+    assert ("loss_scale_factor" in str(caveats)) == (kind == "constant")
+
+
+def test_a_penalty_is_aggregated_by_the_policy_loss():
+    def kind(loss, placement):
+        chosen = config(f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
+        return aggregation_of(chosen.actor_rollout_ref.actor, placement).kind
+
+    assert [kind(loss, "reward") for loss in ("vanilla", "sapo", "geo_mean")] == ["token mean", *["sequence mean"] * 2]
+    assert kind("sapo", "loss") == "token mean"
+    old_gspo = Version(version("verl")) < Version("0.9.1")
+    assert kind("gspo", "advantage") == ("sequence mean" if old_gspo else "token mean")
+
+
+def sessions(*keys):
+    """A batch of veRL's v1 trainers whose rows have these names."""
+    from transfer_queue import KVBatchMeta
+
+    return KVBatchMeta(keys=list(keys), tags=[{} for _ in keys], partition_id="train", fields=None, extra_info={})
+
+
+@V1
+def test_verl_takes_the_advantages_of_a_session_from_its_last_output():
+    import numpy as np
+    import torch
+    from verl import DataProto
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    rewards = torch.tensor([[-9.0], [1.0], [-9.0], [0.0]])
+    data = DataProto.from_single_dict({"token_level_rewards": rewards, "response_mask": torch.ones(4, 1)})
+    data.non_tensor_batch["uid"] = np.array(["a"] * 4, dtype=object)
+    keys = ["a_0_0", "a_0_1", "a_1_0", "a_1_1"]
+    found = compute_advantage_for_multi_trajectories(data, keys, "grpo", norm_adv_by_std_in_grpo=False)
+    assert found.batch["advantages"].flatten().tolist() == [0.5, 0.5, -0.5, -0.5], "what kl-plugins refuses below"
+
+
+@V1
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("k1@reward", True),
+        ("k1@advantage", True),
+        ("k2@loss/horizon:sequence", True),
+        ("k2@loss/is:prefix", True),
+        ("k2@loss/is:token", False),
+        ("k1@advantage/horizon:token", False),
+    ],
+)
+def test_terms_of_whole_sessions_are_refused_where_an_agent_loop_gives_several_outputs(text, refused):
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    spec = KLSpec.parse(text)
+    specs = Specs(spec, None) if spec.placement == "loss" else Specs(None, spec)
+    trainer = object.__new__(PPOTrainerSync)  # it has no workers yet
+    setattr(trainer, ATTRIBUTE, TrainerSession(specs))
+    with pytest.raises(AttributeError):
+        trainer._update_actor(sessions("a_0_0", "b_0_0", "b_1_0", "c_d_7_0"), metrics={})
+    error, message = (
+        (ValueError, r"several outputs in 2 sessions .*k2@loss/is:token") if refused else (AttributeError, "")
+    )
+    with pytest.raises(error, match=message):
+        trainer._update_actor(sessions("a_0_0", "a_0_1", "a_0_2", "b_0_0", "b_1_1"), metrics={})
 
 
 def test_a_spec_error_reaches_the_user_as_one():

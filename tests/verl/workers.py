@@ -212,7 +212,7 @@ class Group:
             infer_micro_batch_size_per_gpu=8,
         )
 
-    def use(self, kl: str | None, *, receipts: bool = True, **changes: Any) -> None:
+    def use(self, kl: str | None, *, receipts: bool = True, reset: bool = True, **changes: Any) -> None:
         """Set the loss function and start again from the initial weights; None: no KL loss."""
         from verl.workers.config import FSDPActorConfig
         from verl.workers.utils.losses import ppo_loss
@@ -227,7 +227,8 @@ class Group:
             use_kl_loss=kl is not None,
             **{"kl_loss_type": kl or "low_var_kl", "kl_loss_coef": BETA, **changes},
         )
-        self.workers.reset()
+        if reset:
+            self.workers.reset()
         self.workers.set_loss_fn(partial(ppo_loss, config=config))
         if kl is not None and "@" in kl and receipts:
             require_receipts(self.workers, kl)
@@ -258,8 +259,11 @@ class Group:
         return list(ray.get([worker.__ray_call__.remote(function, *arguments) for worker in self.workers.workers]))
 
     def step(self, batch: Batch) -> Step:
-        """One optimizer step on the batch."""
+        """One optimizer step on the batch; the KL's metrics are those that veRL's trainers log."""
+        from kl_plugins.adapters.verl.metrics import finish
+
         metrics = self.train(batch)
+        finish(metrics, prefix="")
         return Step(metrics, *self.ask(remote.state)[0])
 
     def run(self, kl: str | None, batch: Batch, **changes: Any) -> Step:

@@ -1,7 +1,7 @@
 """The rollout engine ``transformers_cpu``: one Ray actor per replica that samples from a transformers model.
 
 Environment: ``SAMPLER_SHARPNESS`` scales the sampler's logits, so that it differs from the trainer's policy;
-``SAMPLER_NAN=1`` makes the first log-prob of every response NaN.
+``SAMPLER_NAN=N`` makes the first log-prob of every response NaN, once the sampler has the weights of N updates.
 """
 
 import os
@@ -34,7 +34,7 @@ class Sampler:
         self.response_length, self.global_steps = response_length, None
         self.generator = torch.Generator().manual_seed(rank + 1)
         self.sharpness = float(os.environ.get("SAMPLER_SHARPNESS", "1"))
-        self.broken = os.environ.get("SAMPLER_NAN") == "1"
+        self.broken_after = float(os.environ.get("SAMPLER_NAN", "inf"))
 
     async def node_address(self):
         return ray.util.get_node_ip_address()
@@ -69,6 +69,7 @@ class Sampler:
         temperature = float(params.get("temperature", 1.0))
         limit = int(params.get("max_tokens") or self.response_length)
         tokens, log_probs, cache = [], [], None
+        broken = (self.global_steps or 0) >= self.broken_after
         while len(tokens) < limit:
             output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
@@ -77,7 +78,7 @@ class Sampler:
             greedy = logp.argmax().view(1)
             token = torch.multinomial(logp.exp(), 1, generator=self.generator) if temperature else greedy
             tokens.append(token.item())
-            log_probs.append(float("nan") if self.broken and not log_probs else logp[token].item())
+            log_probs.append(float("nan") if broken and not log_probs else logp[token].item())
             if token.item() == self.model.config.eos_token_id:
                 break
             ids = token.view(1, 1)
