@@ -26,7 +26,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class BetaSchedule:
-    """The ``beta:`` option: a kind and its numbers (see :data:`kl_plugins.spec.grammar.BETA_FORMS`)."""
+    """The ``beta:`` option: a kind and its numbers (see :data:`kl_plugins.spec.schedules.SCHEDULES`)."""
 
     kind: str
     numbers: tuple[float, ...]

@@ -6,11 +6,12 @@ from typing import Any
 
 from kl_plugins.cli.output import Page, fail, print_json
 from kl_plugins.estimators import all_estimators
-from kl_plugins.explain.options import BETA_MEANINGS, CORRECTION_MEANINGS, OPTION_MEANINGS, PLACEMENT_MEANINGS
+from kl_plugins.explain.options import PLACEMENT_MEANINGS
 from kl_plugins.hosts import discover_hosts
 from kl_plugins.spec import PRESETS, KLSpec
-from kl_plugins.spec.grammar import OPTION_ORDER
+from kl_plugins.spec.options import OPTIONS
 from kl_plugins.spec.presets import NOTES
+from kl_plugins.spec.schedules import SCHEDULES
 
 
 def list_command(as_json: bool) -> int:
@@ -61,12 +62,9 @@ def build_catalogue() -> dict[str, list[dict[str, Any]]]:
             {"name": name, "spec": spec, "target": KLSpec.parse(spec).target, "note": NOTES[name]}
             for name, spec in PRESETS.items()
         ],
-        "corrections": [{"name": name, "meaning": meaning} for name, meaning in CORRECTION_MEANINGS.items()],
-        "options": [
-            {"name": name, "value": OPTION_MEANINGS[name][0], "meaning": OPTION_MEANINGS[name][1]}
-            for name in OPTION_ORDER
-        ],
-        "beta": [{"name": name, "value": form, "meaning": meaning} for name, (form, meaning) in BETA_MEANINGS.items()],
+        "corrections": [{"name": name, "meaning": meaning} for name, meaning in OPTIONS["is"].values.meanings.items()],
+        "options": [{"name": row.name, "value": row.values.form, "meaning": row.meaning} for row in OPTIONS.values()],
+        "beta": [{"name": row.kind, "value": row.form, "meaning": row.meaning} for row in SCHEDULES.values()],
         "hosts": [
             *(
                 {

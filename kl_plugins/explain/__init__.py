@@ -13,6 +13,7 @@ from kl_plugins.explain.notes import notes
 from kl_plugins.explain.options import Option, options_in_effect
 from kl_plugins.explain.sources import Source, sources
 from kl_plugins.spec import PRESETS, KLSpec, KLSpecError
+from kl_plugins.spec.options import ALLOW_BIASED
 from kl_plugins.spec.presets import NOTES
 from kl_plugins.spec.target import TARGETS
 
@@ -114,6 +115,6 @@ def _parse_forgiving(text: str) -> tuple[KLSpec, bool]:
         return KLSpec.parse(text), False
     except KLSpecError as error:
         try:
-            return KLSpec.parse(f"{text.strip()}/allow:biased"), True
+            return KLSpec.parse(f"{text.strip()}/{ALLOW_BIASED}"), True
         except KLSpecError:
             raise error from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kl_plugins.explain.formulas import row_of
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.options import OPTIONS
 from kl_plugins.spec.target import TARGETS
 
 NO_CLEAR_TARGET = "none"
@@ -21,18 +22,13 @@ class Estimate:
 
 def on_policy(spec: KLSpec) -> Estimate:
     """For data that the current policy drew itself: every importance weight is 1."""
-    if spec.band is not None and not spec.band[0] <= 1 <= spec.band[1]:
-        return Estimate(
-            NO_CLEAR_TARGET, "Nothing: the band excludes 1, the weight of on-policy tokens, so all are dropped."
-        )
+    for row in OPTIONS.values():
+        if why := row.said(row.nothing_left, spec, ""):
+            return Estimate(NO_CLEAR_TARGET, f"Nothing: {why}.")
     target = _on_policy_target(spec)
     if target == NO_CLEAR_TARGET:
         return Estimate(target, f"No divergence's gradient. {why_none(spec)}")
-    bends = []
-    if spec.horizon == "sequence" and spec.gamma < 1:
-        bends.append("gamma discounts the future terms, which moves it towards the token-local gradient")
-    if spec.cap is not None and spec.cap < 1:
-        bends.append("a cap below 1 scales the whole term by it, since every weight is 1")
+    bends = [bend for row in OPTIONS.values() if (bend := row.said(row.on_policy, spec, ""))]
     if spec.placement == "reward":
         bends.append("this holds where the host adds up later rewards without normalising or discounting them")
     return Estimate(target, _sentence(target, bends=bends))
@@ -53,17 +49,7 @@ def off_policy(spec: KLSpec) -> Estimate:
         "sequence": "the weight of the whole response corrects everything, at the highest variance",
         "decision": "each term carries the weights of the tokens up to it, and no more",
     }
-    bending = [
-        name
-        for name, given in (
-            ("cap", spec.cap is not None),
-            ("band", spec.band is not None),
-            ("norm", spec.norm),
-            ("clip", spec.clip is not None),
-            ("gamma", spec.horizon == "sequence" and spec.gamma < 1),
-        )
-        if given
-    ]
+    bending = [row.name for row in OPTIONS.values() if row.bends and row.is_set(spec)]
     bends = [f"{' and '.join(bending)} bend{'s' if len(bending) == 1 else ''} it, see caveats"] if bending else []
     return Estimate(spec.target, _sentence(spec.target, gains[level], bends=bends))
 

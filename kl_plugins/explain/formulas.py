@@ -7,6 +7,7 @@ import re
 from kl_plugins.estimators import Estimator, find_estimator
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import format_number
+from kl_plugins.spec.options import OPTIONS
 
 UNSTATED = "user-defined"
 """What a registered row says where its author gave no formula."""
@@ -88,17 +89,15 @@ def _weight(spec: KLSpec) -> str:
     if not spec.needs_behaviour or spec.clip is not None:
         return ""  # the clipped head shows its ratio itself
     own_is_exact = spec.estimator == "exact"
-    weight = {
+    text = {
         "token": "rho_t",
         "prefix": "rho_{1:t-1}" if own_is_exact else "rho_{1:t}",
         "sequence": "rho_{1:T}",
         "decision": "rho_{1:t-1}" if own_is_exact else "rho_{1:t}",
     }[spec.correction]
-    text = weight if spec.cap is None else f"min({weight}, {format_number(spec.cap)})"
-    if spec.band is not None:
-        text += f", 0 outside [{', '.join(map(format_number, spec.band))}]"
-    if spec.norm:
-        text += ", divided by its mean over the response tokens"
+    for row in OPTIONS.values():
+        if row.weight is not None and row.is_set(spec):
+            text = row.weight(row.value(spec), text)
     line = f"w_t = {text}; detached"
     if spec.correction == "decision" and (spec.future == "exact") is not own_is_exact:
         line += f"; w_j of a future term is the same with rho_{{1:{'j-1' if spec.future == 'exact' else 'j'}}}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kl_plugins.explain.formulas import UNSTATED, row_of
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.options import OPTIONS
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,7 @@ def sources(spec: KLSpec) -> tuple[Source, ...]:
         found.append(("arXiv 2506.09477", "token-level losses lack the future-KL term; the sequence gradient"))
     if spec.estimator == "k3+" and spec.correction == "token":
         found.append(("DeepSeek-V3.2 report (arXiv 2512.02556)", "k3 times the live token ratio"))
-    if spec.correction in ("prefix", "decision"):
-        found.append(("Precup, Sutton, Singh 2000", "per-decision importance weights"))
-    if spec.cap is not None:
-        found.append(("Ionides 2008", "truncated importance sampling"))
-    if spec.norm:
-        found.append(("Owen 2013, chapter 9", "self-normalised weights, effective sample size"))
-    if spec.clip is not None:
-        found.append(("arXiv 2510.01555", "the KL term as a clipped head of its own"))
-    if spec.beta is not None and spec.beta.kind == "adaptive":
-        found.append(("arXiv 1909.08593, section 2.2", "the adaptive controller"))
+    found += filter(None, (row.said(row.source, spec, None) for row in OPTIONS.values()))
     topics: dict[str, list[str]] = {}
     for reference, topic in found:
         topics.setdefault(reference, []).append(topic)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kl_plugins.controllers import BetaSchedule
 from kl_plugins.spec.errors import KLSpecError
-from kl_plugins.spec.grammar import DEFAULT_BOUND, OPTION_ORDER, format_number
+from kl_plugins.spec.grammar import DEFAULT_BOUND
 from kl_plugins.spec.presets import PRESETS
 
 __all__ = ["PRESETS", "BetaSchedule", "KLSpec", "KLSpecError", "looks_like_spec"]
@@ -97,36 +97,6 @@ class KLSpec:
         return self.estimator == "exact" or self.future == "exact"
 
     def __str__(self) -> str:
-        return f"{self.estimator}@{self.placement}" + "".join(
-            f"/{name}" if value is True else f"/{name}:{value}"
-            for name in OPTION_ORDER
-            if (value := self._option_text(name)) is not None
-        )
+        from kl_plugins.spec.options import OPTIONS
 
-    def _option_text(self, name: str) -> str | bool | None:
-        from kl_plugins.spec.rules import default_future, default_horizon
-
-        match name:
-            case "horizon":
-                return self.horizon if self.horizon != default_horizon(self.placement) else None
-            case "future":
-                return self.future if self.future != default_future(self.estimator, self.horizon) else None
-            case "gamma":
-                return format_number(self.gamma) if self.gamma != 1 else None
-            case "is":
-                return self.correction if self.correction != "none" else None
-            case "behaviour":
-                return self.behaviour
-            case "band":
-                return None if self.band is None else "-".join(map(format_number, self.band))
-            case "norm":
-                return True if self.norm else None
-            case "bound":
-                return format_number(self.bound) if self.bound != DEFAULT_BOUND else None
-            case "beta":
-                return None if self.beta is None else "-".join([self.beta.kind, *map(format_number, self.beta.numbers)])
-            case "allow":
-                return "biased" if self.allow_biased else None
-            case _:  # top, cap, clip: a number or nothing
-                number = getattr(self, name)
-                return None if number is None else format_number(number)
+        return f"{self.estimator}@{self.placement}" + "".join(row.written(self) for row in OPTIONS.values())

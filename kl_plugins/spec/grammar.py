@@ -1,4 +1,4 @@
-"""The words of the KL spec: placements, options and their values, in canonical order."""
+"""Names and numbers of the KL spec; its options are the table in :mod:`kl_plugins.spec.options`."""
 
 from __future__ import annotations
 
@@ -10,41 +10,10 @@ MAX_LENGTH = 256
 
 PLACEMENTS = ("loss", "reward", "advantage")
 
-OPTION_ORDER = (
-    "top",
-    "horizon",
-    "future",
-    "gamma",
-    "is",
-    "behaviour",
-    "cap",
-    "band",
-    "norm",
-    "clip",
-    "bound",
-    "beta",
-    "allow",
-)
-
-WORDS: dict[str, tuple[str, ...]] = {
-    "horizon": ("token", "sequence"),
-    "future": ("k1", "k3", "exact", "own"),
-    "is": ("none", "token", "prefix", "sequence", "decision"),
-    "behaviour": ("sampler", "old"),
-    "allow": ("biased",),
-}
-"""Options whose value is one of a few words."""
-
-FLAGS = frozenset({"norm"})
-"""Options without a value."""
-
 DEFAULT_BOUND = 30.0
 
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
-
-BETA_ARITY = {"linear": 3, "cosine": 3, "adaptive": 2, "dual": 2}
-BETA_FORMS = ("linear-<b0>-<b1>-<n>", "cosine-<b0>-<b1>-<n>", "adaptive-<target>-<horizon>", "dual-<target>-<lr>")
 
 
 def parse_number(text: str) -> float | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kl_plugins.estimators import find_estimator
+from kl_plugins.spec.options import OPTIONS
+from kl_plugins.spec.weight_options import OLD_CAVEAT
 
 if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
@@ -23,10 +25,6 @@ TARGETS: dict[str, str] = {
     "other_f_sequence": "gradient of the sum of another f-divergence's terms along the policy's sequences",
     "none": "the gradient of no divergence",
 }
-
-
-OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
-"""Said whenever the importance weight divides by old log-probs, whether the user asked for them or not."""
 
 
 def target_of(spec: KLSpec) -> str:
@@ -85,28 +83,7 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
         found.append("is:none reads the data as on-policy; on stale or mismatched samples the gradient is biased")
     if score:
         found.append("the host's own importance weight on the policy-gradient term is the only off-policy correction")
-    if spec.behaviour == "old":
-        found.append(OLD_CAVEAT)
-    if spec.cap is not None:
-        found.append("cap truncates large weights: lower variance, and tokens that the policy moved towards count less")
-    if spec.band is not None:
-        found.append("band drops tokens whose weight is outside it: lower variance, biased by what is dropped")
-    if spec.norm:
-        found.append("norm divides by the mean weight of the tokens passed, so the result depends on micro-batching")
-    if spec.clip is not None:
-        found.append(
-            "clip drops the KL gradient of tokens whose importance weight left the interval on the clipped side"
-        )
-    if spec.horizon == "sequence" and spec.gamma < 1:
-        found.append("gamma < 1 discounts the future KL: lower variance, biased towards the token-local gradient")
-    if spec.horizon == "token" and spec.target != "none":
-        found.append("token horizon leaves out the future-KL term: how today's token changes tomorrow's states")
-    if spec.correction in ("prefix", "sequence", "decision"):
-        found.append("products of importance weights decay or explode with length: watch kl/ess")
     if spec.placement == "reward":
         found.append("what the host does with a KL in the reward differs (normalisation, clipping): see its receipt")
-    if spec.placement == "advantage" and spec.horizon == "sequence" and spec.future == "k3":
-        found.append(
-            "a k3 future term has the same mean as k1, less variance near the reference, a heavy tail far from it"
-        )
+    found += filter(None, (row.said(row.caveat, spec, "") for row in OPTIONS.values()))
     return tuple(found)

@@ -7,10 +7,12 @@ import pytest
 
 from kl_plugins.estimators import BUILT_IN
 from kl_plugins.explain import Explanation, explain
-from kl_plugins.explain.options import BETA_MEANINGS, CORRECTION_MEANINGS, OPTION_MEANINGS, PLACEMENT_MEANINGS
+from kl_plugins.explain.options import PLACEMENT_MEANINGS
 from kl_plugins.hosts import Host
 from kl_plugins.spec import PRESETS, KLSpec, KLSpecError
-from kl_plugins.spec.grammar import BETA_ARITY, OPTION_ORDER, PLACEMENTS, WORDS
+from kl_plugins.spec.grammar import PLACEMENTS
+from kl_plugins.spec.options import OPTIONS as TABLE
+from kl_plugins.spec.schedules import SCHEDULES
 from kl_plugins.spec.target import TARGETS
 
 ESTIMATORS = (*BUILT_IN, "alpha-0.5", "alpha-1", "alpha-2")
@@ -188,7 +190,28 @@ def test_where_it_goes_is_the_hosts_own_word() -> None:
 
 
 def test_every_word_of_the_grammar_has_a_meaning() -> None:
-    assert set(OPTION_MEANINGS) == set(OPTION_ORDER)
     assert set(PLACEMENT_MEANINGS) == set(PLACEMENTS)
-    assert set(CORRECTION_MEANINGS) == set(WORDS["is"])
-    assert set(BETA_MEANINGS) == set(BETA_ARITY)
+    assert {example[2].kind for example in TABLE["beta"].values.examples} == set(SCHEDULES)
+    for row in TABLE.values():
+        assert row.meaning, row.name
+        assert row.values.examples, row.name
+        assert set(row.values.meanings) <= {canonical for canonical, _, _ in row.values.examples}, row.name
+        for canonical, other, value in row.values.examples:
+            assert row.values.effect(value), (row.name, canonical)
+            assert row.values.write(value) == canonical, row.name
+            assert row.values.read(canonical) == row.values.read(other) == value, row.name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(row.name, example[0]) for row in TABLE.values() for example in row.values.examples]
+)
+def test_every_value_of_every_option_is_explained_somewhere(name: str, value: str) -> None:
+    option, spoken = f"/{name}:{value}" if value else f"/{name}", []
+    for estimator, placement, others in itertools.product(("k2", "jsd", "exact", "k1"), PLACEMENTS, OPTIONS):
+        try:
+            it = explain(f"{estimator}@{placement}{others}{option}")
+        except KLSpecError:
+            continue
+        spoken += [shown for shown in it.options if (shown.name, shown.value) == (name, value)]
+    assert spoken, f"no spec was found that takes {option}"
+    assert all(shown.meaning for shown in spoken)

@@ -1,33 +1,27 @@
-"""Valid specs by the grammar: what a user may write, what it means, its canonical text. Never asks the parser."""
+"""Valid specs by the table of options: what a user may write, what it means, its canonical text. Never asks the parser.
+
+Which values an option takes, and beside what, comes from its row; ``test_spec_contradictions.py`` compares that with
+the rules of the design, which are written down there a second time.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
 
-from kl_plugins.controllers import BetaSchedule
+from kl_plugins import KLSpec
+from kl_plugins.spec.option_row import OptionRow
+from kl_plugins.spec.options import OPTIONS
+from kl_plugins.spec.rules import contradictions
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3+", "abs")
 F_DIVERGENCES = ("jeffreys", "jsd", "hellinger", "chi2", "alpha-0.5", "alpha-1", "alpha-2", "alpha-3")
 SAMPLED = KL_ESTIMATORS + F_DIVERGENCES
 PLACEMENTS = ("loss", "reward", "advantage")
-ORDER = [
-    "top",
-    "horizon",
-    "future",
-    "gamma",
-    "is",
-    "behaviour",
-    "cap",
-    "band",
-    "norm",
-    "clip",
-    "bound",
-    "beta",
-    "allow",
-]
+ORDER = list(OPTIONS)
 
 NUMBERS = {
     "1e-3": ("0.001", ".001", "1e-3", "1E-3", "10e-4"),
@@ -40,7 +34,7 @@ NUMBERS = {
     "1e7": ("10000000", "1e07"),
     "1.5e-9": ("1.5e-9", "0.0000000015"),
 }
-"""Shortest text of a number -> ways to write it."""
+"""Shortest text of a number -> ways to write it, beside those in the table."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,16 @@ class Written:
     fields: dict[str, Any]
 
 
-numbers = st.sampled_from(sorted(NUMBERS)).flatmap(lambda n: st.tuples(st.just(n), st.sampled_from(NUMBERS[n])))
+def default_horizon(placement: str) -> str:
+    """The horizon of a spec that names none."""
+    return "sequence" if placement == "advantage" else "token"
+
+
+def default_future(estimator: str, horizon: str) -> str | None:
+    """The future term of a spec that names none."""
+    if horizon == "token":
+        return None
+    return "own" if estimator in F_DIVERGENCES else "exact" if estimator == "exact" else "k1"
 
 
 def is_biased(estimator: str, placement: str, horizon: str, correction: str, *, clipped: bool) -> bool:
@@ -75,86 +78,88 @@ def written_specs(draw: st.DrawFn, placements: tuple[str, ...] = PLACEMENTS, exa
     placement = draw(st.sampled_from(placements))
     names = SAMPLED + (("exact",) if exact and placement != "reward" else ())
     estimator = draw(st.sampled_from(names))
-    chosen: dict[str, tuple[str, str, Any]] = {}  # option -> canonical value ("" where default), as written, parsed
-    is_f = estimator in F_DIVERGENCES
-
-    def number(name: str, allowed: tuple[str, ...] = ()) -> None:
-        canonical, written = draw(numbers.filter(lambda pair: not allowed or pair[0] in allowed))
-        chosen[name] = (canonical, written, float(canonical))
-
-    if estimator == "exact" and draw(st.booleans()):
-        chosen["top"] = draw(st.sampled_from([("1", "1.0", 1), ("20", "20", 20), ("1e3", "1000", 1000)]))
-    horizon = default = "sequence" if placement == "advantage" else "token"
-    sampled_score = placement == "advantage" and estimator != "exact"
-    if (placement == "loss" or sampled_score) and draw(st.booleans()):
-        horizon = draw(st.sampled_from(("token", "sequence")))
-        chosen["horizon"] = ("" if horizon == default else horizon, horizon, horizon)
-    future = None
-    if horizon == "sequence":
-        future = default_future = "own" if is_f else "exact" if estimator == "exact" else "k1"
-        choices = ("own",) if is_f else ("k1", "k3", "exact")
-        if estimator == "exact" and placement == "advantage":
-            choices = ("exact",)
-        if not exact:
-            choices = tuple(c for c in choices if c != "exact")
-        if draw(st.booleans()):
-            future = draw(st.sampled_from(choices))
-            chosen["future"] = ("" if future == default_future else future, future, future)
-        if draw(st.booleans()):
-            canonical, written = draw(st.sampled_from([("0", "0.0"), ("0.5", ".5"), ("", "1.0")]))
-            chosen["gamma"] = (canonical, written, float(written))
-    correction, clipped = "none", False
-    if placement == "loss":
-        levels = ["none", "prefix", "sequence"]
-        levels += ["token"] if estimator != "exact" else []
-        levels += ["decision"] if horizon == "sequence" else []
-        clipped = estimator != "exact" and draw(st.integers(0, 4)) == 0
-        if clipped:
-            number("clip")
-        elif draw(st.booleans()):
-            correction = draw(st.sampled_from(levels))
-            chosen["is"] = ("" if correction == "none" else correction, correction, correction)
-        if correction != "none":
-            if draw(st.booleans()):
-                number("cap")
-            if draw(st.booleans()):
-                pairs = [
-                    ("0.5-2", ".5-2.0", (0.5, 2.0)),
-                    ("0-1e3", "0-1e3", (0.0, 1e3)),
-                    ("1e-7-1", "1e-7-1", (1e-7, 1.0)),
-                ]
-                chosen["band"] = draw(st.sampled_from(pairs))
-            if draw(st.booleans()):
-                chosen["norm"] = ("norm", "norm", True)
-        if (clipped or correction != "none") and draw(st.booleans()):
-            behaviour = draw(st.sampled_from(("sampler", "old")))
-            chosen["behaviour"] = (behaviour, behaviour, behaviour)
-    if draw(st.booleans()):
-        canonical, written = draw(st.sampled_from([("1e-3", "0.001"), ("", "30.0"), ("50", "50"), ("1e3", "1000")]))
-        chosen["bound"] = (canonical, written, float(written))
-    if draw(st.booleans()):
-        chosen["beta"] = draw(st.sampled_from(BETAS))
-    if is_biased(estimator, placement, horizon, correction, clipped=clipped):
-        chosen["allow"] = ("biased", "biased", True)
+    spec = KLSpec(estimator, placement)
+    chosen: dict[str, tuple[str, Any]] = {}  # option -> canonical value and what it means
+    for row in OPTIONS.values():
+        if row.default is not None:
+            spec = replace(spec, **{row.attribute: row.default(spec)})
+        wanted = () if row.name == "allow" else row.values.examples
+        fitting = [e for e in wanted if (exact or e[2] != "exact") and fits(spec, chosen, row, e)]
+        if fitting and draw(st.booleans()):
+            canonical, _, value = draw(st.sampled_from(fitting))
+            chosen[row.name] = (canonical, value)
+            spec = replace(spec, **{row.attribute: value})
+    horizon = chosen.get("horizon", ("", default_horizon(placement)))[1]
+    defaults = {"horizon": default_horizon(placement), "future": default_future(estimator, horizon)}
+    correction = chosen.get("is", ("", "none"))[1]
+    if is_biased(estimator, placement, horizon, correction, clipped="clip" in chosen):
+        chosen["allow"] = ("biased", True)
+    canonical = {
+        name: value
+        for name, (value, parsed) in chosen.items()
+        if parsed != defaults.get(name, getattr(KLSpec, OPTIONS[name].attribute, None))
+    }
     order = draw(st.permutations(sorted(chosen)))
     aliases = {"alpha-0.5": "alpha-.50", "alpha-2": "alpha-2.0"}
     head = aliases.get(estimator, estimator) if draw(st.booleans()) else estimator
-    names_of = {"is": "correction", "allow": "allow_biased"}
-    fields = {names_of.get(name, name): parsed for name, (_, _, parsed) in chosen.items()}
+    fields = {OPTIONS[name].attribute: parsed for name, (_, parsed) in chosen.items()}
     return Written(
-        f"{head}@{placement}" + "".join(_option(name, chosen[name][1]) for name in order),
-        f"{estimator}@{placement}" + "".join(_option(n, chosen[n][0]) for n in ORDER if n in chosen and chosen[n][0]),
-        {"estimator": estimator, "placement": placement, "horizon": horizon, "future": future} | fields,
+        f"{head}@{placement}" + "".join(draw(spellings(OPTIONS[name], chosen[name][0])) for name in order),
+        f"{estimator}@{placement}" + "".join(_option(name, canonical[name]) for name in ORDER if name in canonical),
+        {"estimator": estimator, "placement": placement} | defaults | fields,
     )
 
 
+def fits(spec: KLSpec, chosen: dict[str, Any], row: OptionRow, example: tuple[str, str, Any]) -> bool:
+    """Whether the table allows an option with this value beside those that are chosen already."""
+    candidate = replace(spec, **{row.attribute: example[2]})
+    return not any(name for name, _, _ in contradictions(candidate, [*chosen, row.name]))
+
+
+def spellings(row: OptionRow, canonical: str) -> st.SearchStrategy[str]:
+    """Ways to write an option with its slash."""
+    others = [other for short, other, _ in row.values.examples if short == canonical]
+    values = dict.fromkeys([canonical, *others, *NUMBERS.get(canonical, ())])
+    return st.sampled_from([_option(name, value) for name in (row.name, *row.other_names) for value in values])
+
+
 def _option(name: str, value: str) -> str:
-    return "/norm" if name == "norm" else f"/{name}:{value}"
+    return f"/{name}:{value}" if value else f"/{name}"
 
 
-BETAS = [
-    ("linear-0.1-0-100", "linear-1e-1-0.0-100", BetaSchedule("linear", (0.1, 0.0, 100.0))),
-    ("cosine-1e-5-0.2-1e4", "cosine-0.00001-.2-10000", BetaSchedule("cosine", (1e-5, 0.2, 1e4))),
-    ("adaptive-6-1e4", "adaptive-6.0-10000", BetaSchedule("adaptive", (6.0, 1e4))),
-    ("dual-0-0.01", "dual-0-1e-2", BetaSchedule("dual", (0.0, 0.01))),
-]
+@dataclass(frozen=True)
+class Combination:
+    """Any estimator, placement and options, valid or not."""
+
+    estimator: str
+    placement: str
+    options: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The spec, with ``allow:biased`` where the theory asks for it."""
+        return "/".join([f"{self.estimator}@{self.placement}", *self._options()])
+
+    def _options(self) -> Iterator[str]:
+        for name, (canonical, _) in self.options.items():
+            yield _option(name, canonical)[1:]
+        horizon = self.value("horizon", default_horizon(self.placement))
+        correction = self.value("is", "none")
+        if is_biased(self.estimator, self.placement, horizon, correction, clipped="clip" in self.options):
+            yield "allow:biased"
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """What an option means, or a default where it is not written."""
+        return self.options[name][1] if name in self.options else default
+
+
+@st.composite
+def combinations(draw: st.DrawFn) -> Combination:
+    """Up to four options with values from the table, whatever they mean together."""
+    names = draw(st.lists(st.sampled_from([name for name in ORDER if name != "allow"]), max_size=4, unique=True))
+    examples = {name: draw(st.sampled_from(OPTIONS[name].values.examples)) for name in names}
+    return Combination(
+        draw(st.sampled_from((*SAMPLED, "exact"))),
+        draw(st.sampled_from(("loss", *PLACEMENTS))),
+        {name: (canonical, value) for name, (canonical, _, value) in examples.items()},
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
 
 from kl_plugins import KLSpec, KLSpecError
+from tests.core.specs import F_DIVERGENCES, Combination, combinations, default_future, default_horizon
 
 WHOLE = ""
 
@@ -102,3 +104,44 @@ def test_allow_biased_lets_what_is_wrong_by_theory_through(text: str, part: str,
 def test_a_part_that_contradicts_is_refused_with_allow_biased_too() -> None:
     with pytest.raises(KLSpecError, match="regularises nothing"):
         KLSpec.parse("exact@reward/allow:biased")
+
+
+WEIGHT_TREATMENT = {"cap", "band", "norm"}
+
+
+def is_refused(it: Combination) -> bool:
+    """Whether the design says that these parts contradict each other; independent of the table of options."""
+    estimator, placement, written = it.estimator, it.placement, set(it.options)
+    horizon = it.value("horizon", default_horizon(placement))
+    future = it.value("future", default_future(estimator, horizon))
+    correction, clipped = it.value("is", "none"), "clip" in written
+    if placement != "loss" and written & {"is", "behaviour", "clip", *WEIGHT_TREATMENT}:
+        return True
+    if placement == "reward" and (estimator == "exact" or written & {"horizon", "future", "gamma"}):
+        return True
+    if estimator == "exact":
+        if placement == "advantage" and future != "exact":
+            return True
+        if clipped or correction == "token":
+            return True
+    elif "top" in written:
+        return True
+    if horizon == "token" and (written & {"future", "gamma"} or correction == "decision"):
+        return True
+    if horizon == "sequence" and (future == "own") is not (estimator in F_DIVERGENCES):
+        return True
+    if clipped:
+        return bool(written & {"is", *WEIGHT_TREATMENT})
+    return correction == "none" and bool(written & {"behaviour", *WEIGHT_TREATMENT})
+
+
+@settings(max_examples=1000)
+@given(combinations())
+def test_the_table_refuses_what_the_design_refuses_and_no_more(it: Combination) -> None:
+    if not is_refused(it):
+        KLSpec.parse(it.text)
+        return
+    with pytest.raises(KLSpecError) as caught:
+        KLSpec.parse(it.text)
+    part = caught.value.text[caught.value.start : caught.value.end]
+    assert part == it.text or part.partition(":")[0] in it.options

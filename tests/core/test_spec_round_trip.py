@@ -48,6 +48,22 @@ def test_canonical_text_is_a_fixed_point_with_a_known_target(written: Written) -
         assert any(caveat.startswith(name) for caveat in spec.caveats) == present, name
 
 
+def test_the_canonical_order() -> None:
+    """The order in which options are printed is part of the interface: receipts and checkpoints hold such texts."""
+    text = "exact@loss/top:20/horizon:sequence/future:k1/gamma:0.5/is:decision/behaviour:old/cap:2/band:0.5-2/norm"
+    text += "/bound:20/beta:dual-0-0.01"
+    assert str(KLSpec.parse(text)) == text
+    head, *options = text.split("/")
+    assert str(KLSpec.parse("/".join([head, *reversed(options)]))) == text
+    assert str(KLSpec.parse("k1@loss/allow:biased/bound:20/clip:0.2")) == "k1@loss/clip:0.2/bound:20/allow:biased"
+
+
+def test_the_american_spelling_is_read_and_not_printed() -> None:
+    spec = KLSpec.parse("k2@loss/is:token/behavior:old")
+    assert spec == KLSpec.parse("k2@loss/is:token/behaviour:old")
+    assert str(spec) == "k2@loss/is:token/behaviour:old"
+
+
 @given(written_specs())
 def test_specs_travel_between_processes(written: Written) -> None:
     spec = KLSpec.parse(written.text)

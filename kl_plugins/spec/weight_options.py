@@ -1,0 +1,201 @@
+"""The options of the importance weight on the KL term: its level, its denominator, its treatment.
+
+They are rows of the table in :mod:`kl_plugins.spec.options`. How the weight is computed stands in
+:mod:`kl_plugins.corrections`, which treats it in the order of these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from kl_plugins.spec.grammar import format_number, parse_numbers
+from kl_plugins.spec.option_row import (
+    LOSS_ONLY,
+    BadValueError,
+    Fault,
+    OptionRow,
+    Reference,
+    Values,
+    flag,
+    number,
+    words,
+)
+
+if TYPE_CHECKING:
+    from kl_plugins.spec import KLSpec
+
+OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
+"""Said whenever the importance weight divides by old log-probs, whether the user asked for them or not."""
+
+
+def _beside_clip(spec: KLSpec, name: str) -> Iterator[Fault]:
+    if spec.clip is not None:
+        yield f"clip already implies the token weight, so {name!r} beside it contradicts it", "one of the two"
+
+
+def _without_weight(spec: KLSpec, name: str) -> Iterator[Fault]:
+    if not spec.needs_behaviour:
+        yield f"{name!r} acts on an importance weight, and there is none", "is:token, prefix, sequence or decision"
+
+
+def _is_faults(spec: KLSpec) -> Iterator[Fault]:
+    if spec.estimator == "exact" and spec.correction == "token":
+        yield (
+            "an exact term is already averaged over its own token, so a token weight on it is 1",
+            "is:none (the behaviour policy's states), is:prefix (the policy's states) or is:decision",
+        )
+    if spec.correction == "decision" and spec.horizon == "token":
+        yield "is:decision weights each future term by its own product", "horizon:sequence beside it, or is:prefix"
+    yield from _beside_clip(spec, "is")
+
+
+def _is_caveat(spec: KLSpec) -> str:
+    if spec.correction in ("prefix", "sequence", "decision"):
+        return "products of importance weights decay or explode with length: watch kl/ess"
+    return ""
+
+
+def _is_source(spec: KLSpec) -> Reference:
+    if spec.correction in ("prefix", "decision"):
+        return "Precup, Sutton, Singh 2000", "per-decision importance weights"
+    return None
+
+
+def _treatment_faults(name: str) -> Callable[[KLSpec], Iterator[Fault]]:
+    def faults(spec: KLSpec) -> Iterator[Fault]:
+        yield from _beside_clip(spec, name)
+        yield from _without_weight(spec, name)
+
+    return faults
+
+
+def _cap_on_policy(spec: KLSpec) -> str:
+    if spec.cap is not None and spec.cap < 1:
+        return "a cap below 1 scales the whole term by it, since every weight is 1"
+    return ""
+
+
+def _read_band(text: str) -> tuple[float, float]:
+    interval = parse_numbers(text)
+    if interval is None or len(interval) != 2 or interval[0] > interval[1] or interval[1] == 0:
+        raise BadValueError(f"{text!r} is no interval", "<lo>-<hi> with 0 <= lo <= hi, hi > 0, e.g. 0.5-2")
+    return interval[0], interval[1]
+
+
+def _band_effect(band: tuple[float, float]) -> str:
+    low, high = map(format_number, band)
+    return f"weights outside [{low}, {high}] become 0, so these tokens are left out"
+
+
+BAND = Values(
+    "<lo>-<hi>",
+    _read_band,
+    lambda band: "-".join(map(format_number, band)),
+    _band_effect,
+    forms=("<lo>-<hi>",),
+    examples=(("0.5-2", ".5-2.0", (0.5, 2.0)), ("0-1e3", "0-1000", (0.0, 1e3)), ("1e-7-1", "1e-7-1.0", (1e-7, 1.0))),
+)
+
+
+def _band_leaves_nothing(spec: KLSpec) -> str:
+    if spec.band is not None and not spec.band[0] <= 1 <= spec.band[1]:
+        return "the band excludes 1, the weight of on-policy tokens, so all are dropped"
+    return ""
+
+
+def _clip_faults(spec: KLSpec) -> Iterator[Fault]:
+    if spec.estimator == "exact":
+        yield "an exact own term has no score coefficient to clip", "clip with a sampled estimator"
+
+
+WEIGHT_OPTIONS = (
+    OptionRow(
+        "is",
+        words(
+            {
+                "none": "no importance weight: the data are read as on-policy",
+                "token": "rho_t: the token's own policy/behaviour ratio",
+                "prefix": "rho_{1:t}: the product of ratios up to the token, which corrects its state too",
+                "sequence": "rho_{1:T}: the ratio of the whole response",
+                "decision": "rho_{1:t} on the own term and rho_{1:j} on each future term (per decision); needs "
+                "horizon:sequence",
+            }
+        ),
+        "importance weight on the KL term, @loss only; default none",
+        attribute="correction",
+        places=LOSS_ONLY,
+        faults=_is_faults,
+        acts=lambda spec: spec.placement == "loss" and spec.clip is None,
+        caveat=_is_caveat,
+        source=_is_source,
+    ),
+    OptionRow(
+        "behaviour",
+        words(
+            {
+                "sampler": "the log-probs that the inference engine sampled with; an error where the host has none",
+                "old": "the trainer's own log-probs at rollout time",
+            }
+        ),
+        "whose log-probs the weight divides by; unset: the sampler's if given, else the old ones",
+        other_names=("behavior",),
+        places=LOSS_ONLY,
+        faults=lambda spec: _without_weight(spec, "behaviour"),
+        acts=lambda spec: spec.needs_behaviour,
+        unset=(
+            "automatic",
+            "the sampler's log-probs where the host has them, else the old policy's; the receipt says which",
+        ),
+        caveat=lambda spec: OLD_CAVEAT if spec.behaviour == "old" else "",
+    ),
+    OptionRow(
+        "cap",
+        number("<c>", lambda c: f"weights above {c} become {c}", {"2": "2.0", "0.5": ".5", "1e-3": "0.001"}),
+        "weights above c become c (first)",
+        places=LOSS_ONLY,
+        faults=_treatment_faults("cap"),
+        weight=lambda cap, weight: f"min({weight}, {format_number(cap)})",
+        caveat="cap truncates large weights: lower variance, and tokens that the policy moved towards count less",
+        bends=True,
+        on_policy=_cap_on_policy,
+        source=("Ionides 2008", "truncated importance sampling"),
+    ),
+    OptionRow(
+        "band",
+        BAND,
+        "weights outside the closed interval become 0 (second)",
+        places=LOSS_ONLY,
+        faults=_treatment_faults("band"),
+        weight=lambda band, weight: f"{weight}, 0 outside [{', '.join(map(format_number, band))}]",
+        caveat="band drops tokens whose weight is outside it: lower variance, biased by what is dropped",
+        bends=True,
+        nothing_left=_band_leaves_nothing,
+    ),
+    OptionRow(
+        "norm",
+        flag("weights are divided by their mean over the response tokens of the call"),
+        "weights are divided by their mean over the response tokens passed (third)",
+        places=LOSS_ONLY,
+        faults=_treatment_faults("norm"),
+        weight=lambda _, weight: f"{weight}, divided by its mean over the response tokens",
+        caveat="norm divides by the mean weight of the tokens passed, so the result depends on micro-batching",
+        bends=True,
+        source=("Owen 2013, chapter 9", "self-normalised weights, effective sample size"),
+    ),
+    OptionRow(
+        "clip",
+        number(
+            "<eps>",
+            lambda _: "clipped KL head with the token weight, apart from the policy loss's clip",
+            {"0.2": "2e-1", "0.5": "00.5", "10": "1e1"},
+        ),
+        "clipped KL head max(rho k', clip(rho, 1-eps, 1+eps) k'); implies the token weight",
+        places=LOSS_ONLY,
+        faults=_clip_faults,
+        caveat="clip drops the KL gradient of tokens whose importance weight left the interval on the clipped side",
+        bends=True,
+        source=("arXiv 2510.01555", "the KL term as a clipped head of its own"),
+    ),
+)
+"""In canonical order."""
