@@ -41,6 +41,41 @@ def test_k3_is_the_hosts_k3(loss_type, model, tmp_path):
     assert ours == pytest.approx(host, rel=1e-4, abs=2e-6)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_terms_are_aggregated_as_the_receipt_says(loss_type, model, tmp_path):
+    from kl_plugins.patches.trl.shared import session_of
+
+    if not known(loss_type) or (loss_type == "luspo" and Version(trl.__version__) < LUSPO_MASKS_PADDING):
+        pytest.skip(f"this TRL has no loss_type {loss_type} that is supported")
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", loss_type=loss_type, reward=support.zero_reward,
+        scale_rewards="none", max_completion_length=14,
+    )  # fmt: skip
+    support.shift(built)
+    inputs, _, loss = support.rollout_and_gradient(built)
+    mask, lengths = inputs["completion_mask"].bool(), inputs["completion_mask"].sum(-1)
+    assert lengths.unique().numel() > 1
+    built._metrics["train"].clear()
+    with torch.no_grad():
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        logp = built._get_per_token_logps_and_entropies(built.model, ids, attention, mask.shape[1])[0]
+    u = (logp - inputs["ref_per_token_logps"]).masked_fill(~mask, 0.0)
+    terms = torch.exp(-u) - 1 + u
+    said = session_of(built).receipt()
+    expected = {
+        "sequence mean": (terms.sum(-1) / lengths).mean(),
+        "token mean": terms.sum() / mask.sum(),
+        "token sum": terms.sum(-1).mean(),
+        "constant": terms.sum() / (len(mask) * built.max_completion_length),
+    }
+    kind = said.aggregation.split(" (")[0]
+    assert loss.item() == pytest.approx(built.beta * expected[kind].item(), rel=1e-4)
+    others = [value.item() for other, value in expected.items() if other != kind]
+    assert all(expected[kind].item() != pytest.approx(value, rel=1e-2) for value in others)
+    assert any("1/|y|" in caveat for caveat in said.caveats) == (kind == "sequence mean")
+
+
 def test_k3_differs_from_another_estimator(model, tmp_path):
     # The comparison above can fail: k2 in the place of k3 shows.
     settings = {"use_bias_correction_kl": False, **OFF_POLICY}
