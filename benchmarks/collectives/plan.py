@@ -77,9 +77,15 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
     means, largest = keys(spec)
     controller = (12,) if spec.beta is not None and spec.placement == "loss" else ()  # three float32 sums
     if host == "trl":
-        metrics = (4 * (1 + means + largest),) * micro_batches  # float32, with the tokens that weigh them
-        reward = (4 * sequences,) if spec.placement == "reward" else ()  # one float32 per completion
-        return Added(metrics + reward, controller)
+        pooled = sum(how == "pooled" for how in REDUCTIONS.values())
+        # float64: counts of log-probs that are not finite, with the tokens; a forbidden beta; a deviating head.
+        check = 8 * (5 + 1 + 1)
+        # In the same gather: means with beta, tokens and micro-batches; two squares, which pooled metrics are made of;
+        # maxima.
+        metrics = (check + 8 * (means - pooled + 3 + 2 + largest),) * micro_batches
+        # Once per rollout; the reward gathers one float32 per completion beside it.
+        rollout = {"loss": (), "advantage": (check,), "reward": (check, 4 * sequences)}[spec.placement]
+        return Added(metrics + rollout, controller)
     if host == "verl":
         # Two int64: response tokens, and those whose sampler log-prob is unknown. Metrics go veRL's own way.
         return Added((), (16, *controller) if spec.placement == "loss" else ())

@@ -55,9 +55,11 @@ def test_payload_is_what_goes_in(group: None) -> None:
 
 def test_paper_by_hand() -> None:
     metrics = len(REDUCTIONS) - 1  # without kl/exact
-    assert paper("trl", "k3@loss", 3, 4) == Added((4 * (metrics + 1),) * 3)
-    assert paper("trl", "exact@loss", 1, 4).bytes == paper("trl", "k3@loss", 1, 4).bytes + 4
-    assert paper("trl", "k1@reward", 1, 4).gathers[1:] == (16,)
+    # Of three pooled metrics, two are made of a square each; beside them beta, tokens, micro-batches, seven checks.
+    assert paper("trl", "k3@loss", 3, 4) == Added((8 * (metrics - 3 + 2 + 3 + 7),) * 3)
+    assert paper("trl", "exact@loss", 1, 4).bytes == paper("trl", "k3@loss", 1, 4).bytes + 8
+    assert paper("trl", "k1@reward", 1, 4).gathers[1:] == (56, 16)
+    assert paper("trl", "k1@advantage", 1, 4).gathers[1:] == (56,)
     assert paper("trl", SCHEDULE, 1, 4).reductions == (12,)
     assert paper("verl", SCHEDULE, 9, 4).reductions == (16, 12)
     assert paper("openrlhf", "k1@reward", 9, 4) == paper("verl", "k1@advantage", 9, 4) == Added()
