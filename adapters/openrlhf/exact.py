@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.agreement import disagreement
+from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
 from kl_plugins.exact import ExactKL, exact_kl
 from kl_plugins.spec import KLSpec
 from kl_plugins.term import behaviour_log_probs
@@ -53,20 +53,32 @@ def states_kl(
     return ExactKL(*(part[:, states] for part in found))
 
 
-def check_reference(found: ExactKL, ref_logp: Tensor, mask: Tensor, rounded: bool) -> None:
-    """Raise unless the reference here is OpenRLHF's own.
+def reference_difference(found: ExactKL, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """Sum of |difference| between the log-probs of the reference here and of OpenRLHF's reference actor.
 
     Args:
         found: per-token results.
         ref_logp: (B, T) log-probs that OpenRLHF's reference actor gave the same tokens, nats.
         mask: (B, T) response tokens.
+
+    Returns:
+        0-d, nats, float32; it stays on the device.
+    """
+    difference = (found.ref_logp.detach().float() - ref_logp.detach().float()).abs()
+    return difference.masked_fill(~mask.bool(), 0.0).sum()
+
+
+def require_same_reference(deviation: float, rounded: bool) -> None:
+    """Raise unless the reference here is OpenRLHF's own; all ranks call it with the same number.
+
+    Args:
+        deviation: mean |difference| of the log-probs, over the response tokens of all ranks, nats.
         rounded: the models compute in 16 bits.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: rounding does not explain it.
     """
-    deviation = disagreement(found.ref_logp, ref_logp, mask, rounded)
-    if deviation is not None:
+    if deviation > (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
         raise RuntimeError(
             "kl-plugins: the reference model in this worker gives log-probs that differ from those of OpenRLHF's "
             f"reference actor by {deviation:.2g} nats on average, so an exact KL would be to another model. Use "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kl_plugins.adapters.openrlhf.host import COEFFICIENT_FLAG, ESTIMATOR_FLAG
-from kl_plugins.adapters.openrlhf.settings import spec_of
+from kl_plugins.adapters.openrlhf.settings import behaviour_source, sampling_of, spec_of
 from kl_plugins.spec import KLSpec
 
 ADVANTAGE_ESTIMATORS = ("group_norm", "rloo", "reinforce", "reinforce_baseline", "dr_grpo", "gae", "flash_reinforce")
@@ -46,6 +46,7 @@ def _contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
             f"the spec's beta:{spec.beta.kind} and --algo.kl.target would both control beta; drop --algo.kl.target, or "
             "leave beta out of the spec"
         )
+    yield from sampling_of(args).problems(spec, behaviour_source(spec, args))
     if spec.needs_exact:
         yield from _exact_problems(spec, args)
     if spec.placement == "advantage":

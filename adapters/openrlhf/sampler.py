@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.openrlhf.settings import behaviour_source
-from kl_plugins.spec import KLSpec
-
 MISSING = 2.0**-100
 """Marks a missing log-prob: no log-prob is positive, and in a difference of float32 log-probs it is OpenRLHF's 0.0."""
 
@@ -51,43 +48,17 @@ def filled_up(log_probs: list[float], length: int) -> list[float]:
     return log_probs + [MISSING] * (length - len(log_probs))
 
 
-def known(log_probs: Tensor) -> Tensor:
-    """Where a tensor of the sampler's log-probs holds finite numbers that a sampler gave; bool, same shape."""
-    return torch.isfinite(log_probs) & (log_probs != MISSING)
-
-
-def refuse_missing(spec: KLSpec, args: Any, batches: Sequence[tuple[Tensor | None, Tensor]]) -> None:
-    """Raise where weights need the sampler's log-probs and some are missing.
+def unmarked(log_probs: Tensor | None, like: Tensor, required: bool) -> Tensor | None:
+    """The sampler's log-probs with NaN for missing ones, so that one check finds them all.
 
     Args:
-        spec: a ``@loss`` spec.
-        args: OpenRLHF's nested arguments.
-        batches: log-probs (B, T) or None, and mask (B, T), of a rollout.
+        log_probs: (B, T) of OpenRLHF's ``Experience``, nats, or None where the whole batch has none.
+        like: (B, T) the trainer's log-probs, for the shape.
+        required: a weight divides by the sampler's log-probs, so that without any all of them are missing.
 
-    Raises:
-        ValueError: how many of how many response tokens, and what to do.
+    Returns:
+        (B, T) nats, or None.
     """
-    if behaviour_source(spec, args) != "sampler":
-        return
-    masks = [mask.bool() for _, mask in batches]
-    tokens = sum(int(mask.sum()) for mask in masks)
-    missing = sum(
-        int(mask.sum() if found is None else (mask & ~known(found)).sum())
-        for (found, _), mask in zip(batches, masks, strict=True)
-    )
-    if missing:
-        raise ValueError(
-            f"kl-plugins: the sampler gave no finite log-prob for {missing} of {tokens} response tokens, so their "
-            f"importance weight under {spec} is unknown. An agent of your own has to return rollout_log_probs; else "
-            "say behaviour:old in the spec. The last checkpoint is not affected."
-        )
-
-
-def usable(log_probs: Tensor | None, old: Tensor) -> Tensor | None:
-    """The sampler's log-probs for metrics: old ones in the place of missing ones.
-
-    Args:
-        log_probs: (B, T), nats, or None.
-        old: (B, T) the trainer's log-probs at rollout time, nats.
-    """
-    return None if log_probs is None else torch.where(known(log_probs), log_probs, old)
+    if log_probs is None:
+        return torch.full_like(like, torch.nan) if required else None
+    return log_probs.masked_fill(log_probs == MISSING, torch.nan)

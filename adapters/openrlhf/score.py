@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.beta import observed_sums, restored
-from kl_plugins.adapters.openrlhf.metrics import Accumulator
-from kl_plugins.adapters.openrlhf.sampler import usable
-from kl_plugins.controllers import init, update
+from kl_plugins.adapters.controller import Controller
+from kl_plugins.adapters.log_probs import POLICY, REFERENCE, count_not_finite, finite_or, require_finite
+from kl_plugins.adapters.metrics import Accumulator
+from kl_plugins.adapters.openrlhf.host import COEFFICIENT_FLAG
+from kl_plugins.adapters.openrlhf.sampler import unmarked
 from kl_plugins.metrics import penalty_metrics
 from kl_plugins.penalty import kl_penalty
 from kl_plugins.spec import KLSpec
@@ -26,20 +27,30 @@ class ScoreBeta:
     Attributes:
         spec: a score spec.
         host: OpenRLHF's own controller.
+        control: the shared one; what OpenRLHF's controller says goes through it.
         metrics: of the rollout batches since the last report.
     """
 
     def __init__(self, spec: KLSpec, host: Any) -> None:
         """Take over from OpenRLHF's controller."""
         self.spec, self.host, self.metrics = spec, host, Accumulator()
-        self.state = init(spec.beta, float(host.value))
-        self._observed: Tensor | None = None
+        self.control = Controller(spec.beta, float(host.value), COEFFICIENT_FLAG)
+        self._not_finite: Tensor | None = None
         self._penalties: list[tuple[Any, Tensor]] = []
 
     @property
     def value(self) -> float:
-        """Beta to use now."""
-        return float(self.host.value if self.spec.beta is None else self.state["beta"])
+        """Beta to use now.
+
+        Raises:
+            BetaChangedError: OpenRLHF's coefficient has changed although the spec controls beta.
+        """
+        return self.control.beta(self.host.value)
+
+    @value.setter
+    def value(self, value: float) -> None:
+        # Whoever sets the coefficient during a run does not know that another object stands here.
+        self.host.value = value
 
     @property
     def pending(self) -> bool:
@@ -50,17 +61,8 @@ class ScoreBeta:
         """OpenRLHF calls this once per rollout batch; the spec's schedule uses the token-weighted k3 instead."""
         if self.spec.beta is None:
             self.host.update(current, n_steps)
-        elif self._observed is not None:
-            kl, tokens, sequences = self._observed.tolist()
-            self.state = update(self.state, kl / max(tokens, 1.0), int(sequences))
-
-    def saved(self) -> dict[str, Any]:
-        """The controller's state for a checkpoint."""
-        return dict(self.state)
-
-    def restore(self, saved: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint's state."""
-        self.state = restored(self.state, saved, self.spec.beta)
+        else:
+            self.control.step()
 
     def penalise(self, samples: Any, logp: Tensor, ref_logp: Tensor) -> Tensor:
         """What OpenRLHF takes for the KL of one batch of samples; an ``@advantage`` penalty is kept for later.
@@ -72,35 +74,32 @@ class ScoreBeta:
 
         Returns:
             (B, T): the penalty, or for ``@advantage`` the same estimator's value of each token, which is for logs only.
-
-        Raises:
-            ValueError: a log-prob of a response token is not finite.
         """
         mask = samples.action_mask.bool()
-        self._refuse_unknown(mask, policy=logp, reference=ref_logp)
+        counts = count_not_finite({POLICY: logp, REFERENCE: ref_logp}, mask)
+        self._not_finite = counts if self._not_finite is None else self._not_finite + counts
         penalty = kl_penalty(self.spec, logp, ref_logp, mask)
-        found = penalty_metrics(penalty, logp, ref_logp, usable(samples.rollout_log_probs, logp), mask)
-        self.metrics.add(found, mask, self.value)
-        sums = observed_sums(logp, ref_logp, mask)
-        self._observed = sums if self._observed is None else self._observed + sums
+        sampler = finite_or(unmarked(samples.rollout_log_probs, logp, required=False), logp)
+        self.metrics.add(penalty_metrics(penalty, logp, ref_logp, sampler, mask), mask, self.value)
+        self.control.observe(logp, ref_logp, mask)
         if self.spec.placement == "reward":
             return penalty
         self._penalties.append((samples, penalty))
         return kl_penalty(replace(self.spec, horizon="token", future=None, gamma=1.0), logp, ref_logp, mask)
 
-    def _refuse_unknown(self, mask: Tensor, **log_probs: Tensor) -> None:
-        for name, values in log_probs.items():
-            unknown = int((~torch.isfinite(values) & mask).sum())
-            if unknown:
-                raise ValueError(
-                    f"kl-plugins: the {name}'s log-probs are not finite on {unknown} of {int(mask.sum())} response "
-                    f"tokens, so {self.spec} has no value there. Resume from the last checkpoint, with a smaller "
-                    "learning rate if the policy diverged."
-                )
-
     def start_batch(self) -> None:
         """Forget the last rollout batch."""
-        self._observed, self._penalties = None, []
+        self.control.forget()
+        self._not_finite, self._penalties = None, []
+
+    def require_finite(self) -> None:
+        """Raise where a penalty of the rollout batch has no value, before the advantages are computed.
+
+        Raises:
+            LogProbError: whose log-probs, and on how many of the rollout batch's response tokens.
+        """
+        if self._not_finite is not None:
+            require_finite(self._not_finite, self.spec)
 
     def suppress_in_reward(self) -> None:
         """Take an ``@advantage`` estimator's values out of what OpenRLHF subtracts from the rewards."""
@@ -135,6 +134,7 @@ def shaping(control: ScoreBeta, samples: Sequence[Any]) -> Iterator[None]:
 
     Raises:
         RuntimeError: it did not ask for all of them.
+        LogProbError: log-probs are not finite.
     """
     control.start_batch()
     rest = iter(samples)
@@ -148,6 +148,7 @@ def shaping(control: ScoreBeta, samples: Sequence[Any]) -> Iterator[None]:
             f"kl-plugins: OpenRLHF did not ask for the KL of every sample, so {control.spec} would not be applied to "
             "all; is there a reference model?"
         )
+    control.require_finite()
 
 
 def next_samples() -> tuple[ScoreBeta, Any] | None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from kl_plugins.adapters.beta import LossBeta, restored
-from kl_plugins.adapters.openrlhf.loss import MicroBatch
-from kl_plugins.adapters.openrlhf.metrics import Accumulator
+from kl_plugins.adapters.controller import Controller
+from kl_plugins.adapters.log_probs import NAMES, require_finite
+from kl_plugins.adapters.metrics import Accumulator
+from kl_plugins.adapters.openrlhf.exact import require_same_reference
 from kl_plugins.spec import KLSpec
+
+if TYPE_CHECKING:
+    from kl_plugins.adapters.openrlhf.loss import MicroBatch
 
 
 @dataclass
@@ -20,23 +25,29 @@ class Session:
 
     Attributes:
         spec: what the user named.
-        beta: the spec's controller.
+        beta: the controller.
+        rounded: the models compute in 16 bits.
         confirmed: the trainer has asked for this worker's receipt.
         metrics: of the micro-batches since the last report.
         reference: gives the reference's logits, where the spec needs them.
+        applied: the coefficient of the current micro-batch.
     """
 
     spec: KLSpec
-    beta: LossBeta
+    beta: Controller
+    rounded: bool = True
     confirmed: bool = False
     metrics: Accumulator = field(default_factory=Accumulator)
     reference: Callable[[Any], Tensor] | None = None
+    applied: float = 0.0
+    _counts: Tensor | None = field(default=None, repr=False)
+    _kl: Tensor | None = field(default=None, repr=False)
 
     def require_confirmed(self) -> None:
         """Raise before an update that no trainer has vouched for.
 
         Raises:
-            RuntimeError: nobody asked for the receipt.
+            RuntimeError: no trainer has asked for the receipt.
         """
         if not self.confirmed:
             raise RuntimeError(
@@ -47,25 +58,85 @@ class Session:
             )
 
     def coefficient(self, host: float) -> float:
-        """Beta to use now: the spec's schedule, else what OpenRLHF's controller says."""
-        return host if self.spec.beta is None else self.beta.value
-
-    def finish(self, batch: MicroBatch, beta: float) -> None:
-        """Observe the KL of a micro-batch and keep its metrics.
+        """Beta of the micro-batch that begins now.
 
         Args:
-            batch: whose term was computed.
-            beta: the coefficient it was multiplied with.
+            host: what OpenRLHF's controller says.
+
+        Raises:
+            BetaChangedError: it has changed although the spec controls beta. All ranks are passed the same value.
         """
-        if batch.metrics is None or batch.observed is None:
+        self.applied = self.beta.beta(host)
+        return self.applied
+
+    def take(self, batch: MicroBatch) -> None:
+        """Keep what one micro-batch has computed; nothing is read back from the device.
+
+        Args:
+            batch: whose term has just been computed.
+        """
+        if batch.metrics is None or batch.observed is None or batch.not_finite is None or batch.kl is None:
             raise RuntimeError(f"kl-plugins: {batch.spec} was not computed")
         self.beta.observe(*batch.observed, batch.mask)
-        self.metrics.add(batch.metrics, batch.mask, beta)
+        self.metrics.add(batch.metrics, batch.mask, self.applied)
+        counts = batch.not_finite.double()
+        if batch.difference is not None:
+            counts = torch.cat([counts, batch.difference.double()[None]])
+        self._counts = counts if self._counts is None else self._counts + counts
+        kl = torch.stack([batch.kl.double().masked_fill(~batch.mask, 0.0).sum(), batch.mask.sum().double()])
+        self._kl = kl if self._kl is None else self._kl + kl
 
-    def saved(self) -> dict[str, Any]:
-        """The controller's state for a checkpoint."""
-        return dict(self.beta.state)
+    @property
+    def unchecked(self) -> bool:
+        """Whether there are micro-batches that :meth:`before_step` has not seen."""
+        return self._counts is not None
 
-    def restore(self, saved: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint's state."""
-        self.beta.state = restored(self.beta.state, saved, self.spec.beta)
+    def before_step(self, group: Any) -> None:
+        """Check the micro-batches of an optimizer step on all ranks, just before the step, and advance beta.
+
+        Ranks share their counts, and what the controller observed, in one small all-reduce.
+
+        Args:
+            group: process group of the data-parallel ranks; every one of them has to call this.
+
+        Raises:
+            LogProbError: on all ranks; log-probs are not finite.
+            RuntimeError: on all ranks; the reference of exact terms is not OpenRLHF's own.
+        """
+        counts, self._counts = self._counts, None
+        if counts is None:
+            return
+        found = []
+
+        def total(sums: Tensor) -> Tensor:
+            packed = torch.cat([counts, sums.double()])
+            torch.distributed.all_reduce(packed, group=group)
+            found.append(packed[: len(counts)])
+            return packed[len(counts) :]
+
+        self.beta.step(total)
+        if not found:  # no schedule observes anything
+            total(counts[:0])
+        numbers = found[0].tolist()
+        unknown, difference = numbers[: len(NAMES) + 1], numbers[len(NAMES) + 1 :]
+        require_finite(unknown, self.spec)
+        if difference:
+            require_same_reference(difference[0] / max(unknown[-1], 1.0), self.rounded)
+
+    def report(self) -> dict[str, float]:
+        """What OpenRLHF logs of everything since the last report; a collective over all ranks.
+
+        Returns:
+            The ``kl/`` metrics; and as ``kl``, which ``--algo.kl.target`` reads, the estimator's mean over all tokens.
+            OpenRLHF's own number is that divided by the number of micro-batches under ``--train.dynamic_batch_enable``,
+            and too large where micro-batches hold different numbers of tokens.
+        """
+        packed, own = self.metrics.packed(), self._kl
+        self._kl = None
+        if packed is None or own is None:
+            return {}
+        sums, maxima = torch.cat([packed[0], own.to(packed[0])]), packed[1]
+        torch.distributed.all_reduce(sums)
+        torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
+        kl, tokens = sums[-2:].tolist()
+        return {**self.metrics.total((sums[:-2], maxima)), "kl": kl / max(tokens, 1.0)}

@@ -1,15 +1,43 @@
-"""The spec in OpenRLHF's arguments, and what they say about the sampler's log-probs."""
+"""What OpenRLHF's arguments say about a spec: its weights, how responses are sampled, how terms become one number."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
+from packaging.version import Version
+
 from kl_plugins.adapters.openrlhf.host import ESTIMATOR_FLAG, LOSS_FLAG
+from kl_plugins.aggregation import Aggregation
+from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
+from kl_plugins.spec.target import caveats_with_source
 
 parse = lru_cache(maxsize=64)(KLSpec.parse)
 """A worker reads the same text for every micro-batch."""
+
+PROCESSED = "processed_logprobs"
+"""The mode of vLLM in which its log-probs are those of the distribution that it samples from."""
+
+LOGPROBS_SETTING = "logprobs_mode of create_vllm_engines"
+
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""vLLM's penalties, with the values that change nothing."""
+
+GLOBAL_MEAN_SINCE = Version("0.10.4")
+"""OpenRLHF's losses are means over an optimizer batch since this version, and over each micro-batch before it."""
+
+MICRO_BATCH_CAVEAT = (
+    f"OpenRLHF before {GLOBAL_MEAN_SINCE} averages over the tokens of each micro-batch first, so a token counts more "
+    "in a micro-batch that has few"
+)
+GSPO_CAVEAT = (
+    "GSPO multiplies every token's advantage with the ratio of the whole sequence, so the KL of a token acts on all "
+    "tokens of its response alike, and late tokens count more than under the target; use a @loss spec"
+)
+AGENT_CAVEAT = "an agent of your own may sample with other settings, or return log-probs of another kind"
 
 
 def spec_of(args: Any) -> KLSpec | None:
@@ -60,3 +88,58 @@ def behaviour_source(spec: KLSpec, args: Any) -> str:
     if spec.behaviour is not None:
         return spec.behaviour
     return "sampler" if corrects_policy_loss(args) else "old"
+
+
+def sampling_of(args: Any) -> Sampling:
+    """How responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
+    return Sampling(float(args.rollout.temperature), float(args.rollout.top_p), logprobs_setting=LOGPROBS_SETTING)
+
+
+def sampling_in(given: Mapping[str, Any]) -> Sampling:
+    """The same of the arguments that vLLM's ``SamplingParams`` is built with: a launcher of one's own may add some."""
+    return Sampling(
+        temperature=float(given.get("temperature", 1.0)),
+        top_p=float(given.get("top_p", 1.0)),
+        top_k=int(given.get("top_k", 0)),
+        min_p=float(given.get("min_p", 0.0)),
+        penalised=any(given.get(name, neutral) != neutral for name, neutral in PENALTIES.items()),
+        logprobs_setting=LOGPROBS_SETTING,
+    )
+
+
+def require_weights(spec: KLSpec, args: Any, sampling: Sampling) -> None:
+    """Raise where a spec's weights would be wrong under these settings of generation.
+
+    Raises:
+        ValueError: why, and what to do.
+    """
+    for problem in sampling.problems(spec, behaviour_source(spec, args)):
+        raise ValueError(f"kl-plugins: {ESTIMATOR_FLAG} {spec} cannot be used here: {problem}")
+
+
+def aggregation_of(spec: KLSpec, args: Any) -> Aggregation:
+    """What OpenRLHF does with the terms of all tokens: its KL loss has its own way, a score goes the policy loss's."""
+    if spec.placement == "loss":
+        if Version(version("openrlhf")) < GLOBAL_MEAN_SINCE:
+            return Aggregation("token mean", f"of each micro-batch: OpenRLHF's KL loss before {GLOBAL_MEAN_SINCE}")
+        return Aggregation("token mean", "OpenRLHF's KL loss, whatever the policy loss does")
+    if args.actor.policy_loss_type == "gspo":
+        return Aggregation("sequence mean", "--actor.policy_loss_type gspo")
+    mode = getattr(args.actor, "loss_agg_mode", None)  # since 0.11.2
+    if mode is None:
+        return Aggregation("token mean", "OpenRLHF's policy loss")
+    return Aggregation("token mean" if mode == "token-mean" else "sequence mean", f"--actor.loss_agg_mode {mode}")
+
+
+def caveats_of(spec: KLSpec, args: Any) -> tuple[str, ...]:
+    """What bends the estimate although the target stays: of the spec, and of OpenRLHF's settings."""
+    source = behaviour_source(spec, args)
+    found = [*caveats_with_source(spec, source), *aggregation_of(spec, args).caveats]
+    if Version(version("openrlhf")) < GLOBAL_MEAN_SINCE:
+        found.append(MICRO_BATCH_CAVEAT)
+    if spec.placement != "loss" and args.actor.policy_loss_type == "gspo":
+        found.append(GSPO_CAVEAT)
+    found += sampling_of(args).caveats(spec, source)
+    if getattr(args.train, "agent_func_path", None):
+        found.append(AGENT_CAVEAT)
+    return tuple(found)

@@ -113,7 +113,8 @@ FORMULAS = (
     "TRL:      M all-gathers of 4 (1 + metrics) bytes; @reward: one of 4 (sequences of the rank)",
     "veRL:     @loss: one all-reduce of 16 bytes; its metrics ride on veRL's own gather of objects, under 1 kB; "
     "@reward, @advantage: none, the driver shapes them",
-    "OpenRLHF: @loss: two all-reduces of 8 (means + 3) and 8 (maxima) bytes; @reward and @advantage: none",
+    "OpenRLHF: @loss: per rollout batch two all-reduces of 8 (means + 7) and 8 (maxima) bytes, per optimizer step one "
+    "of 40 (with beta: 64); @reward and @advantage: none",
     "beta:     a controller in the loss adds one all-reduce of 12 bytes",
     "R = 1:    the same calls, to itself, under torchrun; none without a process group",
     "ring:     an all-gather of b bytes sends (R-1) b in R-1 hops, an all-reduce 2 (R-1)/R b in 2 (R-1)",

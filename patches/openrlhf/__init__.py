@@ -10,6 +10,7 @@ HOOKS = ImportHooks(
     modules=(
         "openrlhf.utils.config",
         "openrlhf.utils.agent",
+        "openrlhf.utils.deepspeed.deepspeed",
         "openrlhf.trainer.ray.vllm_engine",
         "openrlhf.trainer.ray.ppo_actor",
         "openrlhf.trainer.ppo_utils.experience_maker",

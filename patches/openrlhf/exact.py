@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.openrlhf.exact import check_reference, states_kl
+from kl_plugins.adapters.openrlhf.exact import reference_difference, states_kl
 from kl_plugins.adapters.openrlhf.loss import MicroBatch
 
 Forward = Callable[[Any], Tensor]
@@ -74,11 +74,8 @@ def watching(trainer: Any, reference: Forward | None, batch: MicroBatch, experie
     Args:
         trainer: an ``ActorPPOTrainer``.
         reference: from :func:`reference_of`; None where the spec has no exact terms, and nothing is done then.
-        batch: gets the KL.
+        batch: gets the KL, and how far the reference is from OpenRLHF's own.
         experience: OpenRLHF's micro-batch.
-
-    Raises:
-        RuntimeError: the reference is not OpenRLHF's own.
     """
     if reference is None:
         yield
@@ -88,8 +85,7 @@ def watching(trainer: Any, reference: Forward | None, batch: MicroBatch, experie
         handle.remove()  # under LoRA the reference's pass is one of the same module
         logits = output[1]["logits"]
         found = states_kl(batch.spec, logits, lambda: reference(experience), experience, batch.sampler_logp)
-        rounded = trainer.args.ds.param_dtype != "fp32"
-        check_reference(found, experience.base_action_log_probs, experience.action_mask, rounded)
+        batch.difference = reference_difference(found, experience.base_action_log_probs, experience.action_mask)
         batch.exact = found.kl
 
     handle = trainer.actor.register_forward_hook(after_actor)

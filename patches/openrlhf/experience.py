@@ -1,4 +1,4 @@
-"""Hooks in OpenRLHF's experience maker: ``@reward`` and ``@advantage``, and the check of the sampler's log-probs."""
+"""Hooks in OpenRLHF's experience maker: ``@reward`` and ``@advantage``, and the check of a rollout's log-probs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from kl_plugins.adapters.openrlhf import score, settings
-from kl_plugins.adapters.openrlhf.sampler import refuse_missing
+from kl_plugins.adapters.openrlhf.loss import check_rollout
 from kl_plugins.adapters.openrlhf.score import ScoreBeta
 from kl_plugins.adapters.receipts import announce
 from kl_plugins.patches.arguments import Function, arguments
@@ -40,6 +40,9 @@ def _receipt(spec: KLSpec, args: Any) -> Receipt:
         target=spec.target,
         behaviour="unused",
         reward_site=score.site(spec, args),
+        aggregation=str(settings.aggregation_of(spec, args)),
+        sampling=str(settings.sampling_of(args)),
+        caveats=settings.caveats_of(spec, args),
     )
 
 
@@ -48,12 +51,12 @@ def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs
     spec = settings.spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)
-    samples = arguments(wrapped, args, kwargs)["samples_list"]
     if spec.placement == "loss":
-        refuse_missing(spec, maker.args, [(batch.rollout_log_probs, batch.action_mask) for batch in samples])
-        return wrapped(*args, **kwargs)
+        made = wrapped(*args, **kwargs)
+        check_rollout(spec, maker.args, made)
+        return made
     control = _control(spec, maker)
-    with score.shaping(control, samples):
+    with score.shaping(control, arguments(wrapped, args, kwargs)["samples_list"]):
         return wrapped(*args, **kwargs)
 
 

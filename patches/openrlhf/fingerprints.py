@@ -9,6 +9,7 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "0.11.2": "1922d391db93f612",
     },
     "openrlhf.utils.config:hierarchize": {"0.10.2": "d8455388ba92a660"},
+    "openrlhf.utils.deepspeed.deepspeed:DeepspeedStrategy.optimizer_step": {"0.10.2": "5c3f15ba1f88db96"},
     "openrlhf.utils.agent:SingleTurnAgentExecutor.execute": {"0.10.2": "505f22ab411b11bc"},
     "openrlhf.trainer.ray.vllm_engine:create_vllm_engines": {"0.10.2": "48d27e5bf07ba909"},
     "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step": {

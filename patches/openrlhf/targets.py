@@ -12,6 +12,7 @@ from kl_plugins.patches.patch import Patch, PatchSet, Wrapper
 ESTIMATORS = "openrlhf.models.utils"
 ARGUMENTS = "openrlhf.utils.config"
 AGENT = "openrlhf.utils.agent"
+STRATEGY = "openrlhf.utils.deepspeed.deepspeed"
 ENGINE = "openrlhf.trainer.ray.vllm_engine"
 ACTOR = "openrlhf.trainer.ray.ppo_actor"
 MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
@@ -34,6 +35,7 @@ PATCHES = PatchSet(
         _patch(SAMPLES, "SamplesGenerator._dispatch_prompts_to_vllm", rollout.dispatch_prompts),
         _patch(SAMPLES, "SamplesGenerator._process_response_into_experience", rollout.process_response),
         _patch(AGENT, "SingleTurnAgentExecutor.execute", rollout.execute),
+        _patch(STRATEGY, "DeepspeedStrategy.optimizer_step", worker.optimizer_step),
         _patch(ESTIMATORS, "compute_approx_kl", worker.approx_kl, used_in=ACTOR),
         _patch(ACTOR, "ActorPPOTrainer.training_step", worker.training_step),
         _patch(ACTOR, "ActorPPOTrainer.ppo_train", worker.ppo_train),

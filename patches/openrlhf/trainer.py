@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kl_plugins.adapters import checkpoints
 from kl_plugins.adapters.openrlhf.score import ScoreBeta
 from kl_plugins.patches.arguments import Function, arguments, replaced
 from kl_plugins.patches.openrlhf import worker
@@ -16,7 +17,7 @@ ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock OpenRLHF."""
 
 STATE_KEY = "kl_plugins"
-"""Where the controllers lie in the client states of OpenRLHF's checkpoints."""
+"""Where spec and controllers lie in the client states of OpenRLHF's checkpoints."""
 
 
 @dataclass
@@ -53,14 +54,15 @@ def _bind_hooks(trainer: Any) -> None:
 
 
 def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around the first thing that training does, before any rollout: receipts, then the controllers' state."""
+    """Around the first thing that training does, before any rollout: receipts, then spec and state of a checkpoint."""
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
     if session.spec.placement == "loss":
         # Imported here: it needs Ray.
-        from kl_plugins.adapters.openrlhf.receipts import collect
+        from kl_plugins.adapters.openrlhf.receipts import collect, require_processed
 
+        require_processed(trainer.vllm_engines, session.spec, trainer.args)
         collect(trainer.actor_model_group, session.spec, trainer.args)
     session.confirmed = True
     states = wrapped(*args, **kwargs)
@@ -79,7 +81,7 @@ def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: d
         trainer.init_checkpoint_states()
     status, step = wrapped(*args, **kwargs)
     if isinstance(trainer.kl_ctl, ScoreBeta):
-        status.update(trainer.kl_ctl.metrics.reduced())
+        status.update(trainer.kl_ctl.metrics.total())
     return status, step
 
 
@@ -102,7 +104,7 @@ def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: di
 
 
 def save_logs_and_checkpoints(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around logging and the regular checkpoint: the controllers' state goes into its client states."""
+    """Around logging and the regular checkpoint: spec and controllers' state go into its client states."""
     named = arguments(wrapped, args, kwargs)
     if session_of(trainer) is not None and named["global_step"] % trainer.args.ckpt.save_steps == 0:
         states = _with_state(trainer, named["client_states"])
@@ -128,25 +130,27 @@ def _with_state(trainer: Any, client_states: dict[str, Any] | None) -> dict[str,
 
 
 def _saved(trainer: Any, session: TrainerSession) -> dict[str, Any]:
-    control = trainer.kl_ctl
+    control, state = trainer.kl_ctl, None
     if isinstance(control, ScoreBeta):
-        # OpenRLHF alone forgets what its adaptive controller has learnt.
-        return {"controller": control.saved(), "host_value": float(control.host.value)}
-    state = {"host_value": float(control.value)}
-    if session.spec.beta is not None:
-        state["controller"] = _call(trainer.actor_model_group._actor_handlers[:1], worker.saved)[0]
-    return state
-
-
-def _restore(trainer: Any, session: TrainerSession, state: dict[str, Any] | None) -> None:
-    control, state = trainer.kl_ctl, state or {}
-    host = control.host if isinstance(control, ScoreBeta) else control
-    if "host_value" in state and trainer.args.algo.kl.target:
-        host.value = state["host_value"]
-    if isinstance(control, ScoreBeta):
-        control.restore(state.get("controller"))
+        state = control.control.saved()
     elif session.spec.beta is not None:
-        _call(trainer.actor_model_group._actor_handlers, worker.restore, state.get("controller"))
+        state = _call(trainer.actor_model_group._actor_handlers[:1], worker.saved)[0]
+    # OpenRLHF alone forgets what its adaptive controller has learnt.
+    return {**checkpoints.record(session.spec, state), "host_value": float(_host_of(control).value)}
+
+
+def _restore(trainer: Any, session: TrainerSession, saved: dict[str, Any] | None) -> None:
+    control, state = trainer.kl_ctl, checkpoints.resumed(saved, session.spec)
+    if saved is not None and "host_value" in saved and trainer.args.algo.kl.target:
+        _host_of(control).value = saved["host_value"]
+    if isinstance(control, ScoreBeta):
+        control.control.restore(state)
+    elif session.spec.beta is not None:
+        _call(trainer.actor_model_group._actor_handlers, worker.restore, state)
+
+
+def _host_of(control: Any) -> Any:
+    return control.host if isinstance(control, ScoreBeta) else control
 
 
 def _call(workers: list[Any], function: Function, *args: Any) -> list[Any]:

@@ -1,16 +1,17 @@
-"""Hooks in OpenRLHF's policy workers: the KL, one training step, all of them; and the worker's receipt."""
+"""Hooks in OpenRLHF's policy workers: the KL, training steps, the optimizer's step; and the worker's receipt."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from typing import Any
 
-from kl_plugins.adapters.beta import LossBeta
+from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import carried, current
 from kl_plugins.adapters.openrlhf.exact import cost
+from kl_plugins.adapters.openrlhf.host import COEFFICIENT_FLAG
 from kl_plugins.adapters.openrlhf.loss import MicroBatch
 from kl_plugins.adapters.openrlhf.session import Session
-from kl_plugins.adapters.openrlhf.settings import behaviour_source, spec_of
+from kl_plugins.adapters.openrlhf.settings import aggregation_of, behaviour_source, caveats_of, sampling_of, spec_of
 from kl_plugins.adapters.receipts import announce
 from kl_plugins.patches.arguments import Function, arguments, replaced
 from kl_plugins.patches.openrlhf import exact
@@ -28,7 +29,8 @@ def session_of(trainer: Any) -> Session | None:
         spec = spec_of(trainer.args)
         if spec is None or spec.placement != "loss":
             return None
-        session = Session(spec, LossBeta(spec.beta, float(trainer.args.algo.kl.init_coef)))
+        control = Controller(spec.beta, trainer.args.algo.kl.init_coef, COEFFICIENT_FLAG)
+        session = Session(spec, control, rounded=trainer.args.ds.param_dtype != "fp32")
         setattr(trainer, ATTRIBUTE, session)
     return session
 
@@ -55,25 +57,37 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
         return wrapped(*args, **kwargs)
     session.require_confirmed()
     named = arguments(wrapped, args, kwargs)
-    batch = MicroBatch.read(session.spec, trainer.args, named["experience"])
-    beta = session.coefficient(named["kl_ctl"])
-    args, kwargs = replaced(wrapped, args, kwargs, kl_ctl=beta)
+    batch = MicroBatch.read(session, trainer.args, named["experience"])
+    args, kwargs = replaced(wrapped, args, kwargs, kl_ctl=session.coefficient(named["kl_ctl"]))
     engine = trainer.actor.model
     before = engine.global_steps
     with carried(batch), exact.watching(trainer, session.reference, batch, named["experience"]):
         status = wrapped(*args, **kwargs)
-    session.finish(batch, beta)
-    if engine.global_steps != before:  # DeepSpeed made an optimizer step of the accumulated gradients
-        session.beta.step(trainer.strategy.ds_device_mesh["dp"].get_group())
+    if engine.global_steps != before and session.unchecked:
+        raise RuntimeError(
+            f"kl-plugins: DeepSpeed made an optimizer step under {session.spec} that did not go through "
+            "DeepspeedStrategy.optimizer_step, so its log-probs were not checked; this strategy is not known"
+        )
     return status
 
 
+def optimizer_step(wrapped: Function, strategy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around DeepSpeed's step, the last place where all ranks can stop together before weights change."""
+    batch = current()
+    if isinstance(batch, MicroBatch) and batch.session is not None:
+        model = arguments(wrapped, args, kwargs)["model"]
+        engine = getattr(model, "model", model)  # OpenRLHF's Actor holds the engine
+        if engine.is_gradient_accumulation_boundary():
+            batch.session.before_step(strategy.ds_device_mesh["dp"].get_group())
+    return wrapped(*args, **kwargs)
+
+
 def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around all epochs over the replay buffer: their KL metrics go into the status that OpenRLHF logs."""
+    """Around all epochs over the replay buffer: their KL and its metrics go into the status that OpenRLHF logs."""
     session = session_of(trainer)
     status = wrapped(*args, **kwargs)
     if session is not None:
-        status.update(session.metrics.reduced(distributed=True))
+        status.update(session.report())
     return status
 
 
@@ -90,7 +104,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         UnsupportedHostError: this OpenRLHF is not one that was checked.
     """
     from kl_plugins.patches.openrlhf.support import check_process
-    from kl_plugins.patches.openrlhf.targets import ACTOR, PATCHES
+    from kl_plugins.patches.openrlhf.targets import ACTOR, PATCHES, STRATEGY
     from kl_plugins.patches.patch import hooked
 
     check_process()
@@ -105,7 +119,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         raise RuntimeError(f"it takes the behaviour policy's log-probs from {source}, not from {behaviour}")
     if session.spec.needs_exact and session.reference is None:
         session.reference = exact.reference_of(trainer)
-    used = [patch for patch in PATCHES.patches if patch.module == ACTOR]
+    used = [patch for patch in PATCHES.patches if patch.module in (ACTOR, STRATEGY)]
     made = Receipt(
         rank=int(process._rank),
         world_size=int(process._world_size),
@@ -116,6 +130,9 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         spec=str(session.spec),
         target=session.spec.target,
         behaviour=source,
+        aggregation=str(aggregation_of(session.spec, trainer.args)),
+        sampling=str(sampling_of(trainer.args)),
+        caveats=caveats_of(session.spec, trainer.args),
         cost=cost(session.spec, trainer.args),
     )
     session.confirmed = True
@@ -126,11 +143,11 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
 def saved(process: Any) -> dict[str, Any]:
     """The controller's state of a policy worker; runs there."""
     session = session_of(process.trainer)
-    return {} if session is None else session.saved()
+    return {} if session is None else session.beta.saved()
 
 
 def restore(process: Any, state: dict[str, Any] | None) -> None:
     """Give a policy worker a checkpoint's controller state; runs there."""
     session = session_of(process.trainer)
     if session is not None:
-        session.restore(state)
+        session.beta.restore(state)

@@ -70,8 +70,8 @@ def not_finite_and_unused(driver: Driver) -> None:
     """What no weight divides by feeds metrics alone; these stay finite, and the gradient is that of sound data."""
     sound = driver.update(Request("k2@loss"))
     for whose, value in itertools.product(("sampler", "old"), NOT_FINITE):
-        if driver.host == "openrlhf" and whose == "old":
-            continue  # its policy loss divides by the old log-probs, so no run gets here
+        if driver.host == "openrlhf" and whose == "old" and math.isnan(value):
+            continue  # it makes OpenRLHF's own policy loss NaN; infinities do not, because their log-ratio is clamped
         outcome = driver.update(Request("k2@loss", Fault(whose, value)))
         if driver.host == "trl" and whose == "old" and value != math.inf:
             outcome = replace(outcome, gradient=None)  # TRL's own policy loss divides by it, with or without kl-plugins
@@ -91,6 +91,10 @@ def not_finite_in_scores(driver: Driver) -> None:
 def empty_mask(driver: Driver) -> None:
     """No response token at all: no KL, no error."""
     outcome = driver.update(Request("k2@loss/is:token", empty=(0,)))
+    if driver.host == "openrlhf":  # alone it divides its metrics by the tokens of a micro-batch, and ends as well
+        alone = driver.update(Request(None, empty=(0,)))
+        assert outcome.errors == alone.errors == ("float division by zero",)
+        return
     _went_on(outcome)
     assert outcome.metrics[-1]["kl/value"] == 0
     assert outcome.metrics[-1]["kl/active"] == 1
@@ -158,6 +162,8 @@ def truncated_sampling(driver: Driver) -> None:
         (Sampled(top_p=0.9), "top_p 0.9"),
         (Sampled(top_k=20), "top_k 20"),
     ):
+        if driver.host == "openrlhf" and sampled.top_k:
+            continue  # it has no such setting; tests/openrlhf/test_sampler.py passes it as a launcher of one's own may
         receipt = driver.receipt("k2@loss/is:token", sampled=sampled)
         assert words in receipt.sampling
         assert words in receipt.line()

@@ -90,7 +90,8 @@ ROWS = (
     Row(
         "empty_mask",
         "A batch has no response token at all.",
-        "The run goes on; the KL of the batch is 0.",
+        "The run goes on; the KL of the batch is 0. OpenRLHF divides by the number of tokens, and ends as it does "
+        "alone.",
         "Everything.",
         checks.empty_mask,
     ),

@@ -66,6 +66,27 @@ def harness(assets: Path, cluster: None):
 
 
 @pytest.fixture(scope="session")
+def make_pair(assets: Path, cluster: None):
+    """Gives two policy and two reference actors, attached, for every test of the session."""
+    from tests.openrlhf.harness import Harness
+
+    made: list[Harness] = []
+
+    def pair() -> Harness:
+        if not made or made[0].ended:
+            made[:] = [Harness(assets, 2)]
+        return made[0]
+
+    return pair
+
+
+@pytest.fixture
+def pair(make_pair):
+    """The actors of two ranks."""
+    return make_pair()
+
+
+@pytest.fixture(scope="session")
 def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.
 

@@ -44,6 +44,8 @@ from tests.openrlhf.rollouts import Rollouts, make_rollouts
 __all__ = ["LOSS", "ONE_STEP", "STOCK", "Harness", "Result", "Rollouts", "make_rollouts", "parse"]
 
 LOSS = ("--algo.kl.use_loss", "--algo.kl.estimator")
+ONE_STEP_STOCK = "k3 loss, one step"
+"""The entry of ``STOCK`` whose gradient is known."""
 STOCK: dict[str, Sequence[str]] = {
     "k1": ("--algo.kl.estimator", "k1"),
     "k1 group_norm": ("--algo.kl.estimator", "k1", "--algo.advantage.estimator", "group_norm"),
@@ -51,6 +53,7 @@ STOCK: dict[str, Sequence[str]] = {
     "k3 loss": (*LOSS, "k3"),
     "k2 loss unbiased": (*LOSS, "k2", "--algo.kl.unbiased_gradient"),
     "k1 loss unbiased": (*LOSS, "k1", "--algo.kl.unbiased_gradient"),
+    ONE_STEP_STOCK: (*LOSS, "k3", *ONE_STEP),
 }
 """What the fixture ``stock`` runs without kl-plugins."""
 
@@ -92,7 +95,7 @@ class Harness:
         from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
         from ray.util.placement_group import placement_group
 
-        self.assets, self.ranks, self.attached = assets, ranks, attached
+        self.assets, self.ranks, self.attached, self.ended = assets, ranks, attached, False
         # No GPU is asked for, so that Ray needs no fake ones; bundles only hold ranks together or apart.
         bundles = placement_group([{"CPU": 1}] * ranks, strategy="STRICT_SPREAD" if spread else "PACK")
         ray.get(bundles.ready(), timeout=120)
@@ -167,6 +170,7 @@ class Harness:
         """Kill the actors."""
         import ray
 
+        self.ended = True
         for actor in self.policy._actor_handlers + self.reference._actor_handlers:
             ray.kill(actor)
 

@@ -11,6 +11,7 @@ import pytest
 from openrlhf.trainer import ppo_trainer
 from openrlhf.trainer.ppo_utils import experience_maker, samples_generator
 from openrlhf.trainer.ray import ppo_actor, vllm_engine
+from openrlhf.utils.deepspeed import DeepspeedStrategy
 
 from kl_plugins.adapters.openrlhf import attach, detach, diagnose, run
 from kl_plugins.adapters.openrlhf.host import HOST
@@ -64,6 +65,7 @@ def test_every_name_that_openrlhf_calls_has_its_hook():
     for owner, name in [
         (ppo_actor, "compute_approx_kl"),
         (ppo_actor.ActorPPOTrainer, "training_step"),
+        (DeepspeedStrategy, "optimizer_step"),
         (experience_maker, "compute_approx_kl"),
         (ppo_trainer.BasePPOTrainer, "train_step"),
         (samples_generator, "SamplingParams"),

@@ -45,9 +45,9 @@ def test_gradient_is_that_of_the_full_softmax(computed, text):
 
 def test_another_reference_than_the_hosts_is_refused(harness, rollouts):
     # The harness gives the reference actor other weights than those that the flags name.
-    trainer, experience = start(harness, rollouts)
-    with pytest.raises(ray.exceptions.RayTaskError, match="differ from those of OpenRLHF's reference actor"):
-        harness.ask(by_hand.exact_losses, SPECS[:1], experience, 0.5, trainer.args.actor.model_name_or_path)
+    trainer = harness.start((*USE, "exact@loss", *ONE_STEP))
+    with pytest.raises(ray.exceptions.RayTaskError, match="differ from those of OpenRLHF's reference actor by"):
+        harness.train(trainer, rollouts)
 
 
 def test_receipts_say_what_it_costs(harness, rollouts):

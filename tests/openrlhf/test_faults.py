@@ -9,25 +9,20 @@ from pathlib import Path
 
 import openrlhf
 import pytest
+import ray
 import torch
 
 from kl_plugins.receipts import MissingReceiptError
 from tests.openrlhf import remote
 from tests.openrlhf.cli import DEFAULTS, MODULE
-from tests.openrlhf.harness import LOSS, Harness
+from tests.openrlhf.contract_driver import by_rank, recorded
+from tests.openrlhf.harness import LOSS
 from tests.openrlhf.ray_support import ENVIRONMENT
 
 SPEC = "k2@loss/is:token"
 SAMPLER = f"{SPEC}/behaviour:sampler"
 # Two ranks take half of the rollouts each.
 EACH = ("--train.batch_size", "8", "--train.micro_batch_size", "2")
-
-
-@pytest.fixture(scope="module")
-def pair(assets, cluster):
-    found = Harness(assets, 2)
-    yield found
-    found.end()
 
 
 def test_every_rank_gives_a_receipt(pair):
@@ -46,9 +41,33 @@ def test_two_ranks_train_as_one(pair, harness, rollouts):
         assert two.metrics[-1][key] == pytest.approx(one.metrics[-1][key], rel=0.02, abs=1e-3), key
 
 
-def test_a_log_prob_that_one_rank_misses_stops_all(pair, rollouts):
-    with pytest.raises(ValueError, match="no finite log-prob for 1 of 43 response tokens"):
-        pair.run((*LOSS, SAMPLER, *EACH), rollouts.with_log_prob(7, 1, math.nan))
+@pytest.mark.parametrize(
+    ("whose", "field", "spec"),
+    [
+        ("sampler", "rollout_log_probs", SAMPLER),
+        ("reference", "base_action_log_probs", SPEC),
+        ("old policy", "action_log_probs", f"{SPEC}/behaviour:old"),
+    ],
+)
+def test_what_one_worker_alone_finds_stops_both(pair, rollouts, whose, field, spec):
+    # A trainer of one's own may hand its workers what OpenRLHF's experience maker would have refused.
+    trainer = pair.start((*LOSS, spec, *EACH))
+    pair.receipts(trainer)
+    make = trainer.experience_maker.make_experience_batch
+
+    def spoilt(samples):
+        made = make(samples)
+        values = getattr(made[-1], field).clone()
+        values[-1, int(made[-1].action_mask[-1].nonzero()[1])] = math.nan
+        setattr(made[-1], field, values)
+        return made
+
+    trainer.experience_maker.make_experience_batch = spoilt
+    with recorded(pair) as fits, pytest.raises(ray.exceptions.RayTaskError):
+        trainer.train_step(rollouts.experiences(), 0)
+    first, second = by_rank(fits)
+    assert first == second
+    assert f"the log-probs of the {whose} on 1 of 43 response tokens are not finite" in first
 
 
 def test_empty_masks_on_one_rank_leave_the_others(pair, rollouts):
@@ -61,13 +80,12 @@ def test_empty_masks_on_one_rank_leave_the_others(pair, rollouts):
 
 
 def test_a_dead_worker_is_named(pair):
-    import ray
-
     trainer = pair.start((*LOSS, SPEC, *EACH))
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(pair.policy._actor_handlers[1].__ray_call__.remote(remote.end))
     with pytest.raises(MissingReceiptError, match=r"no receipt from 1 of 2 workers:\s+rank 1: Actor\w*Error"):
         pair.receipts(trainer)
+    pair.end()
 
 
 def program(assets, folder, *flags):

@@ -54,6 +54,17 @@ def test_dynamic_batches_step_the_controller_once_per_optimizer_step(packing, ro
     assert result.metrics[0]["kl/active"] == 1
 
 
+def test_openrlhfs_controller_reads_the_mean_of_dynamic_batches(packing, rollouts):
+    # OpenRLHF's own number is that divided by the number of micro-batches.
+    flags = (*USE, "k3@loss", *ONE_STEP, *DYNAMIC)
+    (metrics,) = packing.run(flags, rollouts).metrics
+    assert metrics["kl"] == pytest.approx(metrics["kl/value"], rel=1e-4)
+    target = metrics["kl"] * 1.1
+    result = packing.run((*flags, "--algo.kl.target", str(target), "--algo.kl.horizon", "80"), rollouts)
+    # Only just below its target: an error of a half or less would be clipped to -0.2.
+    assert result.trainer.kl_ctl.value == pytest.approx(0.5 * (1 + (1 / 1.1 - 1) * 8 / 80), rel=1e-5)
+
+
 @pytest.mark.parametrize("text", ["k1@advantage", "k1@reward"])
 def test_scores_reach_dynamic_batches(packing, rollouts, text):
     result = packing.run((SPEC, text, "--algo.advantage.estimator", "group_norm", *DYNAMIC), rollouts)

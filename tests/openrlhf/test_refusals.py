@@ -8,12 +8,20 @@ import sys
 import pytest
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
+from kl_plugins.adapters.log_probs import LogProbError
 from kl_plugins.adapters.openrlhf import attach, guards, require_receipts
 from kl_plugins.adapters.openrlhf.sampler import MISSING
-from kl_plugins.adapters.openrlhf.settings import behaviour_source, needs_sampler, spec_of
+from kl_plugins.adapters.openrlhf.settings import (
+    aggregation_of,
+    behaviour_source,
+    caveats_of,
+    needs_sampler,
+    spec_of,
+)
 from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
-from tests.openrlhf.command_line import parse
+from tests.openrlhf import remote
+from tests.openrlhf.command_line import ONE_STEP, parse
 from tests.openrlhf.ray_support import ENVIRONMENT
 
 SPEC = "--algo.kl.estimator"
@@ -130,12 +138,11 @@ def test_where_the_behaviour_policys_log_probs_come_from(assets, flags, source, 
     assert (behaviour_source(spec_of(args), args), needs_sampler(args)) == (source, asks)
 
 
-@pytest.mark.parametrize("value", [MISSING, math.nan, -math.inf])
-def test_missing_log_probs_of_the_sampler_stop_the_run_before_the_update(harness, rollouts, value):
+def test_missing_log_probs_of_the_sampler_stop_the_run_before_the_update(harness, rollouts):
     trainer = harness.start(SAMPLER)
-    with pytest.raises(ValueError, match=r"no finite log-prob for 1 of 43 response tokens.*say behaviour:old"):
-        harness.train(trainer, rollouts.with_log_prob(2, 1, value))
-    with pytest.raises(ValueError, match="no finite log-prob for 43 of 43"):
+    with pytest.raises(LogProbError, match=r"sampler on 1 of 43 response tokens are not finite.*behaviour:old"):
+        harness.train(trainer, rollouts.with_log_prob(2, 1, MISSING))
+    with pytest.raises(LogProbError, match="sampler on 43 of 43 response tokens"):
         harness.train(trainer, rollouts.without_log_probs())
     harness.train(trainer, rollouts.with_log_prob(2, 1, 0.0))  # a probability of 1 is one
 
@@ -145,6 +152,43 @@ def test_missing_log_probs_do_not_matter_where_nothing_divides_by_them(harness, 
     spoilt = harness.run(flags, rollouts.with_log_prob(2, 1, math.nan)).parameters
     for name, value in harness.run(flags, rollouts).parameters.items():
         assert value.equal(spoilt[name]), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "caveat"),
+    [
+        ((*LOSS, "--actor.loss_agg_mode", "seq-mean-token-mean"), "token mean", ""),
+        ((*LOSS, "--actor.policy_loss_type", "gspo"), "token mean", ""),
+        (ADVANTAGE, "token mean", ""),
+        ((*ADVANTAGE, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "every response is weighted"),
+        ((*REWARD, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "every response is weighted"),
+        ((*REWARD, "--actor.policy_loss_type", "gspo"), "sequence mean", "late tokens count more"),
+        ((*REWARD, "--train.agent_func_path", "agent.py"), "token mean", "an agent of your own may sample with other"),
+    ],
+)
+def test_what_happens_to_the_terms_of_all_tokens(assets, flags, kind, caveat):
+    args = parse(assets, flags)
+    spec = spec_of(args)
+    found = aggregation_of(spec, args)
+    assert found.kind == kind
+    assert ("--actor." in found.setting) == (spec.placement != "loss")
+    assert any(caveat in text for text in caveats_of(spec, args))
+    for other in ("every response is weighted", "late tokens count more"):
+        assert caveat or not any(other in text for text in caveats_of(spec, args))
+
+
+def test_a_missing_reference_of_a_loss_is_an_error(harness, rollouts):
+    trainer = harness.start(LOSS)
+    trainer.experience_maker.initial_model_group = None
+    with pytest.raises(RuntimeError, match="no reference log-probs for k2@loss/is:token; is there a reference model"):
+        harness.train(trainer, rollouts)
+
+
+def test_a_step_that_goes_round_the_check_is_an_error(harness, rollouts):
+    trainer = harness.start((*LOSS, *ONE_STEP))
+    harness.ask(remote.step_alone)
+    with pytest.raises(Exception, match=r"did not go through DeepspeedStrategy\.optimizer_step"):
+        harness.train(trainer, rollouts)
 
 
 def test_workers_that_nobody_asked_refuse_to_train(harness, rollouts):

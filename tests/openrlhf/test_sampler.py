@@ -14,7 +14,7 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 from vllm import SamplingParams
 
 from kl_plugins.adapters.openrlhf import attach
-from kl_plugins.adapters.openrlhf.sampler import MISSING, known
+from kl_plugins.adapters.openrlhf.sampler import MISSING, unmarked
 from kl_plugins.patches.openrlhf import cli
 from tests.openrlhf.command_line import parse
 from tests.openrlhf.test_refusals import CORRECTED, LOSS, REWARD, SAMPLER, SPEC
@@ -34,14 +34,14 @@ class Remote:
         self.remote = function
 
 
-def dispatched(args):
+def dispatched(args, **settings):
     """The sampling parameters with which the host's generator dispatches one prompt."""
     engine = SimpleNamespace(
         get_num_unfinished_requests=Remote(lambda: ray_value(0)),
         generate_responses=Remote(lambda **given: given["sampling_params"]),
     )
     generator = SamplesGenerator(SimpleNamespace(args=args), None, None, None, [engine])
-    (params,) = generator._dispatch_prompts_to_vllm(["1+1="], ["2"], max_new_tokens=4)
+    (params,) = generator._dispatch_prompts_to_vllm(["1+1="], ["2"], max_new_tokens=4, **settings)
     return params
 
 
@@ -69,6 +69,20 @@ def test_log_probs_are_asked_for_where_the_spec_or_openrlhf_needs_them(cluster, 
     params = dispatched(parse(assets, flags))
     assert isinstance(params, SamplingParams)
     assert params.logprobs == log_probs
+
+
+PREFIX = ("--algo.kl.use_loss", SPEC, "k2@loss/is:prefix/behaviour:sampler")
+
+
+def test_settings_that_only_a_launcher_of_ones_own_passes_are_checked(cluster, assets, monkeypatch):
+    monkeypatch.delenv("KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS", raising=False)
+    for given, words in (({"top_k": 20}, "top_k 20"), ({"top_p": 0.9}, "top_p 0.9")):
+        with pytest.raises(ValueError, match=f"is:prefix multiplies .* truncated sampling .{words}"):
+            dispatched(parse(assets, PREFIX), **given)
+        assert dispatched(parse(assets, SAMPLER), **given).logprobs == 1
+        assert dispatched(parse(assets, (SPEC, "k1@reward")), **given).logprobs is None
+    monkeypatch.setenv("KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS", "1")
+    assert dispatched(parse(assets, PREFIX), top_k=20).top_k == 20
 
 
 @pytest.mark.parametrize(("flags", "mode"), [((), "none"), (LOSS, "none"), (SAMPLER, "processed_logprobs")])
@@ -131,7 +145,8 @@ def value(x):
 def test_a_missing_log_prob_is_marked_and_a_probability_of_one_is_not():
     response = answered([{7: value(-1.5)}, {5: value(-0.1)}, {9: value(0.0)}])
     assert response["rollout_log_probs"] == [0.0, 0.0, -1.5, MISSING, 0.0]
-    assert known(torch.tensor(response["rollout_log_probs"])).tolist() == [True, True, True, False, True]
+    found = unmarked(torch.tensor(response["rollout_log_probs"]), torch.zeros(5), required=True)
+    assert found.isfinite().tolist() == [True, True, True, False, True]
     assert answered([{7: value(-1.5)}, {8: value(-1.0)}, {9: value(-2.0)}])["rollout_log_probs"][2:] == [
         -1.5,
         -1.0,
@@ -147,7 +162,8 @@ def test_log_probs_left_out_at_the_end_are_missing(assets, flags, filled):
     assert len(response["rollout_log_probs"]) == 4
     generator = SamplesGenerator(SimpleNamespace(args=parse(assets, flags)), None, None, None, [])
     full = answered([{7: value(-1.5)}, {8: value(-1.0)}, {9: value(-3.0)}])
-    made = [generator._process_response_into_experience(copy.deepcopy(r)) for r in (response, full)]
+    process = generator._process_response_into_experience
+    made = [process(copy.deepcopy(response)), process(response=copy.deepcopy(full), max_len=16)]
     rows = Experience.concat_experiences(made, 0).rollout_log_probs
     assert rows.tolist() == [[0.0, -1.5, -1.0, pytest.approx(filled, abs=0)], [0.0, -1.5, -1.0, -3.0]]
 

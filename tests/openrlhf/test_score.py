@@ -9,8 +9,10 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
 from kl_plugins import KLSpec, kl_penalty
+from kl_plugins.adapters.controller import BetaChangedError
 from kl_plugins.adapters.openrlhf import score
 from kl_plugins.adapters.openrlhf.guards import ADVANTAGE_ESTIMATORS
+from kl_plugins.controllers import LARGEST_OBSERVED
 from tests.openrlhf import by_hand
 from tests.openrlhf.test_refusals import ADVANTAGE, REWARD, SPEC
 
@@ -140,23 +142,24 @@ def test_the_critics_returns_hold_no_advantage_penalty(started, harness, rollout
                 assert found[t] == pytest.approx(running + value[t], rel=1e-4, abs=1e-5)
 
 
-def test_metrics_are_those_of_the_whole_rollout(harness, rollouts):
-    result = harness.run((*ADVANTAGE,), rollouts)
-    (metrics,) = result.metrics
+def log_ratios(harness, experiences):
+    """log(policy / reference) of all response tokens of a rollout batch, float64."""
     references = ray.get(
         harness.reference.async_run_method_batch(
             "forward",
-            sequences=[b.sequences for b in result.experiences],
-            action_mask=[b.action_mask for b in result.experiences],
-            attention_mask=[b.attention_mask for b in result.experiences],
+            sequences=[b.sequences for b in experiences],
+            action_mask=[b.action_mask for b in experiences],
+            attention_mask=[b.attention_mask for b in experiences],
         )
     )[0]
-    u = torch.cat(
-        [
-            (batch.action_log_probs - ref)[batch.action_mask.bool()]
-            for batch, ref in zip(result.experiences, references, strict=True)
-        ]
-    ).double()
+    pairs = zip(experiences, references, strict=True)
+    return torch.cat([(batch.action_log_probs - ref)[batch.action_mask.bool()] for batch, ref in pairs]).double()
+
+
+def test_metrics_are_those_of_the_whole_rollout(harness, rollouts):
+    result = harness.run((*ADVANTAGE,), rollouts)
+    (metrics,) = result.metrics
+    u = log_ratios(harness, result.experiences)
     assert metrics["kl/reverse_k1"] == pytest.approx(u.mean().item(), rel=1e-4)
     assert metrics["kl/value"] == pytest.approx((torch.exp(-u) - 1 + u).mean().item(), rel=1e-4)
     assert metrics["kl/log_ratio/max"] == pytest.approx(u.abs().max().item(), rel=1e-5)
@@ -166,9 +169,10 @@ def test_metrics_are_those_of_the_whole_rollout(harness, rollouts):
 def test_the_specs_own_beta_moves_once_per_rollout_batch(harness, rollouts):
     result = harness.run((SPEC, "k1@reward/beta:linear-1-0-4"), rollouts, steps=3)
     assert [metrics["kl/beta"] for metrics in result.metrics] == [1, 0.75, 0.5]
-    result = harness.run((SPEC, "k1@reward/beta:dual-0.1-0.01"), rollouts, steps=2)
-    first, second = result.metrics
-    assert second["kl/beta"] == pytest.approx(0.5 + 0.01 * (first["kl/value"] - 0.1))
+    result = harness.run((SPEC, "k1@reward/beta:dual-0.1-0.01"), rollouts)
+    u = log_ratios(harness, result.experiences)
+    observed = (torch.exp(-u) - 1 + u).clamp_max(LARGEST_OBSERVED).mean().item()
+    assert result.trainer.kl_ctl.value == pytest.approx(0.5 + 0.01 * (observed - 0.1), rel=1e-4)
 
 
 def test_a_checkpoint_holds_the_controller_and_resume_restores_it(harness, rollouts, tmp_path):
@@ -180,7 +184,7 @@ def test_a_checkpoint_holds_the_controller_and_resume_restores_it(harness, rollo
     trainer.save_logs_and_checkpoints(2, {}, {"episode": 0, "global_step": 2})
     resumed = harness.start((*flags, "--ckpt.load_enable"))
     resumed.init_checkpoint_states()
-    assert resumed.kl_ctl.state == trainer.kl_ctl.state
+    assert resumed.kl_ctl.control.state == trainer.kl_ctl.control.state
     assert resumed.kl_ctl.value == 0.5
     assert harness.train(resumed, rollouts)[0][0]["kl/beta"] == 0.5
 
@@ -205,18 +209,24 @@ def test_the_receipt_says_what_openrlhf_does_with_the_kl(started, capsys, harnes
     args = copy.deepcopy(started.args)
     args.algo.advantage.estimator = estimator
     assert f"reward site: {score.site(KLSpec.parse('k1@reward'), args)}" in shown
+    assert "aggregation token mean (--actor.loss_agg_mode token-mean), sampling: the whole distribution" in shown
 
 
-def test_log_probs_that_are_not_finite_stop_the_run(started, harness, rollouts, monkeypatch):
-    original = RemoteExperienceMaker._flatten_results
+def test_a_changed_coefficient_is_used_and_shown(harness, rollouts):
+    trainer = harness.start(ADVANTAGE)
+    found = {}
+    for beta in (0.5, 0.25, 0.0):
+        trainer.kl_ctl.value = beta
+        made = trainer.experience_maker.make_experience_batch(rollouts.experiences())
+        found[beta] = torch.cat([batch.advantages.flatten() for batch in made])
+        assert trainer.kl_ctl.metrics.total()["kl/beta"] == beta
+    assert (found[0.5] - found[0.0]).abs().max() > 0.5
+    torch.testing.assert_close(found[0.25], (found[0.5] + found[0.0]) / 2)
 
-    def spoilt(maker, refs, factor):
-        found = original(maker, refs, factor)
-        if isinstance(found[0], torch.Tensor):
-            found[1] = found[1].clone()
-            found[1][0, -1] = torch.nan
-        return found
 
-    monkeypatch.setattr(RemoteExperienceMaker, "_flatten_results", spoilt)
-    with pytest.raises(ValueError, match=r"log-probs are not finite on \d+ of \d+ response tokens"):
-        made(started, harness, rollouts, "k1@reward", "group_norm")
+def test_a_changed_coefficient_beside_a_schedule_stops_the_run(harness, rollouts):
+    trainer = harness.start((SPEC, "k1@reward/beta:linear-0.5-0-4"))
+    harness.train(trainer, rollouts)
+    trainer.kl_ctl.value = 0.25
+    with pytest.raises(BetaChangedError, match=r"--algo\.kl\.init_coef was changed from 0\.5 to 0\.25"):
+        harness.train(trainer, rollouts)
