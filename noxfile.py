@@ -9,6 +9,7 @@ import inspect
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 # Nothing here needs a model hub, and one thread per process is fastest for models of this size.
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+# Pytest in two processes, which take whole files, so that what the tests of a file share is made once.
+# tests/conftest.py puts the files into an order.
+TESTS = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf", "bench_smoke"]
 nox.options.default_venv_backend = "none"
@@ -127,7 +131,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """Test everything that needs no host framework."""
-    CORE.run(session, "-m", "pytest", "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
+    CORE.run(session, *TESTS, "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
 
 
 @nox.session
@@ -139,7 +143,7 @@ def core_full(session: nox.Session) -> None:
 @nox.session
 def trl(session: nox.Session) -> None:
     """Test the TRL adapter against the newest TRL."""
-    TRL.run(session, "-m", "pytest", "tests/trl")
+    TRL.run(session, *TESTS, "tests/trl")
 
 
 @nox.session
@@ -158,7 +162,7 @@ def trl_vllm(session: nox.Session) -> None:
 @nox.session
 def verl(session: nox.Session) -> None:
     """Test the veRL adapter: real workers, a real run on the CPU, two Ray nodes, veRL's own tests."""
-    VERL.run(session, "-m", "pytest", "tests/verl")
+    VERL.run(session, *TESTS, "tests/verl")
 
 
 @nox.session
@@ -213,32 +217,43 @@ def bench_host_terms(session: nox.Session, environment: Environment) -> None:
     session.run(environment.python, "-m", "benchmarks.host_terms", *session.posargs, external=True, env=RUN_ENV)
 
 
-def over_hosts(session: nox.Session, name: str, *arguments: str) -> None:
-    """Run a benchmark that starts the hosts' own interpreters."""
-    command = ["-m", f"benchmarks.{name}"]
+def over_hosts(session: nox.Session, name: str, *arguments: str) -> list[str]:
+    """Make the environments of a benchmark that starts the hosts' own interpreters; the command that runs it."""
+    CORE.ensure(session)
+    command = [CORE.python, "-m", f"benchmarks.{name}"]
     for host, environment in (("trl", TRL), ("verl", VERL), ("openrlhf", OPENRLHF)):
         environment.ensure(session)
         command += ["--python", f"{host}={environment.python}"]
-    CORE.ensure(session)
-    session.run(CORE.python, *command, *arguments, external=True, env=RUN_ENV)
+    return [*command, *arguments]
+
+
+def run_in_pairs(session: nox.Session, commands: list[list[str]]) -> None:
+    """Run commands two at a time, and print what each said once it has ended; all of them run, whichever fails."""
+
+    def run(command: list[str]) -> str:
+        return session.run(*command, external=True, env=RUN_ENV, silent=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for output in pool.map(run, commands):
+            print(output, flush=True)
 
 
 @nox.session
 def bench_hosts(session: nox.Session) -> None:
     """Compare what every spec does in each host with the core and with the host's own KL; writes out/bench/hosts."""
-    over_hosts(session, "hosts", *session.posargs)
+    session.run(*over_hosts(session, "hosts", *session.posargs), external=True, env=RUN_ENV)
 
 
 @nox.session
 def bench_overhead(session: nox.Session) -> None:
     """Time each host's step with its own KL and with the spec of the same meaning; writes out/bench/overhead."""
-    over_hosts(session, "overhead", *session.posargs)
+    session.run(*over_hosts(session, "overhead", *session.posargs), external=True, env=RUN_ENV)
 
 
 @nox.session
 def bench_collectives(session: nox.Session) -> None:
     """Count the collectives that the plugin adds in 1, 2 and 4 processes; writes out/bench/collectives."""
-    over_hosts(session, "collectives", *session.posargs)
+    session.run(*over_hosts(session, "collectives", *session.posargs), external=True, env=RUN_ENV)
 
 
 @nox.session
@@ -259,15 +274,19 @@ def bench_report(session: nox.Session) -> None:
 def bench_smoke(session: nox.Session) -> None:
     """Run every benchmark end to end at its smallest size; writes out/bench-smoke. The numbers mean nothing."""
     smallest = (
-        ("variance", CORE, ("--smoke",)),
-        ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
-        *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
         ("study", TRL, ("--smoke", "--fresh")),
+        ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
+        ("variance", CORE, ("--smoke",)),
+        *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
     )
+    # The longest come first, so that none of them runs alone at the end.
+    commands = [
+        over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}")
+        for name in ("collectives", "overhead", "hosts")
+    ]
     for name, environment, arguments in smallest:
         environment.ensure(session)
-        command = ("-m", f"benchmarks.{name}", *arguments, "--out", f"out/bench-smoke/{name}")
-        session.run(environment.python, *command, external=True, env=RUN_ENV)
-    for name in ("hosts", "overhead", "collectives"):
-        over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}")
+        program = (environment.python, "-m", f"benchmarks.{name}")
+        commands.append([*program, *arguments, "--out", f"out/bench-smoke/{name}"])
+    run_in_pairs(session, commands)
     session.run(CORE.python, "-m", "benchmarks.report", "--root", "out/bench-smoke", external=True, env=RUN_ENV)

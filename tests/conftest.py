@@ -9,6 +9,26 @@ from hypothesis import settings
 settings.register_profile("kl-plugins", deadline=None)
 settings.load_profile("kl-plugins")
 
+LONGEST = (
+    "test_demo.py",
+    "test_two_processes.py",
+    "test_receipts.py",
+    "test_contract.py",
+    "test_main_ppo.py",
+    "test_cli.py",
+    "test_nodes.py",
+    "test_refusals.py",
+    "test_study.py",
+    "test_stock.py",
+    "test_verls_own_tests.py",
+    "test_openrlhfs_own_tests.py",
+    "test_bench_hosts.py",
+    "test_sharded.py",
+    "test_doctor.py",
+    "test_backends.py",
+)
+"""Files that take longest, in all folders. They come first: of two processes, none works long alone at the end."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked full too")
@@ -18,6 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--full"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("gpu") and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
