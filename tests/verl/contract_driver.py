@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from kl_plugins import KLSpec
@@ -22,6 +24,7 @@ from kl_plugins.adapters.verl.settings import sampling_of
 from kl_plugins.receipts import Receipt
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
 from tests.verl import main_ppo, remote
+from tests.verl.configs import composed
 from tests.verl.workers import PROMPTS, Batch, Group, make_batch
 
 SECONDS = 120
@@ -94,7 +97,7 @@ class VerlDriver:
             row = rows * fault.rank
             if fault.whose == "policy":
                 place = (len(batch.prompts[row]) - 1, int(batch.responses[row][0]), fault.value)
-                _ask_one(group, fault.rank, remote.break_policy, *place)
+                group.ask(remote.break_policy, fault.rank, *place)
             else:
                 batch = replace(batch, log_probs=_broken(batch.log_probs, KEYS[fault.whose], row, fault.value))
         data = batch.tensordict()
@@ -203,14 +206,12 @@ class VerlDriver:
 
 def _config(spec: str, sampled: Sampled, sampler: bool, in_loss_key: bool = True) -> Any:
     """veRL's config, of a run on one GPU."""
-    from tests.verl.test_refusals import config
-
     placement = (
         {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_type": spec}
         if in_loss_key
         else {"algorithm.use_kl_in_reward": True, "algorithm.kl_penalty": spec}
     )
-    settings = {
+    settings: dict[str, Any] = {
         "trainer.n_gpus_per_node": 1,
         "data.train_batch_size": 256,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
@@ -226,19 +227,16 @@ def _config(spec: str, sampled: Sampled, sampler: bool, in_loss_key: bool = True
         **placement,
     }
     assert sampled.min_p == 0, "veRL has no such setting"
-    return config(*(f"{key}={value}" for key, value in settings.items()))
+    config = copy.deepcopy(composed())  # composing takes a second
+    for key, value in settings.items():
+        OmegaConf.update(config, key, value)
+    return config
 
 
 def _broken(log_probs: dict[str, list[Tensor]], key: str, row: int, value: float) -> dict[str, list[Tensor]]:
     rows = [values.clone() for values in log_probs[key]]
     rows[row][0] = value
     return {**log_probs, key: rows}
-
-
-def _ask_one(group: Group, rank: int, function: Any, *arguments: Any) -> Any:
-    import ray
-
-    return ray.get(group.workers.workers[rank].__ray_call__.remote(function, *arguments))
 
 
 def _answer(pending: Any) -> Any:

@@ -50,13 +50,14 @@ def set_coefficient(process, value):
     object.__setattr__(process.loss_fn.keywords["config"], "kl_loss_coef", value)  # veRL's dataclasses are frozen
 
 
-def break_policy(process, position, token, value):
-    """Put a value into the logits of the next forward pass, in its first sequence."""
+def break_policy(process, rank, position, token, value):
+    """Put a value into the logits of one rank's next forward pass, first sequence; every rank has to be asked."""
 
     def once(module, args, output):
         handle.remove()
-        output = output.clone()
-        output[0, position, token] = value
+        output = output.clone()  # on all ranks: FSDP hangs its hooks on what modules return
+        if process.rank == rank:
+            output[0, position, token] = value
         return output
 
     handle = process.engine.module.lm_head.register_forward_hook(once)

@@ -4,13 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import verl
-from hydra import compose, initialize_config_dir
 from packaging.version import Version
 
 from kl_plugins.adapters.verl import guards
@@ -19,6 +17,7 @@ from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession, checked
 from kl_plugins.spec import KLSpec, KLSpecError
+from tests.verl.configs import composed as config
 from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
@@ -33,13 +32,6 @@ LOGPROBS = f"{ROLLOUT}.logprobs_mode"
 RAW_BY_ENGINE = f"+{ROLLOUT}.engine_kwargs.vllm.logprobs_mode=raw_logprobs"
 SAMPLED = f"{ROLLOUT}.calculate_log_probs=True"
 BYPASS = "algorithm.rollout_correction.bypass_mode=True"
-
-
-@cache
-def config(*overrides):
-    folder = str(Path(verl.__file__).parent / "trainer" / "config")
-    with initialize_config_dir(folder, version_base=None):
-        return compose("ppo_trainer", overrides=list(overrides))
 
 
 def test_verls_defaults_hold_no_spec():
