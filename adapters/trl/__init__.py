@@ -1,7 +1,8 @@
 """TRL under a KL spec: GRPO and RLOO with one new field, ``kl``.
 
 ``GRPOConfig``, ``GRPOTrainer``, ``RLOOConfig`` and ``RLOOTrainer`` are TRL's own classes with that field and the hooks
-behind it; ``attach`` gives the field and the hooks to TRL's classes in place, for code that keeps its own imports.
+behind it; TRL's own stay as they are. A config with a spec cannot be given to a trainer without the hooks, which would
+ignore it. ``attach`` gives the field and the hooks to TRL's classes in place, for code that keeps its own imports.
 Nothing of TRL or torch is imported before it is needed.
 """
 

@@ -53,4 +53,6 @@ def site(algorithm: str, config: Any) -> str:
         return f"RLOO's own: reward - beta * KL of the completion, then the leave-one-out baseline{after}"
     scale = str(config.scale_rewards)
     after = "" if scale == "none" else f", then division by the {scale}'s std (with tied rewards beta cancels)"
-    return f"reward - beta * KL of the completion, then the group mean is subtracted{after}"
+    quantile = getattr(config, "top_entropy_quantile", 1.0)
+    kept = f"; tokens of low entropy get none of it (top_entropy_quantile {quantile:g})" if quantile < 1 else ""
+    return f"reward - beta * KL of the completion, then the group mean is subtracted{after}{kept}"

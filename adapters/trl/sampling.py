@@ -82,11 +82,21 @@ def sampling_of(config: Any, mode: str | None) -> Sampling:
         penalised=any(value is not None and value not in NEUTRAL.get(name, ()) for name, value in others.items()),
         raw=mode is not None and mode != PROCESSED,
         unknown=mode is None,
-        logprobs_setting=(
-            f"--logprobs-mode of the vLLM server (or, if it is set there and the server does not tell, "
-            f"{ASSUME_VARIABLE}=1)"
-        ),
+        logprobs_setting=_where(config),
     )
+
+
+def _where(config: Any) -> str:
+    if not getattr(config, "use_vllm", False):
+        return f"the engine behind rollout_func (and, once it is, {ASSUME_VARIABLE}=1)"
+    return (
+        f"--logprobs-mode of the vLLM server at {_address(config)} (and, if it is set there and the server cannot be "
+        f"asked, {ASSUME_VARIABLE}=1)"
+    )
+
+
+def _address(config: Any) -> str:
+    return config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
 
 
 def mode_in(config: Any, own_rollout: bool, trl: Version) -> str | None:
@@ -125,11 +135,10 @@ def mode_of_server(config: Any) -> str | None:
 
 
 def _asked(config: Any) -> str | None:
-    base = config.vllm_server_base_url or f"http://{config.vllm_server_host}:{config.vllm_server_port}"
     deadline = time.monotonic() + config.vllm_server_timeout
     while True:
         try:
-            with urllib.request.urlopen(f"{base}/server_info?config_format=json", timeout=10) as response:
+            with urllib.request.urlopen(f"{_address(config)}/server_info?config_format=json", timeout=10) as response:
                 found = json.load(response)["vllm_config"]["model_config"]["logprobs_mode"]
             return str(found)
         except (urllib.error.HTTPError, KeyError, TypeError, ValueError):

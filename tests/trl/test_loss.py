@@ -195,6 +195,25 @@ def test_evaluation_regularises_and_logs(model, tmp_path):
     assert support.log_of(built, "eval_kl/active") == [1.0]
 
 
+def test_beta_may_be_set_to_zero_and_back(model, tmp_path):
+    from transformers import TrainerCallback
+
+    class Changes(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            built.beta = (0.2, 0.0, 0.4)[state.global_step]
+
+    built = support.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, reward=support.zero_reward, max_steps=3, kl="k2@loss"
+    )
+    support.shift(built)
+    built.add_callback(Changes())
+    built.train()
+    assert support.log_of(built, "kl/beta") == pytest.approx([0.2, 0.0, 0.4])
+    gradients = support.log_of(built, "grad_norm")
+    assert gradients[1] == 0
+    assert min(gradients[0], gradients[2]) > 0
+
+
 def test_schedule_of_beta_scales_the_term(model, tmp_path):
     # From 0: TRL still scores the reference, and the first step has no KL gradient.
     built = support.build(

@@ -104,6 +104,24 @@ def test_unscorable_completions_stay_unscorable(model, tmp_path):
     assert inputs["advantages"][0] != 0
 
 
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_a_changed_beta_is_used_from_the_next_rollout_on(trainer, config, model, tmp_path):
+    found = []
+    for beta in (BETA, 2 * BETA, 0.0):
+        scaling = {"scale_rewards": "none"} if trainer is GRPOTrainer else {"normalize_advantages": False}
+        built = support.build(
+            trainer, config, model, tmp_path, kl="k1@reward", beta=BETA, reward=support.zero_reward, **scaling
+        )
+        support.shift(built)
+        built.beta = beta
+        inputs, _, _ = support.rollout_and_gradient(built)
+        found.append(inputs["advantages"])
+        assert built._metrics["train"]["kl/beta"] == pytest.approx([beta])
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], 2 * found[0], rtol=1e-3, atol=1e-6)
+    assert found[2].abs().max() == 0
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rloo_k1_is_the_hosts_own(normalize, model, tmp_path):
     results = []
