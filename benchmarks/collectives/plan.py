@@ -87,8 +87,9 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
         rollout = {"loss": (), "advantage": (check,), "reward": (check, 4 * sequences)}[spec.placement]
         return Added(metrics + rollout, controller)
     if host == "verl":
-        # Two int64: response tokens, and those whose sampler log-prob is unknown. Metrics go veRL's own way.
-        return Added((), (16, *controller) if spec.placement == "loss" else ())
+        # Six int64: four counts of log-probs that are not finite, the response tokens, and whether a coefficient was
+        # changed beside a schedule. Metrics go veRL's own way.
+        return Added((), (48, *controller) if spec.placement == "loss" else ())
     if spec.placement != "loss":
         return Added()  # OpenRLHF's driver shapes rewards and advantages
     pooled = sum(how == "pooled" for how in REDUCTIONS.values())

@@ -64,7 +64,7 @@ def test_paper_by_hand() -> None:
     assert paper("trl", "k1@reward", 1, 4).gathers[1:] == (56, 16)
     assert paper("trl", "k1@advantage", 1, 4).gathers[1:] == (56,)
     assert paper("trl", SCHEDULE, 1, 4).reductions == (12,)
-    assert paper("verl", SCHEDULE, 9, 4).reductions == (16, 12)
+    assert paper("verl", SCHEDULE, 9, 4).reductions == (48, 12)
     assert paper("openrlhf", "k1@reward", 9, 4) == paper("verl", "k1@advantage", 9, 4) == Added()
     both = Added((10,), (100,))
     assert (both.traffic(4), both.hops(4), both.hops(4, tree=True), both.hops(5, tree=True)) == (30 + 150, 9, 6, 9)
@@ -77,10 +77,10 @@ def arm(*seen: Seen) -> dict[str, Any]:
 
 def test_what_is_not_on_paper_shows() -> None:
     own = Seen("allgather_", 8, "verl.somewhere:step")
-    sums = Seen("allreduce_", 16, "kl_plugins.patches.verl.worker:_total")
+    sums = Seen("allreduce_", 48, "kl_plugins.patches.verl.worker:_total")
     good = report.row("verl", 2, "k3@loss", arm(own, sums), arm(own))
     assert good["agrees"]
-    assert (good["calls"], good["bytes"], good["host_calls"], good["host_bytes"]) == (1, 16, 1, 0)
+    assert (good["calls"], good["bytes"], good["host_calls"], good["host_bytes"]) == (1, 48, 1, 0)
     for seen in (
         (own,),
         (own, sums, sums),
