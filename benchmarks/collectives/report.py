@@ -111,7 +111,7 @@ def scaling(hosts: list[str], micro_batches: int = 8, sequences: int = 32) -> li
 FORMULAS = (
     "Per rank and optimizer step; M micro-batches, R ranks, N tokens, V vocabulary, D width, P parameters.",
     "TRL:      M all-gathers of 4 (1 + metrics) bytes; @reward: one of 4 (sequences of the rank)",
-    "veRL:     @loss: one all-reduce of 48 bytes; its metrics ride on veRL's own gather of objects, under 1 kB; "
+    "veRL:     @loss: one all-reduce of 48 bytes; its metrics ride on veRL's own gather of objects, under 2 kB; "
     "@reward, @advantage: none, the driver shapes them",
     "OpenRLHF: @loss: per rollout batch two all-reduces of 8 (means + 7) and 8 (maxima) bytes, per optimizer step one "
     "of 40 (with beta: 64); @reward and @advantage: none",
