@@ -83,6 +83,8 @@ class OpenRLHFDriver:
         """
         self.assets, self.harness, self.pair, self.stock, self.folder = assets, harness, pair, stock, folder
         self.rollouts = replace(rollouts, rewards=[0.5] * len(rollouts.rewards))  # so that advantages are 0
+        self._started: tuple[Harness, list[str], Any] | None = None
+        self._untouched = False
         ray.cloudpickle.register_pickle_by_value(by_hand)
 
     # Updates
@@ -92,11 +94,9 @@ class OpenRLHFDriver:
         host = self.harness if request.ranks == 1 else self.pair()
         micro = len(self.rollouts.rewards) // request.ranks // request.micro_batches
         flags = [*ONE_STEP, "--train.micro_batch_size", str(micro), "--algo.kl.init_coef", str(request.betas[0])]
-        trainer = host.start([*flags, *_flags(request.spec or "k3", request.sampler)])
-        host.receipts(trainer)
+        trainer = self._trainer(host, [*flags, *_flags(request.spec or "k3", request.sampler)])
         rollouts = self._rollouts(request)
         metrics: list[dict[str, float]] = []
-        before = host.ask(remote.flat)[0]
         for step, beta in enumerate(request.betas):
             trainer.kl_ctl.value = beta
             fault = request.fault if step == len(request.betas) - 1 else None
@@ -107,12 +107,26 @@ class OpenRLHFDriver:
                     status, _ = trainer.train_step(samples.experiences(), step)
                 except Exception as error:
                     errors = by_rank(fits) or (_text(error),) * request.ranks
+                    self._untouched = not fits and step == 0
                     after = host.ask(remote.flat)[0]
                     return Outcome(errors, not torch.equal(before[0], after[0]), tuple(metrics))
             metrics.append({key: value for key, value in status.items() if key.startswith("kl/")})
         after = host.ask(remote.flat)[0]
         gradient = (after[1] - after[2] * before[1]) / (1 - after[2])  # Adam's first moment: m' = b m + (1 - b) g
         return Outcome((None,) * request.ranks, not torch.equal(before[0], after[0]), tuple(metrics), gradient)
+
+    def _trainer(self, host: Harness, flags: list[str]) -> Any:
+        """A trainer whose models are as at the start: that of the last request, where its workers never trained."""
+        started, untouched = self._started, self._untouched
+        if not (untouched and started is not None and started[:2] == (host, flags)):
+            started = (host, flags, self._start(host, flags))
+            host.receipts(started[2])
+        self._started, self._untouched = started, False
+        return started[2]
+
+    def _start(self, host: Harness, flags: list[str]) -> Any:
+        self._untouched = False  # the workers' models are others now
+        return host.start(flags)
 
     def _rollouts(self, request: Request) -> Rollouts:
         found = self.rollouts if request.sampler else self.rollouts.without_log_probs()
@@ -122,7 +136,7 @@ class OpenRLHFDriver:
 
     def score(self, spec: str, fault: Fault | None = None) -> Outcome:
         """See :meth:`tests.contract.driver.Driver.score`."""
-        trainer = self.harness.start([*ONE_STEP, *GROUPS, *_flags(spec, True)])
+        trainer = self._start(self.harness, [*ONE_STEP, *GROUPS, *_flags(spec, True)])
         with _spoilt(self.harness, self.rollouts, fault) as samples:
             try:
                 trainer.experience_maker.make_experience_batch(samples.experiences())
@@ -141,7 +155,7 @@ class OpenRLHFDriver:
         try:
             parse(self.assets, flags)
             if sampled.raw:
-                trainer = self.harness.start(flags)
+                trainer = self._start(self.harness, flags)
                 with raw_engine(self.assets) as engine:
                     trainer.vllm_engines = [engine]
                     trainer.init_checkpoint_states()
@@ -151,9 +165,10 @@ class OpenRLHFDriver:
 
     def receipt(self, spec: str, *, sampled: Sampled = WHOLE, sampler: bool = True) -> Receipt:
         """See :meth:`tests.contract.driver.Driver.receipt`."""
+        self._untouched = False
         args = parse(self.assets, [*_flags(spec, sampler), *_sampling(sampled)])
         if not self.harness.ask(remote.with_arguments, args)[0]:
-            self.harness.start(_flags("k2@loss", False))
+            self._start(self.harness, _flags("k2@loss", False))
             self.harness.ask(remote.with_arguments, args)
         (receipt,) = require_receipts(self.harness.policy, args)
         return receipt
@@ -164,14 +179,14 @@ class OpenRLHFDriver:
         """See :meth:`tests.contract.driver.Driver.resume`."""
         folder = self.folder / f"resume-{len(list(self.folder.iterdir()))}"
         flags = [*ONE_STEP, "--algo.kl.init_coef", str(BETA), "--ckpt.path", str(folder), "--ckpt.save_steps", "1"]
-        trainer = self.harness.start([*flags, *_flags(before, True)])
+        trainer = self._start(self.harness, [*flags, *_flags(before, True)])
         trainer.init_checkpoint_states()
         self.harness.train(trainer, self.rollouts)
         states = {"episode": 0, "global_step": 1, "total_consumed_prompts": 4, "data_loader_state_dict": {}}
         trainer.save_logs_and_checkpoints(1, {}, states)
         saved = states["kl_plugins"]["controller"]
         files = _digests(folder)
-        resumed = self.harness.start([*flags, *_flags(after, True), "--ckpt.load_enable"])
+        resumed = self._start(self.harness, [*flags, *_flags(after, True), "--ckpt.load_enable"])
         error = beta = None
         try:
             resumed.init_checkpoint_states()
@@ -186,6 +201,7 @@ class OpenRLHFDriver:
         """See :meth:`tests.contract.driver.Driver.unused`."""
         stock = self.stock()[ONE_STEP_STOCK]
         # The same rollouts as in the processes without kl-plugins, whose rewards differ.
+        self._untouched = False
         ours = self.harness.run(STOCK[ONE_STEP_STOCK], self._stock_rollouts())
         return _stock_outcome(stock["metrics"], stock["gradient"]), _stock_outcome(ours.metrics, ours.gradient)
 
