@@ -8,17 +8,27 @@ from torch import Tensor
 from kl_plugins.kernels import memory
 from kl_plugins.kernels.backend import run_compiled
 from kl_plugins.kernels.exact import eager
-from kl_plugins.kernels.exact.gradients import label_gradients, put_label_gradients, row_gradients
+from kl_plugins.kernels.exact.gradients import (
+    label_gradients,
+    precise_gradients,
+    put_label_gradients,
+    row_gradients,
+)
 from kl_plugins.kernels.exact.precise import repair
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     Options,
     RowStatistics,
+    different_caps,
     finish,
     label_logits,
+    needs_float64,
     row_sums,
     whole_rows,
 )
+
+_MOST_HELD = 16
+"""Float64 gradients are held for at most one row in so many; with more of them, all are computed tile by tile."""
 
 
 def forward(
@@ -41,7 +51,7 @@ def forward(
     logits, ref_logits = logits.detach(), ref_logits.detach()
     found = label_logits(logits, ref_logits, labels, options)
     parts = run_compiled(_sums, logits, ref_logits, found.shift, options, forced=forced, instead=eager.eager_sums)
-    statistics, doubtful = finish(whole_rows(parts, found), labels)
+    statistics, doubtful = finish(whole_rows(parts, found), labels, torch.promote_types(logits.dtype, torch.float32))
     return repair(statistics, doubtful, logits, ref_logits, labels, options)
 
 
@@ -67,11 +77,21 @@ def backward(
     plain = logits.detach()
     target = plain if out is logits else out.detach()
     ref_logits, grad_kl, grad_logp = (x.detach() for x in (ref_logits, grad_kl, grad_logp))
-    rows = (RowStatistics(*(part.detach() for part in statistics)), grad_kl, grad_logp, options, target)
+    found = RowStatistics(*(part.detach() for part in statistics))
+    rows = (found, grad_kl, grad_logp, options, target)
     # Before the first row is written: out may be the logits.
     index, at_label = label_gradients(plain, ref_logits, labels, *rows[:-1], out.dtype)
     kept = labels != IGNORE_INDEX
+    again = needs_float64(found).nonzero()[:, 0]
+    if different_caps(options) or _MOST_HELD * len(again) > len(labels):
+        eager.write_gradients(plain, ref_logits, kept, *rows)  # in float64
+        return put_label_gradients(out, index, at_label)
+    # Before the first row is written, as above.
+    precise = precise_gradients(again, plain, ref_logits, kept, *rows[:-1], out.dtype)
+    rows = (found._replace(centre=found.centre.to(found.lse.dtype)), *rows[1:])
     run_compiled(_gradients, plain, ref_logits, kept, *rows, forced=forced, instead=eager.write_gradients)
+    if len(again):
+        out[again] = precise
     return put_label_gradients(out, index, at_label)
 
 

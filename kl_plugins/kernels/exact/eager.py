@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels import memory
-from kl_plugins.kernels.exact.gradients import label_gradients, put_label_gradients, row_gradients
+from kl_plugins.kernels.exact.gradients import (
+    label_gradients,
+    precise_gradients,
+    put_label_gradients,
+    row_gradients,
+)
 from kl_plugins.kernels.exact.precise import repair
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     Options,
     RowStatistics,
+    different_caps,
     finish,
     label_logits,
+    needs_float64,
     row_sums,
     whole_rows,
 )
@@ -26,10 +33,9 @@ TILE_BYTES = 16 * 2**20
 _TEMPORARIES = 8
 
 
-def tiles(logits: Tensor, tile_bytes: int) -> Iterator[slice]:
-    """Slices of rows whose temporaries fit ``tile_bytes``, at least one row each."""
-    size = 8 if logits.dtype == torch.float64 else 4
-    step = max(1, tile_bytes // (_TEMPORARIES * size * max(1, logits.shape[-1])))
+def tiles(logits: Tensor, tile_bytes: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of rows whose temporaries in a dtype fit ``tile_bytes``, at least one row each."""
+    step = max(1, tile_bytes // (_TEMPORARIES * dtype.itemsize * max(1, logits.shape[-1])))
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)
 
@@ -59,7 +65,7 @@ def forward(
     options = Options(scale, softcap, ref_softcap)
     found = label_logits(logits, ref_logits, labels, options)
     sums = whole_rows(eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found)
-    statistics, doubtful = finish(sums, labels)
+    statistics, doubtful = finish(sums, labels, torch.promote_types(logits.dtype, torch.float32))
     return repair(statistics, doubtful, logits, ref_logits, labels, options, tile_bytes)
 
 
@@ -103,8 +109,9 @@ def eager_sums(
     logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, tile_bytes: int = TILE_BYTES
 ) -> tuple[Tensor, ...]:
     """:func:`~kl_plugins.kernels.exact.statistics.row_sums`, tile by tile."""
-    parts = [row_sums(logits[rows], ref_logits[rows], shift[rows], options) for rows in tiles(logits, tile_bytes)]
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else (shift,) * 5
+    slices = tiles(logits, tile_bytes, shift.dtype)
+    parts = [row_sums(logits[rows], ref_logits[rows], shift[rows], options) for rows in slices]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else (shift,) * 6
 
 
 def write_gradients(
@@ -119,7 +126,15 @@ def write_gradients(
     tile_bytes: int = TILE_BYTES,
 ) -> None:
     """:func:`~kl_plugins.kernels.exact.gradients.row_gradients`, tile by tile, into ``out``."""
-    for rows in tiles(logits, tile_bytes):
+    if different_caps(options):
+        statistics = RowStatistics(*(part.double() for part in statistics))
+    chosen = needs_float64(statistics)
+    for rows in tiles(logits, tile_bytes, torch.float64 if chosen.any() else statistics.lse.dtype):
+        given = (logits[rows], ref_logits[rows], kept[rows])
         found = RowStatistics(*(part[rows] for part in statistics))
         upstream = (grad_kl[rows], grad_logp[rows])
-        out[rows] = row_gradients(logits[rows], ref_logits[rows], kept[rows], found, *upstream, options, out.dtype)
+        gradient = row_gradients(*given, found, *upstream, options, out.dtype)
+        again = chosen[rows].nonzero()[:, 0]
+        if len(again):
+            gradient[again] = precise_gradients(again, *given, found, *upstream, options, out.dtype)
+        out[rows] = gradient

@@ -40,6 +40,23 @@ def row_gradients(
     return torch.where(kept[:, None], gradient.clamp(info.min, info.max), 0.0).to(dtype)
 
 
+def precise_gradients(
+    rows: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    kept: Tensor,
+    statistics: RowStatistics,
+    grad_kl: Tensor,
+    grad_logp: Tensor,
+    options: Options,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`row_gradients` of some rows, by their index (n,), computed in float64."""
+    found = RowStatistics(*(part[rows].double() for part in statistics))
+    logits, ref_logits, kept = logits[rows], ref_logits[rows], kept[rows]
+    return row_gradients(logits, ref_logits, kept, found, grad_kl[rows], grad_logp[rows], options, dtype)
+
+
 def label_gradients(
     logits: Tensor,
     ref_logits: Tensor,
@@ -50,12 +67,13 @@ def label_gradients(
     options: Options,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The label's column of the gradient, whole.
+    """The label's column of the gradient, whole; one number a row, so always in float64.
 
     Returns:
         (N, 1) its index, and (N, 1) the gradient there; 0 in ignored rows.
     """
     index, kept = labels.clamp_min(0)[:, None], (labels != IGNORE_INDEX)[:, None]
+    statistics = RowStatistics(*(part.double() for part in statistics))
     one, other = logits.gather(-1, index), ref_logits.gather(-1, index)
     gradient = _gradients(one, other, statistics, grad_kl, grad_logp, options, grad_logp[:, None])
     info = torch.finfo(dtype)
@@ -80,7 +98,7 @@ def _gradients(
 ) -> Tensor:
     dtype, (scale, softcap, _) = statistics.lse.dtype, options
     logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    ratio = log_ratio(logits, ref_logits, *options) - statistics.centre[:, None]
+    ratio = log_ratio(logits, ref_logits, *options) - statistics.centre[:, None].to(dtype)
     # p <= 1 whatever lse was rounded to, and wherever z overflows.
     p = torch.exp((scaled(logits, scale, softcap) - statistics.lse[:, None]).clamp(max=0.0))
     gradient = p * (grad_kl.to(dtype)[:, None] * ratio - grad_logp.to(dtype)[:, None])

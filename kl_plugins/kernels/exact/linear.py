@@ -210,7 +210,8 @@ def statistics_and_gradients(
 def empty_statistics(inputs: LinearInputs, head: Head) -> RowStatistics:
     """Zeros for every row."""
     shape = (len(RowStatistics._fields), inputs.labels.shape[0])
-    return RowStatistics(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))
+    parts = RowStatistics(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))
+    return parts._replace(centre=parts.centre.double())
 
 
 def _forward(tile: Tile, options: RowOptions) -> RowStatistics:

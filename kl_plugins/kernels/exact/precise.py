@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import Options, RowStatistics, log_ratio, saturated, scaled
+from kl_plugins.kernels.exact.statistics import Options, RowStatistics, log_ratio, offset, saturated, scaled
 from kl_plugins.numerics import LINEAR_LIMIT
 
 TILE_BYTES = 4 * 2**20
@@ -54,4 +54,6 @@ def precise_rows(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Op
     index = labels.clamp_min(0)[:, None]
     logp, ref_logp = z.gather(-1, index)[:, 0] - lse, u.gather(-1, index)[:, 0] - ref_lse
     ref_logp = torch.where(ref_lse == -torch.inf, -LINEAR_LIMIT, ref_logp)
-    return saturated(kl, logp, ref_logp, lse, centre, dtype)
+    # Only where the gradient needs them, the digits that float32 has no room for: see RowStatistics.
+    far = offset(centre, kl, torch.exp(z.amax(-1) - lse))
+    return saturated(kl, logp, ref_logp, lse, torch.where(far, centre, centre.to(dtype).double()), dtype)

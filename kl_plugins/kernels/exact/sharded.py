@@ -28,6 +28,8 @@ from kl_plugins.kernels.exact.statistics import (
     log_ratio,
     row_sums,
     scaled,
+    times,
+    working_dtype,
 )
 
 
@@ -85,40 +87,52 @@ def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard
     ]
     highest = torch.stack(raw)  # with what ignored rows hold: each row is on its own, and finish clears those
     dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
-    maximum, label = (scaled(highest[i], for_rows.scale, for_rows.softcap) for i in (0, 2))
-    ref_maximum, ref_label = (scaled(highest[i], for_rows.scale, for_rows.ref_softcap) for i in (1, 3))
-    at_label = LabelLogits(label, ref_label, log_ratio(highest[2], highest[3], *for_rows))
+    # Rounded as the rows are: whatever is subtracted from a shard's logits must be the same number everywhere.
+    working = working_dtype(logits, for_rows)
+    top, ref_top = (
+        scaled(highest[i].to(working), 1.0, cap) for i, cap in enumerate((for_rows.softcap, for_rows.ref_softcap))
+    )
+    label, ref_label = highest[2:].double()
+    at_label = LabelLogits(
+        scaled(label, for_rows.scale, for_rows.softcap),
+        scaled(ref_label, for_rows.scale, for_rows.ref_softcap),
+        log_ratio(label, ref_label, *for_rows).to(working),
+    )
 
     if options.backend_for(logits).name == "triton":
-        sums = _triton_sums(logits, ref_logits, labels, at_label, maximum, ref_maximum, for_rows)
+        sums, shift = _triton_sums(logits, ref_logits, labels, at_label, top, ref_top, for_rows)
     else:
-        sums = _eager_sums(logits, ref_logits, at_label.shift, maximum, ref_maximum, for_rows, options.tile_bytes)
-    total = torch.stack([*sums, owned.to(dtype)])
+        sums, shift = _eager_sums(logits, ref_logits, at_label.shift, top, ref_top, for_rows, options.tile_bytes)
+    total = torch.stack([*sums, owned.to(sums[0].dtype)])
     dist.all_reduce(total, dist.ReduceOp.SUM, shard.group)
     mass, first, second, ref_mass, owners = total
     _check_owners(owners, kept)
-    ref_lse = ref_maximum.double() + ref_mass.double().log() + at_label.shift.double()
-    row = RowSums(maximum, mass, first, second, ref_mass, at_label.shift, label, ref_label)
-    return finish(row, labels, ref_lse)[0]
+    ref_lse = ref_top.double() * for_rows.scale + ref_mass.double().log() + shift.double()
+    maximum = top.double() * for_rows.scale
+    row = RowSums(maximum, mass, first, second, ref_mass, shift, at_label.label, at_label.ref_label)
+    return finish(row, labels, dtype, ref_lse)[0]
 
 
 def _eager_sums(
     logits: Tensor,
     ref_logits: Tensor,
     shift: Tensor,
-    maximum: Tensor,
-    ref_maximum: Tensor,
+    top: Tensor,
+    ref_top: Tensor,
     options: Options,
     tile_bytes: int | None,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
+    """Mass, first, second and reference mass of this rank's columns, and the shift that they were taken around."""
     parts = []
-    for rows in eager.tiles(logits, tile_bytes or eager.TILE_BYTES):
+    for rows in eager.tiles(logits, tile_bytes or eager.TILE_BYTES, shift.dtype):
         part, ref_part = logits[rows], ref_logits[rows]
-        _, mass, first, second, _ = row_sums(part, ref_part, shift[rows], options, maximum[rows])
+        _, mass, first, second, _, used = row_sums(part, ref_part, shift[rows], options, top[rows])
         # Around the reference's own maximum, where it cannot overflow.
-        u = scaled(ref_part.to(shift.dtype), options.scale, options.ref_softcap)
-        parts.append(torch.stack([mass, first, second, torch.exp(u - ref_maximum[rows, None]).sum(-1)]))
-    return list(torch.cat(parts, dim=-1)) if parts else [shift] * 4
+        u = scaled(ref_part.to(shift.dtype), 1.0, options.ref_softcap)
+        ref_mass = torch.exp(times(u - ref_top[rows, None], options.scale)).sum(-1)
+        parts.append(torch.stack([mass, first, second, ref_mass, used]))
+    *sums, shift = torch.cat(parts, dim=-1) if parts else [shift] * 5
+    return sums, shift
 
 
 def _triton_sums(
@@ -126,15 +140,17 @@ def _triton_sums(
     ref_logits: Tensor,
     labels: Tensor,
     at_label: LabelLogits,
-    maximum: Tensor,
-    ref_maximum: Tensor,
+    top: Tensor,
+    ref_top: Tensor,
     options: Options,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     from kl_plugins.kernels.exact import triton_backend
 
     found = triton_backend.part_sums(logits, ref_logits, labels, at_label, options)
-    factor, ref_factor = torch.exp(found.maximum - maximum), torch.exp(found.ref_maximum - ref_maximum)
-    return [*(part * factor for part in (found.mass, found.first, found.second)), found.ref_mass * ref_factor]
+    factor = torch.exp((found.maximum - top) * options.scale).float()
+    ref_factor = torch.exp((found.ref_maximum - ref_top) * options.scale).float()
+    sums = [*(part * factor for part in (found.mass, found.first, found.second)), found.ref_mass * ref_factor]
+    return sums, found.shift
 
 
 def _gradient(

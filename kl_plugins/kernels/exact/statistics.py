@@ -8,6 +8,9 @@ With w = y - x = R - 1,
 
 The second form holds no difference of log-sum-exps: what it subtracts is of second order in d, like KL itself. It
 serves small divergences, the first large ones.
+
+Both forms multiply the roundings of the terms by (c - E_p[z - u])^2 / KL, so k3(d) must fit p and d to the last digit.
+That is why the exponents below are differences of nearby numbers, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -22,8 +25,15 @@ from kl_plugins.numerics import LINEAR_LIMIT
 IGNORE_INDEX = -100
 """Rows with this label give 0 and no gradient, whatever their logits hold."""
 
-AMPLIFICATION = 32.0
+AMPLIFICATION = 48.0
 """Rows whose sums are this many times larger than the KL that is left of them are computed again in float64."""
+
+OFFSET = 80.0
+"""Float32 rounds z - u to 6e-8 of itself. Rows whose E_p[z - u] is more than this many times the spread of z - u are
+computed again in float64: what all tokens have in common adds nothing to the KL, but its roundings do."""
+
+SMALLEST_PROMISED = 1e-5
+"""The KL (nats) from which the promised accuracy holds."""
 
 NEGLIGIBLE = 1e-9
 """Below this size (nats) a loss of digits is nobody's concern."""
@@ -37,7 +47,8 @@ class RowStatistics(NamedTuple):
         logp: log-prob of the label under the policy, nats, at least -1e4.
         ref_logp: the same under the reference.
         lse: log-sum-exp of the policy's scaled logits.
-        centre: E_p[z - u].
+        centre: E_p[z - u], always float64. Float32 holds it exactly, except in rows that have an :func:`offset`, whose
+            gradient is computed in float64 too (see :func:`needs_float64`).
     """
 
     kl: Tensor
@@ -71,20 +82,23 @@ class RowSums(NamedTuple):
     ref_label: Tensor
 
 
-def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tuple[RowStatistics, Tensor]:
+def finish(
+    sums: RowSums, labels: Tensor, dtype: torch.dtype, ref_lse: Tensor | None = None
+) -> tuple[RowStatistics, Tensor]:
     """Turn sums into statistics, in float64 per row.
 
     Args:
         sums: of whole rows.
         labels: (N,) int64; :data:`IGNORE_INDEX` marks rows to leave out.
+        dtype: of the statistics.
         ref_lse: (N,) log-sum-exp of u + c, for backends that keep a maximum of their own for it: unlike
             ``sums.ref_mass`` it cannot overflow.
 
     Returns:
-        Statistics in the dtype of the shift, and a bool (N,): rows whose KL may have lost digits, or that overflowed,
-        and that have to be computed again (see :mod:`kl_plugins.kernels.exact.precise`).
+        Statistics, and a bool (N,): rows whose KL may have lost digits, or that overflowed, and that have to be
+        computed again (see :mod:`kl_plugins.kernels.exact.precise`).
     """
-    dtype = sums.shift.dtype
+    single = sums.shift.dtype != torch.float64
     maximum, mass, first, second, ref_mass, shift, label, ref_label = (part.double() for part in sums)
     x, y = first / mass, second / mass
     lse = maximum + mass.log()
@@ -92,15 +106,22 @@ def finish(sums: RowSums, labels: Tensor, ref_lse: Tensor | None = None) -> tupl
     w = y - x
     second_order = w - torch.log1p(w)
     # Two forms of one number, each with the size of what was rounded: the one that loses less is taken; NaN loses all.
-    # The derivatives of the first are 1 / (1 + w) by y and w / (1 + w) by x: it loses all where R = 1 + w nears 0.
+    # The derivatives of the first are 1 / (1 + w) by y and w / (1 + w) by x: it loses all where R = 1 + w nears 0, and,
+    # in the float64 of these lines, where R is huge.
     small, large = y - second_order, x + log_ref_mass
-    loses_small = torch.where(w > -1.0, (y.abs() + (x * w).abs()) / (1.0 + w), torch.inf).nan_to_num(torch.inf)
+    here = torch.finfo(torch.float64).eps / torch.finfo(sums.shift.dtype).eps
+    loses_small = torch.where(w > -1.0, (y.abs() + (x * w).abs()) / (1.0 + w) + y.abs() * here, torch.inf)
+    loses_small = loses_small.nan_to_num(torch.inf)
     loses_large = (x.abs() + 2.0 + 0.0 * log_ref_mass).nan_to_num(torch.inf)
     kl = torch.where(loses_small <= loses_large, small, large)
     lost = torch.minimum(loses_small, loses_large)
     # Written so that NaN counts as doubtful.
     doubtful = ~((lost <= AMPLIFICATION * kl.abs() + NEGLIGIBLE) & log_ref_mass.isfinite() & lse.isfinite())
-    found = saturated(kl, label - lse, ref_label + shift - lse - log_ref_mass, lse, x + shift, dtype)
+    centre = x + shift
+    if single:
+        doubtful |= offset(centre, kl, 1.0 / mass)
+        centre = centre.float().double()
+    found = saturated(kl, label - lse, ref_label + shift - lse - log_ref_mass, lse, centre, dtype)
     kept = labels != IGNORE_INDEX
     return RowStatistics(*(part.masked_fill(~kept, 0.0) for part in found)), doubtful & kept
 
@@ -115,21 +136,45 @@ def saturated(
         logp.clamp(-LINEAR_LIMIT, 0.0).to(dtype),
         ref_logp.clamp(-LINEAR_LIMIT, 0.0).to(dtype),
         lse.clamp(-largest, largest).to(dtype),
-        centre.clamp(-LINEAR_LIMIT, LINEAR_LIMIT).to(dtype),
+        centre.clamp(-LINEAR_LIMIT, LINEAR_LIMIT),
     )
+
+
+def offset(centre: Tensor, kl: Tensor, largest_p: Tensor) -> Tensor:
+    """(N,) bool: rows whose tokens have so large a z - u in common that float32 rounds away how it differs.
+
+    One token with nearly all of the mass has its own z - u, which is no offset of the other tokens that count.
+    """
+    common = centre.abs() * (1.0 - largest_p).clamp_min(0.0).sqrt()
+    return common > OFFSET * (2.0 * kl.clamp_min(SMALLEST_PROMISED)).sqrt()
+
+
+def needs_float64(statistics: RowStatistics) -> Tensor:
+    """(N,) bool: rows with an :func:`offset`, whose gradient float32 cannot compute."""
+    return statistics.centre != statistics.centre.to(statistics.lse.dtype)
+
+
+def different_caps(options: Options) -> bool:
+    """Whether policy and reference have different soft-caps: then z - u is a difference of two rounded numbers."""
+    return options.softcap != options.ref_softcap
+
+
+def working_dtype(logits: Tensor, options: Options) -> torch.dtype:
+    """What terms are computed in: float32, and float64 for float64 logits or different soft-caps."""
+    return torch.float64 if different_caps(options) else torch.promote_types(logits.dtype, torch.float32)
 
 
 def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     """z = scale * cap * tanh(logits / cap): the cap belongs to the model, so it comes before the temperature."""
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return logits if scale == 1.0 else logits * scale
+    return times(logits, scale)
 
 
 def log_ratio(
     logits: Tensor, ref_logits: Tensor, scale: float, softcap: float | None, ref_softcap: float | None
 ) -> Tensor:
-    """z - u, saturated at 1e4 nats, and 0 where the policy's logit is -inf.
+    """z - u, saturated at 1e4 nats, and 0 where z is -inf.
 
     The difference comes before scale and cap, whose roundings would be as large as a small difference.
     """
@@ -141,7 +186,9 @@ def log_ratio(
         difference = scaled(logits, 1.0, softcap) - scaled(ref_logits, 1.0, ref_softcap)
     if scale != 1.0:
         difference = difference * scale
-    return difference.clamp(-LINEAR_LIMIT, LINEAR_LIMIT).masked_fill(logits == -torch.inf, 0.0)
+    difference = difference.clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+    # A capped logit is finite whatever the model gave.
+    return difference if softcap is not None else difference.masked_fill(logits == -torch.inf, 0.0)
 
 
 def k3(d: Tensor) -> Tensor:
@@ -167,7 +214,7 @@ class Options(NamedTuple):
 
 
 class LabelLogits(NamedTuple):
-    """Of each row's label, (N,): z, u, and their difference as :func:`log_ratio` has it, which is the shift c."""
+    """Of each row's label, (N,): z, u (float64), and their difference as :func:`log_ratio` has it, the shift c."""
 
     label: Tensor
     ref_label: Tensor
@@ -176,13 +223,12 @@ class LabelLogits(NamedTuple):
 
 def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options) -> LabelLogits:
     """Read the labels' logits: d around them is small wherever the policies are close."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     index = labels.clamp_min(0)[:, None]
-    label, ref_label = (x.gather(-1, index)[:, 0].to(dtype) for x in (logits, ref_logits))
+    label, ref_label = (x.gather(-1, index)[:, 0].double() for x in (logits, ref_logits))
     return LabelLogits(
         scaled(label, options.scale, options.softcap),
         scaled(ref_label, options.scale, options.ref_softcap),
-        log_ratio(label, ref_label, *options),
+        log_ratio(label, ref_label, *options).to(working_dtype(logits, options)),
     )
 
 
@@ -191,33 +237,54 @@ def row_sums(
     ref_logits: Tensor,
     shift: Tensor,
     options: Options,
-    maximum: Tensor | None = None,
+    top: Tensor | None = None,
     accumulator: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """One pass over whole rows, in float32 (float64 for float64 logits).
+    """One pass over whole rows, in the dtype of the shift.
 
     Args:
         logits, ref_logits: (N, V), any float dtype; policy and reference.
-        shift: (N,) c, finite.
+        shift: (N,) c, finite, in :func:`working_dtype`.
         options: for all rows.
-        maximum: (N,) max z over whole rows, where these are parts of them.
+        top: (N,) largest soft-capped logit of the policy in whole rows, where these are parts of them.
         accumulator: dtype that sums are held in; by default that of the terms, which needs sums by pairs or trees.
 
     Returns:
-        The first five fields of :class:`RowSums`.
+        The first six fields of :class:`RowSums`. The shift may differ from the one given, by a rounding.
     """
-    dtype, shift = shift.dtype, shift[:, None]
+    dtype, scale = shift.dtype, options.scale
+    # The temperature comes last: differences of logits that are near each other are exact before it.
     logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
+    z, u = scaled(logits, 1.0, options.softcap), scaled(ref_logits, 1.0, options.ref_softcap)
+    top = z.amax(-1, keepdim=True) if top is None else top[:, None]
+    moved, shift = aligned(shift[:, None], top, scale)
     d = log_ratio(logits, ref_logits, *options) - shift
-    maximum = z.amax(-1, keepdim=True) if maximum is None else maximum[:, None]
-    e, r = torch.exp(z - maximum), torch.exp(u + (shift - maximum))
+    e = torch.exp(times(z - top, scale))
+    if options.softcap is None or different_caps(options):
+        r = torch.exp(times(u + moved, scale))
+    else:
+        # d is more accurate than z and u, which the cap rounds: r has to fit e and d.
+        fitting = d.abs() < LINEAR_LIMIT / 2
+        r = torch.exp(torch.where(fitting, times(z - top, scale) - d, times(u + moved, scale)))
     # e = 0: the policy excludes the token, and what counts is the reference's mass there.
     second = torch.where((d.abs() < 0.5) & (e > 0), e * k3(d), r - e + e * d)
-    return maximum[:, 0], *(terms.sum(-1, dtype=accumulator) for terms in (e, e * d, second, r))
+    sums = (terms.sum(-1, dtype=accumulator) for terms in (e, e * d, second, r))
+    return top[:, 0].double() * scale, *sums, shift[:, 0]
+
+
+def aligned(shift: Tensor, top: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """c / scale - top as a rounded number s, and the c that belongs to it: with another, every r would be off alike."""
+    moved = shift / scale - top
+    exact = times(moved + top, scale)
+    return moved, torch.where(exact.isfinite(), exact, shift)
+
+
+def times(x: Tensor, scale: float) -> Tensor:
+    """``x * scale``, without a pass over memory where the scale is 1."""
+    return x if scale == 1.0 else x * scale
 
 
 def whole_rows(parts: tuple[Tensor, ...], label: LabelLogits) -> RowSums:
     """Sums of whole rows from what :func:`row_sums` and :func:`label_logits` return."""
-    maximum, mass, first, second, ref_mass = parts
-    return RowSums(maximum, mass, first, second, ref_mass, label.shift, label.label, label.ref_label)
+    maximum, mass, first, second, ref_mass, shift = parts
+    return RowSums(maximum, mass, first, second, ref_mass, shift, label.label, label.ref_label)

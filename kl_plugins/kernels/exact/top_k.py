@@ -116,7 +116,7 @@ def _at(
     one, other = (x.gather(-1, index).to(dtype) for x in (logits, ref_logits))
     same = Options(options.scale, options.softcap, options.ref_softcap)
     # log p - log ref = z - u - (lse - ref_lse), and the difference in brackets is E_p[z - u] - KL.
-    u = log_ratio(one, other, *same) - (rows.centre - rows.kl)[:, None]
+    u = log_ratio(one, other, *same) - (rows.centre - rows.kl).to(dtype)[:, None]
     return (scaled(one, options.scale, options.softcap) - rows.lse[:, None]).clamp(max=0.0), u
 
 

@@ -45,10 +45,10 @@ class PartSums(NamedTuple):
     """Sums over a part of each row's vocabulary, all (N,) float32.
 
     Attributes:
-        maximum, ref_maximum: max z and max u, the label's own included.
-        mass: sum of exp(z - maximum).
+        maximum, ref_maximum: the largest soft-capped logits, before the temperature, the label's own included.
+        mass: sum of exp(z - max z).
         first, second: as in :class:`~kl_plugins.kernels.exact.statistics.RowSums`.
-        ref_mass: sum of exp(u - ref_maximum).
+        ref_mass: sum of exp(u - max u).
         shift: what d was taken around.
     """
 
@@ -77,10 +77,10 @@ def forward(
     options = Options(scale, softcap, ref_softcap)
     at_label = label_logits(logits, ref_logits, labels, options)
     sums = part_sums(logits, ref_logits, labels, at_label, options, shift_again=True)
-    whole = RowSums(sums.maximum, *sums[2:], *at_label[:2])
-    ref_lse = sums.ref_maximum.double() + sums.ref_mass.double().log() + sums.shift.double()
+    whole = RowSums(sums.maximum.double() * scale, *sums[2:], *at_label[:2])
+    ref_lse = sums.ref_maximum.double() * scale + sums.ref_mass.double().log() + sums.shift.double()
     # What the kernel passed again is no longer doubtful, and ref_lse cannot overflow.
-    return finish(whole, labels, ref_lse)[0]
+    return finish(whole, labels, torch.float32, ref_lse)[0]
 
 
 def part_sums(
@@ -115,7 +115,7 @@ def part_sums(
                 logits,
                 ref_logits,
                 labels != IGNORE_INDEX,
-                *(part.contiguous() for part in at_label),
+                *(part.float().contiguous() for part in at_label),
                 result,
                 logits.stride(0),
                 ref_logits.stride(0),
@@ -160,7 +160,7 @@ def backward(
                 labels != IGNORE_INDEX,
                 labels,
                 statistics.lse,
-                statistics.centre,
+                statistics.centre.float(),
                 grad_kl.float().contiguous(),
                 grad_logp.float().contiguous(),
                 target,

@@ -73,7 +73,7 @@ def _add_block(
     ed = e * d
     # k3(d) = e^-d - 1 + d. Its Taylor series where the three terms would cancel; else e e^-d is f, rescaled.
     series = 1 / 2 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 + d * (-1 / 5040 + d * (1 / 40320 + d * (-1 / 362880)))))))  # fmt: skip # noqa: E501
-    rescale = tl.exp2(shift * LOG2_E + ref_exponent - top_exponent)
+    rescale = tl.exp2(shift * LOG2_E + (ref_exponent - top_exponent))  # the difference of near numbers is exact
     ek3 = tl.where(tl.abs(d) < 1.0, ed * d * series, f * rescale - e + ed)
     return top, ref_top, s + e, a + ed, y + ek3, r + f
 
@@ -111,8 +111,8 @@ def row_sums_kernel(
                     scale, shift, cap, ref_cap, True, CAPPED, REF_CAPPED, SAME_CAP,
                 )  # fmt: skip
             s, a, y, r = tl.sum(lanes_s, 0), tl.sum(lanes_a, 0), tl.sum(lanes_y, 0), tl.sum(lanes_r, 0)
-            tl.store(sums_ptr + row, max_z * scale)
-            tl.store(sums_ptr + rows + row, max_u * scale)
+            tl.store(sums_ptr + row, max_z)
+            tl.store(sums_ptr + rows + row, max_u)
             tl.store(sums_ptr + 2 * rows + row, s)
             tl.store(sums_ptr + 3 * rows + row, a)
             tl.store(sums_ptr + 4 * rows + row, y)

@@ -129,7 +129,7 @@ def refused(start: int, stop: int, labels: list[int]) -> str:
 
 def main(rank: int, size: int, rendezvous: str, path: str, backend: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"backend": backend}
     for name, sharded in CASES.items():
         start, stop = bounds(sharded, size)[rank : rank + 2]
         results[name] = tuple(compute(inputs(sharded.case), sharded.case, start, stop, backend))
