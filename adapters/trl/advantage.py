@@ -44,7 +44,7 @@ def per_sequence(advantages: Tensor, penalty: Tensor, logp: Tensor, mask: Tensor
 
     Its values are the host's advantages. Its gradient is that of the penalty as a per-token advantage: the host's
     ``-ratio * advantage`` then contributes ``ratio * sum_t penalty_t * grad log pi_t``, with the ratio clipped where
-    the host clips it for the task's advantage.
+    the host clips it for the task's advantage (half way between the two where that advantage is 0).
 
     Args:
         advantages: (B,) normalised.

@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _detached():
-    """A config with a spec attaches in place; no test may depend on an earlier one having done so."""
+    """No test may depend on an earlier one having attached in place."""
     from kl_plugins.adapters.trl import detach
 
     yield
