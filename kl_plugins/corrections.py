@@ -1,4 +1,4 @@
-"""Importance weights on the KL term: token, prefix, sequence, with cap, band and norm.
+"""Importance weights on the KL term: token, prefix, sequence, with floor, cap, band and norm.
 
 See theory in arXiv 2512.21852 and 2512.02556 (DeepSeek-V3.2's token ratio); which gradient each
 level estimates is stated by :mod:`kl_plugins.spec.target` and proved by enumeration.
@@ -16,15 +16,17 @@ from kl_plugins.spec import KLSpec
 
 
 class Weight(NamedTuple):
-    """An importance weight and where cap or band changed it.
+    """An importance weight, where cap or band changed it, and what it was before a floor raised it.
 
     Attributes:
         value: (B, T), 0 outside the mask.
         altered: (B, T) bool.
+        unraised: (B, T) the weight as it would be without ``floor:``; None where the spec has no floor.
     """
 
     value: Tensor
     altered: Tensor
+    unraised: Tensor | None
 
 
 def importance_weight(
@@ -33,7 +35,7 @@ def importance_weight(
     """The spec's weight for each token.
 
     Args:
-        spec: names the level (``is:``), ``cap``, ``band``, ``norm``.
+        spec: names the level (``is:``), ``floor``, ``cap``, ``band``, ``norm``.
         log_rho: (B, T) log(policy/behaviour) per token, nats, 0 outside the mask.
         mask: (B, T) bool, True on response tokens.
         limits: bounds of this computation.
@@ -58,20 +60,23 @@ def importance_weight(
 
 
 def _treat(spec: KLSpec, weight: Tensor, mask: Tensor) -> Weight:
-    altered = mask & False
+    altered, unraised = mask & False, None
+    if spec.floor is not None:
+        unraised, weight = weight, weight.clamp_min(spec.floor).masked_fill(~mask, 0.0)
     if spec.cap is not None:
         cap = held(spec.cap, weight.dtype)
         altered = altered | (weight > cap)
         weight = weight.clamp_max(cap)
+        unraised = None if unraised is None else unraised.clamp_max(cap)
     if spec.band is not None:
         low, high = (held(edge, weight.dtype) for edge in spec.band)
         outside = mask & ((weight < low) | (weight > high))
         altered, weight = altered | outside, weight.masked_fill(outside, 0.0)
     if spec.norm:
         count = mask.sum().clamp_min(1)
-        # The floor only matters where a band left nothing: 0 stays 0.
+        # The smallest number only matters where a band left nothing: 0 stays 0.
         weight = weight / (weight.sum() / count).clamp_min(finfo(weight.dtype).tiny)
-    return Weight(weight, altered)
+    return Weight(weight, altered, unraised)
 
 
 def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:

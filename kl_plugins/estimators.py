@@ -36,6 +36,10 @@ class Estimator:
         is_f_divergence: whether ``value`` is f(delta), so that it can serve as its own future term.
         value_formula, coefficient_formula: for ``explain``.
         source: where the row comes from.
+        restoring: whether the coefficient has the sign of u and is 0 at u = 0. Then any positive factor on it leaves
+            u = 0 the only point without a force; ``floor:`` needs that.
+        keeps_pull: whether the coefficient times the policy's probability p stays away from 0 as p goes to 0. Then an
+            importance weight leaves a pull on a token that the policy has all but dropped. None where nobody said.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Estimator:
     coefficient_formula: str
     source: str
     is_f_divergence: bool = False
+    restoring: bool = False
+    keeps_pull: bool | None = None
 
 
 def k3_value(u: Tensor, x: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ _FRPO = "arXiv 2601.10201, Theorem 4.1"
 _TABLE: dict[str, Estimator] = {
     row.name: row
     for row in (
-        Estimator("k1", lambda u, x: u, _one, "none", "u", "1", f"{_SCHULMAN}; {_GRADIENT}"),
+        Estimator("k1", lambda u, x: u, _one, "none", "u", "1", f"{_SCHULMAN}; {_GRADIENT}", keeps_pull=False),
         Estimator(
             "k2",
             lambda u, x: u.square() / 2,
@@ -74,6 +80,8 @@ _TABLE: dict[str, Estimator] = {
             "u^2/2",
             "u",
             f"{_SCHULMAN}; {_GRADIENT}, Theorem 5.1",
+            restoring=True,
+            keeps_pull=False,
         ),
         Estimator(
             "k3",
@@ -83,9 +91,31 @@ _TABLE: dict[str, Estimator] = {
             "delta - 1 + u",
             "1 - delta",
             f"{_SCHULMAN}; {_GRADIENT}",
+            restoring=True,
+            keeps_pull=True,
         ),
-        Estimator("k3+", k3_value, lambda u, x: u, "reverse_kl", "delta - 1 + u", "u", _GRADIENT),
-        Estimator("abs", lambda u, x: u.abs(), lambda u, x: u.sign(), "other_f", "|u|", "sign u", _FRPO),
+        Estimator(
+            "k3+",
+            k3_value,
+            lambda u, x: u,
+            "reverse_kl",
+            "delta - 1 + u",
+            "u",
+            _GRADIENT,
+            restoring=True,
+            keeps_pull=False,
+        ),
+        Estimator(
+            "abs",
+            lambda u, x: u.abs(),
+            lambda u, x: u.sign(),
+            "other_f",
+            "|u|",
+            "sign u",
+            _FRPO,
+            restoring=True,
+            keeps_pull=False,
+        ),
         Estimator(
             "jeffreys",
             lambda u, x: -u * (-x).expm1(),
@@ -95,6 +125,8 @@ _TABLE: dict[str, Estimator] = {
             "u + 1 - delta",
             _FRPO,
             is_f_divergence=True,
+            restoring=True,
+            keeps_pull=True,
         ),
         Estimator(
             "jsd",
@@ -105,6 +137,8 @@ _TABLE: dict[str, Estimator] = {
             "-log((1+delta)/2)/2",
             _FRPO,
             is_f_divergence=True,
+            restoring=True,
+            keeps_pull=False,
         ),
         Estimator(
             "hellinger",
@@ -115,6 +149,8 @@ _TABLE: dict[str, Estimator] = {
             "1 - sqrt delta",
             _FRPO,
             is_f_divergence=True,
+            restoring=True,
+            keeps_pull=False,
         ),
         Estimator(
             "chi2",
@@ -125,6 +161,8 @@ _TABLE: dict[str, Estimator] = {
             "(1 - delta^2)/2",
             _FRPO,
             is_f_divergence=True,
+            restoring=True,
+            keeps_pull=True,
         ),
         # Only its future term and its sampled stand-in live here; the full-vocabulary value is passed in.
         Estimator(
@@ -164,6 +202,8 @@ def _alpha_row(name: str, a: float) -> Estimator:
         f"(1 - delta^a)/a, a = {format_number(a)}",
         _FRPO,
         is_f_divergence=True,
+        restoring=True,
+        keeps_pull=a >= 1,
     )
 
 
@@ -177,6 +217,8 @@ def register_estimator(
     value_formula: str = "user-defined",
     coefficient_formula: str = "user-defined",
     source: str = "user-defined",
+    restoring: bool = False,
+    keeps_pull: bool | None = None,
 ) -> Estimator:
     """Add one estimator row, so that ``name`` becomes a word of the KL spec.
 
@@ -191,6 +233,10 @@ def register_estimator(
         value_formula: shown by ``kl-plugins explain``.
         coefficient_formula: shown by ``kl-plugins explain``.
         source: paper or page, shown by ``kl-plugins explain``.
+        restoring: the coefficient has the sign of u and is 0 at u = 0, which ``floor:`` needs. It is so for every f
+            that is strictly convex at 1, but nobody checks that f is.
+        keeps_pull: exp(u) times the coefficient stays away from 0 as u goes to minus infinity; for ``kl-plugins
+            explain``.
 
     Returns:
         The new row.
@@ -220,6 +266,8 @@ def register_estimator(
         coefficient_formula,
         source,
         is_f_divergence=f is not None,
+        restoring=restoring,
+        keeps_pull=keeps_pull,
     )
     _TABLE[name] = row
     return row

@@ -27,6 +27,7 @@ REDUCTIONS: dict[str, Literal["mean", "max", "pooled"]] = {
     "kl/weight/mean": "mean",
     "kl/weight/max": "max",
     "kl/cap_frac": "mean",
+    "kl/floor_frac": "mean",
     "kl/dead_frac": "mean",
     "kl/disagree": "pooled",
     "kl/trust_region": "mean",
@@ -67,8 +68,10 @@ def term_metrics(
 
     Returns:
         0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
-        KL(behaviour || policy) from ``rho - 1 - log rho``; ``ess`` is that of the weight in use, and ``weight/mean``
-        its mean, which is 1 in expectation for an exact weight.
+        KL(behaviour || policy) from ``rho - 1 - log rho``. ``ess``, ``weight/mean``, ``weight/max`` and
+        ``reverse_k1_is`` are those of the weight in use, but before a floor has raised it: they describe the data, and
+        a floor would hide how far these are from the policy. The mean is 1 in expectation for an exact weight.
+        ``floor_frac`` is the share of tokens whose weight the floor raised.
     """
     limits = Limits.of(u.dtype, DEFAULT_BOUND)
     count = mask.sum().clamp_min(1)
@@ -76,7 +79,8 @@ def term_metrics(
     def mean(x: Tensor) -> Tensor:
         return x.masked_fill(~mask, 0).sum() / count
 
-    coefficient, weight = terms.coefficient, terms.weight
+    coefficient = terms.coefficient
+    weight = terms.weight if terms.unraised is None else terms.unraised
     coefficient_mean = mean(coefficient)
     k1_mean, k3_mean = mean(u), mean(k3_value(limits.linear(u), limits.exponent(u)))
     trust_region = k3_value(limits.linear(-log_rho), limits.exponent(-log_rho))
@@ -99,6 +103,7 @@ def term_metrics(
         "kl/weight/mean": mean(weight),
         "kl/weight/max": _largest(weight),
         "kl/cap_frac": mean(terms.altered.to(u.dtype)),
+        "kl/floor_frac": mean((terms.weight > weight).to(u.dtype)),
         "kl/dead_frac": mean(dead.to(u.dtype)),
         "kl/disagree": ((k1_mean - k3_mean).abs() / k3_mean.clamp_min(LEAST_KL)).masked_fill(k3_mean < LEAST_KL, 0.0),
         "kl/trust_region": mean(trust_region),

@@ -20,12 +20,16 @@ from kl_plugins.spec import KLSpec
 
 
 class SampledTerms(NamedTuple):
-    """Per-token results in the compute dtype, all (B, T) and 0 (or False) outside the mask."""
+    """Per-token results in the compute dtype, all (B, T) and 0 (or False) outside the mask.
+
+    ``altered`` says where cap, band or clip acted; ``unraised`` is the weight before a floor, None without one.
+    """
 
     value: Tensor
     coefficient: Tensor
     weight: Tensor
     altered: Tensor
+    unraised: Tensor | None = None
 
 
 def row_of(spec: KLSpec) -> Estimator:
@@ -78,7 +82,7 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
         exact: (B, T) full-vocabulary KL, nats, 0 outside the mask, or None.
 
     Returns:
-        Value, coefficient, weight and where cap, band or clip acted.
+        Value, coefficient, weight, where cap, band or clip acted, and the weight before a floor.
     """
     limits = Limits.of(u.dtype, spec.bound)
     value, future = score_terms(spec, u, mask, exact)
@@ -88,7 +92,7 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
         value, own = limits.saturate(exact.to(u.dtype)).masked_fill(~mask, 0.0), u * 0.0
     else:
         own = limits.saturate(row_of(spec).coefficient(limits.linear(u), limits.exponent(u)))
-    weight, altered = importance_weight(spec, log_rho, mask, limits, one_earlier=exact_own)
+    weight, altered, unraised = importance_weight(spec, log_rho, mask, limits, one_earlier=exact_own)
     if spec.correction == "decision":
         each = importance_weight(spec, log_rho, mask, limits, one_earlier=spec.future == "exact").value
         score = weight * own + future_sum(limits.saturate(each * future), mask, spec.gamma)
@@ -101,7 +105,7 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
         clipped = weight.clamp(1 - width, 1 + width) * own
         altered = mask & (score < clipped)
         score = score.masked_fill(altered, 0.0)
-    return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered)
+    return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered, unraised)
 
 
 class SampledLoss(torch.autograd.Function):

@@ -29,7 +29,7 @@ class KLSpec:
         gamma: discount of the future term, per response token.
         correction: the ``is:`` option: importance weight on the KL term.
         behaviour: which log-probs are the behaviour policy's; None = the sampler's if there, else the old ones.
-        cap, band, norm: treatment of the weight, in this order.
+        floor, cap, band, norm: treatment of the weight, in this order.
         clip: half-width of the clipped KL head, or None.
         bound: largest absolute log-ratio that enters an ``exp``, nats.
         beta: schedule or controller of beta; None = the host's constant.
@@ -44,6 +44,7 @@ class KLSpec:
     gamma: float = 1.0
     correction: str = "none"
     behaviour: str | None = None
+    floor: float | None = None
     cap: float | None = None
     band: tuple[float, float] | None = None
     norm: bool = False

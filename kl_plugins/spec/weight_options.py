@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from kl_plugins.estimators import find_estimator
 from kl_plugins.spec.grammar import format_number, parse_numbers
 from kl_plugins.spec.option_row import (
     LOSS_ONLY,
@@ -68,6 +69,46 @@ def _treatment_faults(name: str) -> Callable[[KLSpec], Iterator[Fault]]:
         yield from _without_weight(spec, name)
 
     return faults
+
+
+def _floor_faults(spec: KLSpec) -> Iterator[Fault]:
+    without = "the spec without floor"
+    if spec.estimator == "exact":
+        yield "an exact own term has no weight of its own token that a floor could raise", without
+    yield from _beside_clip(spec, "floor")
+    if spec.correction == "none":
+        yield "'floor' acts on an importance weight, and there is none", "is:token beside it"
+    if spec.horizon != "token":
+        yield "a floor on a sum over later tokens leaves a force that is not zero at the reference", "horizon:token"
+    if spec.correction != "token":
+        yield (
+            "a floor on a product of weights acts because of earlier tokens, whatever the token itself does, and "
+            "brings back states that the policy has left",
+            "is:token",
+        )
+    if spec.band is not None:
+        yield "floor keeps the tokens with small weights, and band drops them", "one of the two"
+    if spec.norm:
+        yield "norm divides by the mean weight, so a raised weight may end below the floor again", "one of the two"
+    if spec.cap is not None and spec.floor is not None and spec.cap < spec.floor:
+        yield f"the cap {format_number(spec.cap)} is below the floor", f"a floor of {format_number(spec.cap)} or less"
+    row = find_estimator(spec.estimator)
+    if row is None or not row.restoring:
+        yield (
+            f"the coefficient of {spec.estimator} is not known to have the sign of u, so a raised weight may push away "
+            "from the reference",
+            "an estimator whose coefficient has it, such as k2, k3 or jeffreys (see restoring in register_estimator)",
+        )
+
+
+def _floor_caveat(spec: KLSpec) -> str:
+    if spec.floor is None:
+        return ""
+    floor = format_number(spec.floor)
+    return (
+        f"floor keeps a pull on tokens that the policy has all but dropped; its bias is "
+        f"E_behaviour[({floor} - w)+ c(u) grad log policy], which is 0 where no weight w is below {floor}"
+    )
 
 
 def _cap_on_policy(spec: KLSpec) -> str:
@@ -150,9 +191,25 @@ WEIGHT_OPTIONS = (
         caveat=lambda spec: OLD_CAVEAT if spec.behaviour == "old" else "",
     ),
     OptionRow(
+        "floor",
+        number(
+            "<c>",
+            lambda c: f"weights below {c} become {c}",
+            {"0.5": ".5", "0.2": "2e-1", "1": "1.0", "1e-3": "0.001"},
+            expected="a number above 0 and at most 1",
+            holds=lambda x: 0 < x <= 1,
+        ),
+        "weights below c become c (first), 0 < c <= 1; needs is:token and horizon:token",
+        places=LOSS_ONLY,
+        faults=_floor_faults,
+        weight=lambda floor, weight: f"max({weight}, {format_number(floor)})",
+        caveat=_floor_caveat,
+        bends=True,
+    ),
+    OptionRow(
         "cap",
         number("<c>", lambda c: f"weights above {c} become {c}", {"2": "2.0", "0.5": ".5", "1e-3": "0.001"}),
-        "weights above c become c (first)",
+        "weights above c become c (after floor)",
         places=LOSS_ONLY,
         faults=_treatment_faults("cap"),
         weight=lambda cap, weight: f"min({weight}, {format_number(cap)})",
@@ -164,7 +221,7 @@ WEIGHT_OPTIONS = (
     OptionRow(
         "band",
         BAND,
-        "weights outside the closed interval become 0 (second)",
+        "weights outside the closed interval become 0 (after cap)",
         places=LOSS_ONLY,
         faults=_treatment_faults("band"),
         weight=lambda band, weight: f"{weight}, 0 outside [{', '.join(map(format_number, band))}]",
@@ -175,7 +232,7 @@ WEIGHT_OPTIONS = (
     OptionRow(
         "norm",
         flag("weights are divided by their mean over the response tokens of the call"),
-        "weights are divided by their mean over the response tokens passed (third)",
+        "weights are divided by their mean over the response tokens passed (after band)",
         places=LOSS_ONLY,
         faults=_treatment_faults("norm"),
         weight=lambda _, weight: f"{weight}, divided by its mean over the response tokens",

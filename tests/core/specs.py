@@ -16,6 +16,7 @@ from kl_plugins import KLSpec
 from kl_plugins.spec.option_row import OptionRow
 from kl_plugins.spec.options import OPTIONS
 from kl_plugins.spec.rules import contradictions
+from kl_plugins.spec.weight_options import WEIGHT_OPTIONS
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3+", "abs")
 F_DIVERGENCES = ("jeffreys", "jsd", "hellinger", "chi2", "alpha-0.5", "alpha-1", "alpha-2", "alpha-3")
@@ -155,11 +156,14 @@ class Combination:
 
 @st.composite
 def combinations(draw: st.DrawFn) -> Combination:
-    """Up to four options with values from the table, whatever they mean together."""
-    names = draw(st.lists(st.sampled_from([name for name in ORDER if name != "allow"]), max_size=4, unique=True))
+    """A few options with values from the table, whatever they mean together; often what acts on a token weight."""
+    weighted = draw(st.booleans())
+    wanted = ["horizon", *(row.name for row in WEIGHT_OPTIONS if row.name != "is")] if weighted else [*ORDER]
+    names = draw(st.lists(st.sampled_from([name for name in wanted if name != "allow"]), max_size=4, unique=True))
     examples = {name: draw(st.sampled_from(OPTIONS[name].values.examples)) for name in names}
+    options = {name: (canonical, value) for name, (canonical, _, value) in examples.items()}
     return Combination(
         draw(st.sampled_from((*SAMPLED, "exact"))),
-        draw(st.sampled_from(("loss", *PLACEMENTS))),
-        {name: (canonical, value) for name, (canonical, _, value) in examples.items()},
+        "loss" if weighted else draw(st.sampled_from(("loss", *PLACEMENTS))),
+        ({"is": ("token", "token")} if weighted else {}) | options,
     )

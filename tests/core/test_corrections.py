@@ -83,6 +83,46 @@ def test_cap_comes_before_band_and_band_before_norm() -> None:
     close(weigh(spec_of("token", "/cap:2/band:0.5-2/norm")), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_floor_raises_and_comes_before_cap(dtype: torch.dtype) -> None:
+    log_rho = LOG_RHO.to(dtype)
+    raised = [[2.0, 0.5, 4.0, 0.5], [0.5, 0.0, 8.0, 0.0], [0.0] * 4]
+    close(weigh(KLSpec.parse("k2@loss/is:token/floor:0.5"), log_rho), raised)
+    close(weigh(KLSpec.parse("k2@loss/is:token/floor:1e-300"), log_rho), WEIGHTS["token"])
+    spec = KLSpec.parse("k2@loss/is:token/floor:0.5/cap:2")
+    close(weigh(spec, log_rho), [[2.0, 0.5, 2.0, 0.5], [0.5, 0.0, 2.0, 0.0], [0.0] * 4])
+    found = importance_weight(spec, log_rho, MASK, Limits.of(dtype, 30.0))
+    assert found.altered.tolist() == [[False, False, True, False], [False, False, True, False], [False] * 4]
+    assert found.unraised is not None
+    close(found.unraised, [[2.0, 0.5, 2.0, 0.25], [0.5, 0.0, 2.0, 0.0], [0.0] * 4])
+    close(weigh(KLSpec.parse("k2@loss/is:token/floor:1/cap:1"), log_rho), NONE)
+
+
+def test_a_floor_does_not_hide_what_is_not_a_number() -> None:
+    log_rho = torch.tensor([[float("nan"), -3.0]])
+    weight = weigh(KLSpec.parse("k2@loss/is:token/floor:0.5"), log_rho, torch.ones(1, 2, dtype=torch.bool))
+    assert weight[0, 0].isnan()
+    assert weight[0, 1] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "jeffreys", "alpha-0.5"])
+def test_a_floor_that_no_weight_is_below_changes_no_bit(estimator: str, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(3)
+    logp, ref = (-torch.rand(4, 9, generator=random).to(dtype) for _ in range(2))
+    old = logp - torch.rand(4, 9, generator=random).to(dtype) / 2  # every ratio is above 1
+    old[0, :3] = logp[0, :3]  # and some are 1, which a floor of 1 leaves alone
+    mask = torch.rand(4, 9, generator=random) > 0.3
+    found = []
+    for floor in ("", "/floor:1", "/floor:0.3/cap:1e6"):
+        leaf = logp.clone().requires_grad_()
+        term = kl_term(KLSpec.parse(f"{estimator}@loss/is:token{floor}"), leaf, ref, mask, old_logp=old)
+        (gradient,) = torch.autograd.grad(term.loss.sum(), leaf)
+        found.append([term.value, term.coefficient, term.loss, term.weight, gradient, *term.metrics.values()])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("level", ["token", "prefix", "sequence", "decision"])
 def test_norm_makes_the_mean_one(level: str) -> None:
     assert weigh(spec_of(level, "/norm"))[MASK].mean().item() == pytest.approx(1)

@@ -10,6 +10,7 @@ from tests.core.tensors import Batch, batch, masks
 
 SPECS = ["k2@loss/is:token/cap:2", "k3@loss", "jsd@loss/horizon:sequence/is:decision", "alpha-3@loss/clip:0.2"]
 SPECS += ["k2@loss/horizon:sequence/gamma:0.9/is:sequence/norm", "exact@loss/horizon:sequence/is:decision"]
+SPECS += ["k2@loss/is:token/floor:0.7/cap:1.2"]
 SHAPES = [(1, 1), (0, 5), (3, 0), (4, 1), (1, 9), (5, 8)]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 

@@ -9,7 +9,7 @@ from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.metrics import Accumulator, joined, sums_and_maxima
 from kl_plugins.metrics import REDUCTIONS
 
-SPEC = KLSpec.parse("k2@loss/is:token/cap:3")
+SPEC = KLSpec.parse("k2@loss/is:token/floor:0.9/cap:3")
 LENGTHS = (7, 1, 4, 0, 6, 2, 5, 3)
 
 

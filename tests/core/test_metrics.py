@@ -52,12 +52,25 @@ def test_by_hand() -> None:
         "kl/weight/mean": 6.5 / 4,
         "kl/weight/max": 3.0,
         "kl/cap_frac": 1 / 4,
+        "kl/floor_frac": 0.0,
         "kl/dead_frac": 0.0,
         "kl/disagree": abs(MEAN_K1 - MEAN_K3) / MEAN_K3,
         "kl/trust_region": ((2 - 1 - log(2)) + (0.5 - 1 - log(0.5)) + 0 + (4 - 1 - log(4))) / 4,
         "kl/active": 1.0,
     }
     assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_floor_raises_the_coefficients_and_leaves_what_is_said_of_the_data() -> None:
+    # Weights 2, 0.75 (raised from 0.5), 1 and 3 (capped from 4); coefficients 4, -0.75, 0, 1.5.
+    plain, found = metrics("k2@loss/is:token/cap:3"), metrics("k2@loss/is:token/floor:0.75/cap:3")
+    assert found["kl/floor_frac"] == 1 / 4
+    assert found["kl/coef/mean"] == pytest.approx((4 - 0.75 + 0 + 1.5) / 4, rel=1e-12)
+    changed = {key for key, value in found.items() if value != plain[key]}
+    assert changed == {"kl/floor_frac", "kl/coef/mean", "kl/coef/std"}
+    everywhere = metrics("k2@loss/is:token/floor:1")
+    assert everywhere["kl/floor_frac"] == 1 / 4  # a weight of exactly 1 is not raised
+    assert everywhere["kl/weight/mean"] == (2 + 0.5 + 1 + 4) / 4
 
 
 def test_dead_tokens() -> None:
@@ -154,5 +167,6 @@ def test_a_penalty_in_the_score_is_its_own_coefficient_with_weight_one() -> None
     )
     expected = {"kl/coef/mean": 3.0, "kl/coef/std": 1.0, "kl/coef/max": 4.0, "kl/reverse_k1": 2.0, "kl/ess": 1.0}
     expected |= {"kl/weight/max": 1.0, "kl/cap_frac": 0.0, "kl/trust_region": 0.0, "kl/active": 1.0}
+    expected |= {"kl/floor_frac": 0.0}
     assert {key: found[key].item() for key in expected} == pytest.approx(expected)
     assert set(found) == set(REDUCTIONS) - {"kl/exact"}

@@ -53,6 +53,22 @@ CASES = [
     ("k2@loss/clip:0.2/cap:2", "cap:2", "clip"),
     ("k2@loss/clip:0.2/band:0-2", "band:0-2", "clip"),
     ("k2@loss/clip:0.2/norm", "norm", "clip"),
+    ("k2@loss/is:token/clip:0.2/floor:0.5", "is:token", "clip"),
+    ("k2@loss/clip:0.2/floor:0.5", "floor:0.5", "clip"),
+    ("k2@loss/floor:0.5", "floor:0.5", "importance weight"),
+    ("k2@loss/is:none/floor:0.5", "floor:0.5", "importance weight"),
+    ("k2@loss/is:prefix/floor:0.5", "floor:0.5", "product of weights"),
+    ("k2@loss/horizon:sequence/is:sequence/floor:0.5", "floor:0.5", "later tokens"),
+    ("k2@loss/horizon:sequence/is:decision/floor:0.5", "floor:0.5", "later tokens"),
+    ("k2@loss/horizon:sequence/is:token/floor:0.5/allow:biased", "floor:0.5", "later tokens"),
+    ("k2@loss/is:token/floor:0.5/band:0.2-2", "floor:0.5", "band drops"),
+    ("k2@loss/is:token/floor:0.5/norm", "floor:0.5", "norm divides"),
+    ("k2@loss/is:token/floor:0.5/cap:0.2", "floor:0.5", "cap 0.2 is below"),
+    ("k1@loss/is:token/floor:0.5/allow:biased", "floor:0.5", "sign of u"),
+    ("exact@loss/floor:0.5", "floor:0.5", "weight of its own token"),
+    ("exact@loss/is:prefix/floor:0.5", "floor:0.5", "weight of its own token"),
+    ("k1@advantage/floor:0.5", "floor:0.5", "@advantage"),
+    ("k1@reward/floor:0.5", "floor:0.5", "@reward"),
     ("k2@loss/cap:2", "cap:2", "importance weight"),
     ("k2@loss/is:none/cap:2", "cap:2", "importance weight"),
     ("k2@loss/band:0-2", "band:0-2", "importance weight"),
@@ -106,7 +122,7 @@ def test_a_part_that_contradicts_is_refused_with_allow_biased_too() -> None:
         KLSpec.parse("exact@reward/allow:biased")
 
 
-WEIGHT_TREATMENT = {"cap", "band", "norm"}
+WEIGHT_TREATMENT = {"floor", "cap", "band", "norm"}
 
 
 def is_refused(it: Combination) -> bool:
@@ -130,6 +146,11 @@ def is_refused(it: Combination) -> bool:
         return True
     if horizon == "sequence" and (future == "own") is not (estimator in F_DIVERGENCES):
         return True
+    if "floor" in written:
+        if horizon != "token" or correction != "token" or estimator == "k1" or written & {"band", "norm"}:
+            return True
+        if it.value("cap", 1.0) < it.value("floor"):
+            return True
     if clipped:
         return bool(written & {"is", *WEIGHT_TREATMENT})
     return correction == "none" and bool(written & {"behaviour", *WEIGHT_TREATMENT})

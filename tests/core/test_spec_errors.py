@@ -76,6 +76,7 @@ def test_words(text: str, part: str, nearest: str | None) -> None:
         f"cap:{x}"
         for x in ("0", "-1", "nan", "inf", "-inf", "1e999", "1e-999", "two", "", "1,5", "0x10", "1_0", "٢", " 2")
     ]
+    + [f"floor:{x}" for x in ("0", "-0.5", "1.01", "2", "nan", "0.2-0.5", "")]
     + [f"clip:{x}" for x in ("0", "-0.2", "nan", "0.2-0.3")]
     + [f"bound:{x}" for x in ("0", "-30", "nan", "1e999")]
     + [f"gamma:{x}" for x in ("-0.1", "1.01", "nan", "2", "")]

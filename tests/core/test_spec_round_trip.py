@@ -43,7 +43,7 @@ def test_canonical_text_is_a_fixed_point_with_a_known_target(written: Written) -
     assert spec.target in TARGETS
     assert (spec.target == "none") == spec.allow_biased
     assert isinstance(spec.caveats, tuple)
-    for name in ("cap", "band", "norm", "clip"):
+    for name in ("floor", "cap", "band", "norm", "clip"):
         present = getattr(spec, name) not in (None, False)
         assert any(caveat.startswith(name) for caveat in spec.caveats) == present, name
 
@@ -55,6 +55,8 @@ def test_the_canonical_order() -> None:
     assert str(KLSpec.parse(text)) == text
     head, *options = text.split("/")
     assert str(KLSpec.parse("/".join([head, *reversed(options)]))) == text
+    floored = "k3@loss/is:token/behaviour:sampler/floor:0.2/cap:2"
+    assert str(KLSpec.parse("k3@loss/cap:2/floor:.2/behaviour:sampler/is:token")) == floored
     assert str(KLSpec.parse("k1@loss/allow:biased/bound:20/clip:0.2")) == "k1@loss/clip:0.2/bound:20/allow:biased"
 
 

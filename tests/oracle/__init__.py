@@ -20,6 +20,7 @@ Constructions in the literature, the spec that expresses each, and where it is c
 | sequence weight x RTG                       | k2@loss/horizon:sequence/is:sequence               | targets    |
 | token or prefix weight x RTG                | .../horizon:sequence/is:token (allow:biased)       | wrong      |
 | truncated or clipped weight                 | k2@loss/is:token/cap:2, /band:, /clip:             | truncation |
+| weight with a floor, and where it does harm | k2@loss/is:token/floor:0.5                         | floor      |
 | log-ratio frozen at the sampler, in reward  | k1@reward from the sampler's log-probs             | wrong      |
 | live ratio x k2                             | none; shown against k2@loss/is:token               | identities |
 | squared sum of u, k3 of the whole sequence  | none: there is no joint-ratio estimator            |            |
