@@ -134,7 +134,7 @@ def _at(formula: str, index: str, unstated: str) -> str:
 
 
 def _group(text: str) -> str:
-    return f"({text})" if " + " in text or " - " in text or "sum_" in text else text
+    return f"({text})" if " + " in text or " - " in text or "sum_" in text or text.startswith("-") else text
 
 
 def _sum(own: str, future: str) -> str:

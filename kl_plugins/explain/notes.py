@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kl_plugins.explain.formulas import row_of
+from kl_plugins.explain.stability import stability
 from kl_plugins.spec import PRESETS, KLSpec
 
 _DIVERGENCES = {
@@ -62,6 +63,8 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
             "The sum's gradient is sum_i u_i grad p_i with every u detached, so a sampled tail of coefficient u is "
             "unbiased; a head that differentiates u beside it would not be. Its value is unbiased, but may be negative."
         )
+    if said := stability(spec):
+        found.append(said)
     return tuple(found)
 
 

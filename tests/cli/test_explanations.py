@@ -22,6 +22,8 @@ OPTIONS = (
     "/is:prefix",
     "/is:sequence/norm",
     "/is:token/cap:2/band:0.5-3/behaviour:old",
+    "/is:token/floor:0.5",
+    "/is:token/floor:0.2/cap:2",
     "/clip:0.2",
     "/horizon:sequence",
     "/horizon:token",
@@ -150,6 +152,9 @@ def test_bias_on_and_off_policy(spec: str, on_policy: str, off_policy: str) -> N
         ("k2@loss", "coefficient", "c_t = u_t;"),
         ("k3@loss/is:token/cap:2", "coefficient", "c_t = w_t (1 - delta_t);"),
         ("k3@loss/is:token/cap:2", "weight", "w_t = min(rho_t, 2);"),
+        ("k2@loss/is:token/floor:0.5", "weight", "w_t = max(rho_t, 0.5);"),
+        ("k2@loss/is:token/floor:0.5/cap:2", "weight", "w_t = min(max(rho_t, 0.5), 2);"),
+        ("jsd@loss/is:token", "coefficient", "c_t = w_t (-log((1+delta_t)/2)/2);"),
         ("k2@loss/is:prefix/band:0.5-2/norm", "weight", "w_t = rho_{1:t}, 0 outside [0.5, 2], divided by its mean"),
         ("k2@loss/horizon:sequence/gamma:0.9", "coefficient", "c_t = u_t + sum_{j>t} 0.9^(j-t) u_j;"),
         ("k2@loss/horizon:sequence/is:sequence", "coefficient", "c_t = w_t (u_t + sum_{j>t} u_j);"),
@@ -166,6 +171,41 @@ def test_bias_on_and_off_policy(spec: str, on_policy: str, off_policy: str) -> N
 )
 def test_formulas_are_those_of_the_kernels(spec: str, name: str, formula: str) -> None:
     assert formula in explain(spec).formulas[name]
+
+
+KEEP, LOSE = ("k3", "jeffreys", "chi2", "alpha-1", "alpha-2"), ("k2", "k3+", "abs", "jsd", "hellinger", "alpha-0.5")
+
+
+@pytest.mark.parametrize("estimator", KEEP + LOSE)
+def test_says_which_estimators_keep_their_pull_under_the_exact_weight(estimator: str) -> None:
+    """That the rows are right is shown by their own coefficients, in tests/oracle/test_floor.py."""
+    for level in ("token", "prefix", "sequence"):
+        said = " ".join(explain(f"{estimator}@loss/is:{level}").notes)
+        assert ("grows at least like 1/p" in said) is (estimator in KEEP)
+        assert ("this can run away" in said) is (estimator in LOSE)
+        assert ("floor:<c> keeps the pull" in said) is (estimator in LOSE and level == "token")
+    floored = " ".join(explain(f"{estimator}@loss/is:token/floor:0.5").notes)
+    assert "the weight stays at 0.5" in floored
+    assert "run away" not in floored
+    assert "does not fade" in " ".join(explain(f"{estimator}@loss").notes)
+
+
+def test_what_else_there_is_to_say_of_the_pull() -> None:
+    assert "left out by the band" in " ".join(explain("k3@loss/is:token/band:0.5-2").notes)
+    assert "left out by the band" not in " ".join(explain("k3@loss/is:token/band:0-2").notes)
+    assert "this can run away" in " ".join(explain("k2@loss/clip:0.2").notes)
+    assert "no noise of sampled tokens" in " ".join(explain("exact@loss").notes)
+    for text in ("k1@loss/is:token", "k1@reward", "k1@advantage"):
+        assert "fade" not in " ".join(explain(text).notes)
+
+
+def test_a_floor_is_said_to_bend_the_estimate_off_policy_alone() -> None:
+    it = explain("k2@loss/is:token/floor:0.5")
+    assert it.target == it.off_policy.target == "reverse_kl_token_behaviour"
+    assert it.off_policy.text.startswith("Biased")
+    assert "floor bends it" in it.off_policy.text
+    assert it.on_policy.text.startswith("Unbiased")
+    assert any("E_behaviour[(0.5 - w)+ c(u) grad log policy]" in caveat for caveat in it.caveats)
 
 
 def test_symbols_are_explained_where_they_are_used() -> None:
