@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-report bench-smoke clean
+.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-report bench-smoke clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: .venv/complete  ## ruff and mypy
 
 bench-variance: .venv/complete  ## bias and variance of every estimator, against exact enumeration
 	$(call nox,bench_variance)
+
+bench-staleness: .venv/complete  ## why a weighted KL can run away on stale data, and what stops it, in one state (5 min)
+	$(call nox,bench_staleness)
 
 bench-kernel: .venv/complete  ## the exact KL against its peers, time and memory (a quiet machine, please)
 	$(call nox,bench_kernel)

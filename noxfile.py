@@ -203,6 +203,13 @@ def bench_variance(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_staleness(session: nox.Session) -> None:
+    """Show in one state why a weighted KL can run away on stale data; writes out/bench/staleness."""
+    CORE.ensure(session)
+    session.run(CORE.python, "-m", "benchmarks.staleness", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
 def bench_kernel(session: nox.Session) -> None:
     """Measure the exact KL against its peers, in time and memory; writes out/bench/kernel."""
     BENCH_KERNEL.ensure(session)
@@ -277,6 +284,7 @@ def bench_smoke(session: nox.Session) -> None:
         ("study", TRL, ("--smoke", "--fresh")),
         ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
         ("variance", CORE, ("--smoke",)),
+        ("staleness", CORE, ("--smoke",)),
         *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
     )
     # The longest come first, so that none of them runs alone at the end.

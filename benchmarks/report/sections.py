@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.tables import Table, flat, overhead_tables, study_tables, tables_of
+from benchmarks.report.tables import Table, flat, overhead_tables, staleness_tables, study_tables, tables_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ SECTIONS = (
         "variance", "Bias and variance by enumeration", "How noisy and how biased a single sequence's KL gradient is, "
         "without sampling noise, on tabular policies.", "make bench-variance", "Tabular policies over a vocabulary of "
         "three.", "variance.json",
+    ),
+    Section(
+        "staleness", "Unbiased is not the same as stable", "Why an importance-weighted KL can run away on stale data, "
+        "and what stops it: the pull on a suppressed token, and how many runs end further from the reference than "
+        "without a KL term.", "make bench-staleness", "One state and a table of logits: that the effect exists and "
+        "why, not how large it is in a language model.", "staleness.json", staleness_tables,
     ),
     Section(
         "kernel", "The exact KL", "Time and memory of the full-vocabulary KL against the hosts' and others' kernels.",

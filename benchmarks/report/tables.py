@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.overhead.report import TITLES, cells
+from benchmarks.staleness.findings import shown
 from benchmarks.study.verdicts import interval
 
 SCALARS = (str, int, float, bool)
@@ -105,6 +106,19 @@ def _is_rows(value: Any) -> bool:
 def overhead_tables(data: Mapping[str, Any]) -> list[Table]:
     """What each spec adds to a step."""
     return [Table("one optimizer step", TITLES, [cells(row) for row in data["rows"]])]
+
+
+def staleness_tables(data: Mapping[str, Any]) -> list[Table]:
+    """Findings in words, and the share of runs that ran away by term in every sweep."""
+    found = [Table("findings", ("finding",), [(finding["says"],) for finding in data["findings"]])]
+    for name, sweep in data["sweeps"].items():
+        by_term: dict[str, list[str]] = {}
+        for row in sweep["rows"]:
+            by_term.setdefault(row["arm"], []).append(shown(row))
+        columns = ("term", *(f"{value:g}" for value in sweep["values"]))
+        title = f"ran away – {name}: {sweep['title']}"
+        found.append(Table(title, columns, [(term, *shares) for term, shares in by_term.items()]))
+    return found
 
 
 def study_tables(data: Mapping[str, Any]) -> list[Table]:
