@@ -37,7 +37,7 @@ class MicroBatch(CarriedBatch):
                 f"kl-plugins: {spec} needs the sampler's log-probs, but the batch has no {SAMPLER}; set "
                 "actor_rollout_ref.rollout.calculate_log_probs=True and use a rollout engine that returns them"
             )
-        # A batch may hold log-probs that nobody asked for: the receipt says what the weight divides by.
+        # A batch may hold log-probs that no setting asked for: the receipt says what the weight divides by.
         taken = given and (receipt != "old" or spec.behaviour is not None)
         return cls(
             spec,

@@ -63,8 +63,15 @@ def _taken(metrics: MutableMapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _sum(value: Any) -> float:
+    value = _joined(value)
     return float(sum(value)) if isinstance(value, list) else float(value)
 
 
 def _largest(value: Any) -> float:
+    value = _joined(value)
     return float(max(value)) if isinstance(value, list) else float(value)
+
+
+def _joined(value: Any) -> Any:
+    """veRL's metric object, where it has not been turned into a number yet, knows how its values join."""
+    return value.aggregate() if hasattr(value, "aggregate") else value

@@ -59,7 +59,7 @@ class Session:
         """Raise before an update that no trainer has vouched for.
 
         Raises:
-            RuntimeError: nobody asked for the receipt.
+            RuntimeError: no trainer has asked for the receipt.
         """
         if not self.confirmed:
             raise RuntimeError(

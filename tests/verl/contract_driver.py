@@ -25,10 +25,7 @@ from kl_plugins.receipts import Receipt
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
 from tests.verl import main_ppo, remote
 from tests.verl.configs import composed
-from tests.verl.workers import PROMPTS, Batch, Group, make_batch
-
-SECONDS = 120
-"""Longest wait for one call of a worker: a rank that waits for another is an error, and not a test that hangs."""
+from tests.verl.workers import PROMPTS, Batch, Group, answer, make_batch
 
 KEYS = {"reference": "ref_log_prob", "old": "old_log_probs", "sampler": "rollout_log_probs"}
 
@@ -102,11 +99,7 @@ class VerlDriver:
                 batch = replace(batch, log_probs=_broken(batch.log_probs, KEYS[fault.whose], row, fault.value))
         data = batch.tensordict()
         tensordict_utils.assign_non_tensor(data, micro_batch_size_per_gpu=rows // request.micro_batches)
-        parts = tensordict_utils.chunk_tensordict(data, request.ranks)
-        pending = [
-            worker.train_mini_batch.remote(part) for worker, part in zip(group.workers.workers, parts, strict=True)
-        ]
-        outputs = [_answer(one) for one in pending]
+        outputs = group.by_rank(data)
         errors = tuple(one if isinstance(one, str) else None for one in outputs)
         return errors, {} if any(errors) else _metrics(outputs[0])
 
@@ -164,7 +157,7 @@ class VerlDriver:
         kept = dict(_digests(folder))
         self._pair.use(after)
         pending = [worker.load_checkpoint.remote(str(folder)) for worker in self._pair.workers.workers]
-        first, second = (_answer(one) for one in pending)
+        first, second = (answer(one) for one in pending)
         assert first == second, "both ranks load, or both refuse"
         error = first if isinstance(first, str) else None
         beta = None if error else self._pair.step(self._batch).metrics["kl/beta"]
@@ -237,16 +230,6 @@ def _broken(log_probs: dict[str, list[Tensor]], key: str, row: int, value: float
     rows = [values.clone() for values in log_probs[key]]
     rows[row][0] = value
     return {**log_probs, key: rows}
-
-
-def _answer(pending: Any) -> Any:
-    """What a worker's call returned, or the text of its error."""
-    import ray
-
-    try:
-        return ray.get(pending, timeout=SECONDS)
-    except Exception as error:
-        return str(getattr(error, "cause", error))
 
 
 def _metrics(output: Any) -> dict[str, float]:

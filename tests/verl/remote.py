@@ -29,6 +29,24 @@ def state(process):
     return gradient, {name: _full(value) for name, value in named.items()}
 
 
+def freeze(process):
+    """Let no update change the weights."""
+    for group in process.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+
+
+def train_without_steps(process, data):
+    """Train with an engine that computes losses and never steps, and give the text of the error."""
+    engine = process.engine
+    engine.train_batch = lambda batch, loss_function: engine.forward_backward_batch(batch, loss_function)
+    try:
+        process.train_mini_batch(data)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        del engine.train_batch
+
+
 def record_gradients(process):
     """From now on keep the gradients of the last optimizer step that was made."""
     parameters = dict(process.engine.module.named_parameters())

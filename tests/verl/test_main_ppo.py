@@ -69,6 +69,13 @@ def test_advantage_and_its_controller_over_a_resume(version, assets, tmp_path):
     resumed = {**settings, "trainer.resume_mode": "auto", "trainer.total_training_steps": 3}
     (third,) = finished(run(assets, tmp_path, resumed), steps=1)
     assert third["kl/beta"] == pytest.approx(0.3)
+    changed = {**resumed, "algorithm.kl_penalty": "k1@reward", "trainer.total_training_steps": 4}
+    refused = run(assets, tmp_path, changed)
+    assert refused.status != 0
+    assert not refused.steps
+    assert "was written under k1@advantage/beta:linear-0.1-0.5-4, and this run is configured with k1@reward" in (
+        refused.output
+    )
 
 
 @pytest.mark.full

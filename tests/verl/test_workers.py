@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
+from kl_plugins.adapters.verl.metrics import finish
 from kl_plugins.metrics import REDUCTIONS
+from tests.verl import remote
 from tests.verl.reference import by_hand, distance
 from tests.verl.workers import BETA, make_batch
+
+SPEC = "k2@loss/is:token"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,48 @@ def test_two_padded_ranks_are_one_packed_rank(pair, group, batch):
         assert distance(both.gradient, one.gradient) < 2e-5
         for key in REDUCTIONS.keys() - {"kl/exact"}:
             assert both.metrics[key] == pytest.approx(one.metrics[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("reduced", [True, False], ids=["v1", "v0"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_metrics_do_not_depend_on_mini_batches(ranks, reduced, single, pair, batch):
+    from verl.utils import tensordict_utils
+    from verl.utils.metric import reduce_metrics
+
+    whole = single.run(SPEC, batch).metrics
+    group = {1: single, 2: pair}[ranks]
+    group.use(SPEC)
+    group.ask(remote.freeze)  # so that all epochs see the same policy
+    data = batch.tensordict()
+    sizes = {"mini_batch_size": 4, "global_batch_size": 4, "micro_batch_size_per_gpu": 2, "epochs": 3}
+    tensordict_utils.assign_non_tensor(data, **sizes)
+    first, *_ = group.by_rank(data)
+    assert not isinstance(first, str), first
+    metrics = tensordict_utils.get(first, "metrics")
+    assert len(metrics["kl_plugins/sum/tokens"]) == 6
+    assert len({*metrics["kl_plugins/sum/tokens"]}) > 1, "mini-batches of different sizes"
+    if reduced:  # as the v1 trainers do before the metrics are theirs
+        metrics = reduce_metrics(metrics)
+    assert finish(metrics, prefix="")
+    for key in REDUCTIONS.keys() - {"kl/exact"}:
+        assert metrics[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
+    assert not [key for key in metrics if "kl_plugins" in key]
+
+
+def test_a_coefficient_changed_on_one_rank_stops_all(pair, batch):
+    import ray
+
+    pair.use("k2@loss/beta:linear-0.5-0-10")
+    ray.get(pair.workers.workers[1].__ray_call__.remote(remote.set_coefficient, 0.25))
+    unchanged, changed = pair.by_rank(batch.tensordict())
+    assert "kl_loss_coef was changed during the run on 1 ranks" in unchanged
+    assert "kl_loss_coef was changed from 0.5 to 0.25" in changed
+
+
+def test_an_engine_that_takes_no_step_is_refused(single, batch):
+    single.use(SPEC)
+    (error,) = single.ask(remote.train_without_steps, batch.tensordict())
+    assert "took 0 optimizer steps" in error
 
 
 def test_an_empty_mask_gives_the_same_keys_and_no_gradient(group, batch):

@@ -153,6 +153,20 @@ class Step:
     parameters: dict[str, Tensor]
 
 
+SECONDS = 240
+"""Longest wait for one call: a rank that waits for another is an error, and not a test that hangs."""
+
+
+def answer(pending: Any) -> Any:
+    """What a worker's call returned, or the text of its error."""
+    import ray
+
+    try:
+        return ray.get(pending, timeout=SECONDS)
+    except Exception as error:
+        return str(getattr(error, "cause", error))
+
+
 class Group:
     """A worker group of `ranks` processes."""
 
@@ -251,6 +265,14 @@ class Group:
         output = self.workers.train_mini_batch(batch.tensordict()).get()
         metrics: dict[str, float] = reduce_metrics(tensordict_utils.get(output, "metrics"))
         return metrics
+
+    def by_rank(self, data: Any) -> list[Any]:
+        """What each worker's updates on its share of the data return, or the text of its error."""
+        from verl.utils import tensordict_utils
+
+        shares = tensordict_utils.chunk_tensordict(data, self.ranks)
+        pending = [w.train_mini_batch.remote(share) for w, share in zip(self.workers.workers, shares, strict=True)]
+        return [answer(one) for one in pending]
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What a function says in each of the processes."""
