@@ -68,7 +68,7 @@ def pulls(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
     axes.axvline(1, color="0.4", linewidth=0.8)
     axes.set(xscale="log", ylim=(-5, 9), xlim=(1e-6, 1e2), xlabel="p/r: the policy's probability over the reference's")
     axes.set_ylabel("pull on log p, in units of r")
-    axes.set_title("A  The weight takes the pull from suppressed tokens", loc="left")
+    axes.set_title("A  The weight takes the pull off suppressed tokens", loc="left")
     axes.annotate("no weight", (2e-4, 8.2), (5e-4, 8.2), fontsize=8, va="center")
     axes.annotate("floor 0.5: half\nof it, and it grows", (2e-6, 4.6), fontsize=8, va="top", color=_colour("floor 0.5"))
     axes.annotate("token weight: largest at p = r/e,\nthen fades to nothing", (1e-5, -0.35), fontsize=8, va="top",
@@ -83,8 +83,10 @@ def wells(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
     axes.axhline(1, color=_colour("token weight"), linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlim=(1e-6, 1e2), ylim=(-0.3, 8), xlabel="p/r", ylabel="potential, in units of r nats")
     axes.set_title("B  A finite well, an infinite one, a reflecting wall", loc="left")
-    axes.annotate("the rim, r above the bottom: beyond it noise\ncarries a token away and little brings it back",
-                  (2e-6, 1.15), fontsize=8, va="bottom", color=_colour("token weight"))  # fmt: skip
+    rim = "token weight, and any weight on\nfresh data: a rim at r, beyond which\nlittle brings a token back"
+    axes.annotate(rim, (1.5e-6, 1.15), fontsize=8, va="bottom", color=_colour("token weight"))
+    axes.annotate("floor 0.5:\na reflecting wall", (1.5e-4, 6.5), fontsize=8, color=_colour("floor 0.5"))
+    axes.annotate("no weight:\nno rim", (3.2e-2, 7.0), fontsize=8)
 
 
 def courses(axes: Axes, noisy: Mapping[str, Any], still: Mapping[str, Any], delay: float) -> None:
@@ -99,7 +101,7 @@ def courses(axes: Axes, noisy: Mapping[str, Any], still: Mapping[str, Any], dela
             axes.fill_between(x, curve["lower"], curve["upper"], color=_colour(arm), alpha=0.12, linewidth=0)
     axes.set(xlabel="update", ylabel="KL to the reference, nats (median)", ylim=(0, None))
     axes.set_title(f"C  Noise pushes; sampler renewed every {delay:g} updates", loc="left")
-    axes.annotate("no noise: every term converges", (len(x) * 0.35, 0.06), fontsize=8, color="0.35")
+    axes.annotate("without noise all seven terms converge", (len(x) * 0.35, 0.06), fontsize=8, color="0.35")
 
 
 def shares(axes: Axes, sweep: Mapping[str, Any], arms: Sequence[str]) -> None:
@@ -117,7 +119,7 @@ def shares(axes: Axes, sweep: Mapping[str, Any], arms: Sequence[str]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sweep["values"], [f"{value:g}" for value in sweep["values"]])
     axes.minorticks_off()
-    axes.set(xlabel=sweep["title"], ylabel="runs that ran away, %", ylim=(-3, 103))
+    axes.set(xlabel=sweep["title"], ylabel="runs that ran away, %", ylim=(-2, None))
 
 
 def plot(path: Path, ratio: Tensor, curves: Sequence[Curve], data: Mapping[str, Any]) -> None:
@@ -181,6 +183,7 @@ def _legend(figure: Figure, panels: Any) -> None:
     for axes in panels:
         drawn, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
+    handles = {label: handles[label] for label in LOOKS if label in handles}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
 
 
