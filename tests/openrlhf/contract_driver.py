@@ -85,6 +85,7 @@ class OpenRLHFDriver:
         self.rollouts = replace(rollouts, rewards=[0.5] * len(rollouts.rewards))  # so that advantages are 0
         self._started: tuple[Harness, list[str], Any] | None = None
         self._untouched = False
+        self._engine: Any = None
         ray.cloudpickle.register_pickle_by_value(by_hand)
 
     # Updates
@@ -156,9 +157,9 @@ class OpenRLHFDriver:
             parse(self.assets, flags)
             if sampled.raw:
                 trainer = self._start(self.harness, flags)
-                with raw_engine(self.assets) as engine:
-                    trainer.vllm_engines = [engine]
-                    trainer.init_checkpoint_states()
+                self._engine = self._engine or raw_engine(self.assets)
+                trainer.vllm_engines = [self._engine]
+                trainer.init_checkpoint_states()
         except Exception as error:
             return _text(error)
         return ""
@@ -322,8 +323,7 @@ def _spoilt_answers(rollouts: Rollouts, fault: Fault, sequence: int) -> Iterator
         yield
 
 
-@contextmanager
-def raw_engine(assets: Path) -> Iterator[Any]:
+def raw_engine(assets: Path) -> Any:
     """A real rollout actor that was started without a mode for log-probs; only its vLLM is not there."""
     host: Any = vllm_engine.RolloutRayActor.__ray_metadata__.modified_class
 
@@ -332,13 +332,8 @@ def raw_engine(assets: Path) -> Iterator[Any]:
             with mock.patch("vllm.AsyncLLMEngine.from_engine_args", return_value=mock.AsyncMock()):
                 await super().__init__(**settings)
 
-    engine = ray.remote(num_cpus=0)(Engine).remote(
-        model=str(assets / "model"), num_gpus=0, distributed_executor_backend="ray"
-    )
-    try:
-        yield engine
-    finally:
-        ray.kill(engine)
+    settings = {"model": str(assets / "model"), "num_gpus": 0, "distributed_executor_backend": "ray"}
+    return ray.remote(num_cpus=0)(Engine).remote(**settings)
 
 
 def _digests(folder: Path) -> dict[str, str]:
