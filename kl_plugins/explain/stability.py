@@ -61,4 +61,5 @@ def _remedy(spec: KLSpec) -> str:
     possible = spec.correction == "token" and spec.horizon == "token" and not spec.norm and spec.band is None
     if possible and row_of(spec).restoring:
         return "floor:<c> keeps the pull, at the price of a bias where weights are below c."
-    return "k3, jeffreys, chi2 and alpha-<a> with a >= 1 keep it; k2 does with is:token/floor:<c>."
+    forward = "k3, " if spec.horizon == "token" else ""  # with a future term, k3 estimates no divergence
+    return f"{forward}jeffreys, chi2 and alpha-<a> with a >= 1 keep it; so does k2@loss/is:token/floor:<c>."

@@ -208,7 +208,11 @@ WEIGHT_OPTIONS = (
     ),
     OptionRow(
         "cap",
-        number("<c>", lambda c: f"weights above {c} become {c}", {"2": "2.0", "0.5": ".5", "1e-3": "0.001"}),
+        number(
+            "<c>",
+            lambda c: f"weights above {c} become {c}",
+            {"2": "2.0", "0.5": ".5", "1e-3": "0.001", "1e7": "10000000"},
+        ),
         "weights above c become c (after floor)",
         places=LOSS_ONLY,
         faults=_treatment_faults("cap"),
@@ -245,7 +249,7 @@ WEIGHT_OPTIONS = (
         number(
             "<eps>",
             lambda _: "clipped KL head with the token weight, apart from the policy loss's clip",
-            {"0.2": "2e-1", "0.5": "00.5", "10": "1e1"},
+            {"0.2": "2e-1", "0.5": "00.5", "10": "1e1", "1e7": "10000000"},
         ),
         "clipped KL head max(rho k', clip(rho, 1-eps, 1+eps) k'); implies the token weight",
         places=LOSS_ONLY,

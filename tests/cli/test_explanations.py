@@ -194,6 +194,8 @@ def test_what_else_there_is_to_say_of_the_pull() -> None:
     assert "left out by the band" in " ".join(explain("k3@loss/is:token/band:0.5-2").notes)
     assert "left out by the band" not in " ".join(explain("k3@loss/is:token/band:0-2").notes)
     assert "this can run away" in " ".join(explain("k2@loss/clip:0.2").notes)
+    assert "away. jeffreys, chi2" in " ".join(explain("sequence").notes)
+    assert "away. k3, jeffreys" in " ".join(explain("k2@loss/is:prefix").notes)
     assert "no noise of sampled tokens" in " ".join(explain("exact@loss").notes)
     for text in ("k1@loss/is:token", "k1@reward", "k1@advantage"):
         assert "fade" not in " ".join(explain(text).notes)

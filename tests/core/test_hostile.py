@@ -84,8 +84,9 @@ def test_term(size: tuple[int, int]) -> None:
     def run(written: Written, bound: str, cap: str, seed: int) -> None:
         text = written.canonical
         text += bound if "bound" not in text else ""
-        text += cap if "/is:" in text and cap[1:4] not in text else ""
-        text = text.replace("/clip:1e7", "/clip:1e300")
+        beside_floor = "/floor:" not in text or cap in ("/cap:1e38", "/cap:1e300")
+        text += cap if "/is:" in text and cap[1:4] not in text and beside_floor else ""
+        text = text.replace("/clip:1e7", "/clip:1e300").replace("/floor:1e-3", "/floor:5e-324")
         text = text.replace("alpha-3@", f"{ALPHAS[seed % len(ALPHAS)]}@")
         spec, dtype = KLSpec.parse(text), DTYPES[seed % 7 % len(DTYPES)]
         (logp, ref, old, sampler, exact), mask, upstream = draw_inputs(rows, dtype, seed)
