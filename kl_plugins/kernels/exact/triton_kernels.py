@@ -28,6 +28,23 @@ def _tanh(x):
 
 
 @triton.jit
+def _parted(z, cap):
+    """A soft-capped logit, and what it was made of: a number that subtracts exactly from others, and a small rest."""
+    # cap tanh x is the logit and a rest, which is all that gets rounded. The rest of a quarter of x by its series, then
+    # twice tanh 2y - 2y = 2 ((tanh y - y) - y tanh^2 y) / (1 + tanh^2 y), whose terms have one sign.
+    y = z / cap * 0.25
+    square = y * y
+    rest = y * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    for _ in tl.static_range(2):
+        square = (y + rest) * (y + rest)
+        rest = 2.0 * (rest - y * square) / (1.0 + square)
+        y = 2.0 * y
+    whole = _tanh(z / cap) * cap
+    small = tl.abs(y) < 1.2
+    return whole, tl.where(small, z, whole), tl.where(small, rest * cap, 0.0)
+
+
+@triton.jit
 def _capped(z, u, scale, cap, ref_cap, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr):
     """Soft-capped logits, before the temperature, and their difference after it."""
     if SAME_CAP:
@@ -35,11 +52,14 @@ def _capped(z, u, scale, cap, ref_cap, CAPPED: tl.constexpr, REF_CAPPED: tl.cons
         t, ref_t = _tanh(z / cap), _tanh(u / cap)
         difference = tl.where(z == u, 0.0, _tanh((z - u) / cap) * (1.0 - t * ref_t)) * (cap * scale)
         z, u = t * cap, ref_t * cap
-    else:
+    elif CAPPED or REF_CAPPED:
+        main, ref_main, rest, ref_rest = z, u, 0.0, 0.0
         if CAPPED:
-            z = _tanh(z / cap) * cap
+            z, main, rest = _parted(z, cap)
         if REF_CAPPED:
-            u = _tanh(u / ref_cap) * ref_cap
+            u, ref_main, ref_rest = _parted(u, ref_cap)
+        difference = ((main - ref_main) + (rest - ref_rest)) * scale
+    else:
         difference = (z - u) * scale  # before the temperature: the difference of near logits is exact
     # Of a number and NaN, both take the number: -inf minus -inf becomes finite too.
     return z, u, tl.minimum(tl.maximum(difference, -LINEAR_LIMIT), LINEAR_LIMIT)
@@ -74,7 +94,11 @@ def _add_block(
     # k3(d) = e^-d - 1 + d. Its Taylor series where the three terms would cancel; else e e^-d is f, rescaled.
     series = 1 / 2 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 + d * (-1 / 5040 + d * (1 / 40320 + d * (-1 / 362880)))))))  # fmt: skip # noqa: E501
     rescale = tl.exp2(shift * LOG2_E + (ref_exponent - top_exponent))  # the difference of near numbers is exact
-    ek3 = tl.where(tl.abs(d) < 1.0, ed * d * series, f * rescale - e + ed)
+    reference = f * rescale
+    if CAPPED or REF_CAPPED:
+        # The cap rounds z and u, but not d: what stands for the reference has to fit the others.
+        reference = tl.where((e > 0) & (tl.abs(d) < 60.0), e * tl.exp2(-d * LOG2_E), reference)
+    ek3 = tl.where(tl.abs(d) < 1.0, ed * d * series, reference - e + ed)
     return top, ref_top, s + e, a + ed, y + ek3, r + f
 
 
