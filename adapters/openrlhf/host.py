@@ -22,4 +22,8 @@ HOST = Host(
         "advantage": f"{ESTIMATOR_FLAG}, without {LOSS_FLAG} (beta: {COEFFICIENT_FLAG})",
     },
     module="kl_plugins.adapters.openrlhf",
+    aggregation=(
+        "@loss: token mean; @reward and @advantage by --actor.loss_agg_mode (token mean or sequence mean), and sequence "
+        "mean under --actor.policy_loss_type gspo"
+    ),
 )

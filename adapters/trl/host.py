@@ -18,4 +18,8 @@ HOST = Host(
         "advantage": "kl in GRPOConfig or RLOOConfig; with beta > 0",
     },
     module="kl_plugins.adapters.trl",
+    aggregation=(
+        "GRPO by loss_type: dapo (the default), bnpo, cispo, vespo: token mean; grpo, sapo: sequence mean; "
+        "dr_grpo: constant; luspo: token sum. RLOO: token sum"
+    ),
 )

@@ -26,4 +26,8 @@ HOST = Host(
         "advantage": f"{SCORE_KEY}, with algorithm.use_kl_in_reward=True (beta: algorithm.kl_ctrl)",
     },
     module="kl_plugins.adapters.verl",
+    aggregation=(
+        "by actor_rollout_ref.actor.loss_agg_mode: token-mean (the default): token mean; "
+        "seq-mean-token-sum: token sum; seq-mean-token-sum-norm: constant; seq-mean-token-mean: sequence mean"
+    ),
 )
