@@ -23,7 +23,7 @@ HOST = Host(
     },
     module="kl_plugins.adapters.openrlhf",
     aggregation=(
-        "@loss: token mean; @reward and @advantage by --actor.loss_agg_mode (token mean or sequence mean), and sequence "
-        "mean under --actor.policy_loss_type gspo"
+        "@loss: token mean; @reward and @advantage by --actor.loss_agg_mode (token mean or sequence mean), and "
+        "sequence mean under --actor.policy_loss_type gspo"
     ),
 )
