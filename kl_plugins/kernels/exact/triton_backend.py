@@ -72,7 +72,8 @@ def forward(
 ) -> RowStatistics:
     """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
-    Nothing is computed in float64 but a few numbers per row, and the host never waits for the device.
+    Nothing is computed in float64 but a few numbers per row, and the host never waits for the device. So rows whose
+    logits have an offset in common keep the digits that float32 leaves: 20 nats of it cost 5e-6 of a KL of 5e-5.
     """
     options = Options(scale, softcap, ref_softcap)
     at_label = label_logits(logits, ref_logits, labels, options)

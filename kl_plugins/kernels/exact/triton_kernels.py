@@ -39,9 +39,9 @@ def _parted(z, cap):
         square = (y + rest) * (y + rest)
         rest = 2.0 * (rest - y * square) / (1.0 + square)
         y = 2.0 * y
-    whole = _tanh(z / cap) * cap
     small = tl.abs(y) < 1.2
-    return whole, tl.where(small, z, whole), tl.where(small, rest * cap, 0.0)
+    main, rest = tl.where(small, z, _tanh(y) * cap), tl.where(small, rest * cap, 0.0)
+    return main + rest, main, rest
 
 
 @triton.jit

@@ -157,7 +157,7 @@ def kind(check: Check) -> str:
 
 
 def worst(checks: Iterable[Check]) -> dict[str, Any]:
-    """The instruction set, the number of checks, and of each kind the check with the largest ratio; NaN is the worst."""
+    """The instruction set, the number of checks, and the worst check of each kind; NaN is worse than any number."""
     found = list(checks)
     most: dict[str, Check] = {}
     for check in sorted(found, key=lambda check: math.inf if math.isnan(check.ratio) else check.ratio):

@@ -29,6 +29,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bf16": ("bf16", ()),
     "fp32": ("fp32", ()),
     "bf16 capped": ("bf16", FLAGS),
+    "bf16 capped unlike": ("bf16", FLAGS[:2]),
 }
 
 

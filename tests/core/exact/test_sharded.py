@@ -10,6 +10,7 @@ import torch
 from kl_plugins import exact_kl
 from kl_plugins.kernels.backend import BackendError
 from kl_plugins.tensor_parallel import sharded_exact_kl
+from tests.core.exact.accuracy import ROOM
 from tests.core.exact.processes import run_ranks
 from tests.core.exact.sharded_worker import CASES, RankResults, Sharded, bounds, without_mass
 from tests.core.exact.triton_cases import Case, Inputs, inputs, reference_of
@@ -38,12 +39,13 @@ def check(found: list[RankResults], given: Inputs, case: Case) -> None:
     assert all(part.isfinite().all() for rank in found for part in rank[:4])
     kl, logp, ref_logp = (part.double() for part in found[0][:3])
     assert (kl >= 0).all()
-    assert (kl - true.kl).norm() <= 1e-5 * true.kl.norm()
+    assert (kl - true.kl).norm() <= ROOM * 1e-5 * true.kl.norm()
     torch.testing.assert_close(logp, true.logp, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(ref_logp, true.ref_logp, rtol=1e-6, atol=1e-5)
     gradient = torch.cat([rank.gradient for rank in found], dim=-1).double()
-    tolerance = 1e-4 if case.dtype == torch.float32 else 8e-3  # Triton's interpreter truncates to bfloat16
-    assert (gradient - true.gradient).norm() <= tolerance * true.gradient.norm() + 5e-6
+    # Triton's interpreter truncates to bfloat16: each number is off by up to 2^-7, 7.8e-3.
+    tolerance = ROOM * 1e-4 if case.dtype == torch.float32 else 8e-3
+    assert (gradient - true.gradient).norm() <= tolerance * true.gradient.norm() + ROOM * 5e-6
 
 
 @pytest.mark.parametrize("name", CASES)

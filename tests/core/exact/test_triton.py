@@ -14,6 +14,7 @@ import torch
 from kl_plugins import exact_kl
 from kl_plugins.kernels.backend import BackendError
 from kl_plugins.kernels.exact.backends import exact_backend_status
+from tests.core.exact.accuracy import ROOM
 from tests.core.exact.triton_cases import CASES, Case, Results, compute, inputs, public, reference, steep
 
 ROOT = Path(__file__).parents[3]
@@ -40,16 +41,16 @@ def relative(found: torch.Tensor, true: torch.Tensor) -> float:
     return ((found.double() - true).norm() / true.norm()).item()
 
 
-def check(found: Results, case: Case, *, kl: float = 1e-5, gradient: float = 1e-4) -> None:
+def check(found: Results, case: Case, *, gradient: float = ROOM * 1e-4) -> None:
     true = reference(case)
     assert all(part.isfinite().all() for part in found)
     assert (found.kl >= 0).all()
     if case.distance == 0:
         assert (found.kl < 1e-12).all()
     else:
-        assert relative(found.kl, true.kl) <= kl
+        assert relative(found.kl, true.kl) <= ROOM * 1e-5
     # Absolute: onehot - p, where p is 1 - 1e-6, has no more digits in float32.
-    assert (found.gradient.double() - true.gradient).norm() <= gradient * true.gradient.norm() + 5e-6
+    assert (found.gradient.double() - true.gradient).norm() <= gradient * true.gradient.norm() + ROOM * 5e-6
     torch.testing.assert_close(found.logp.double(), true.logp, rtol=1e-6, atol=5e-6)
     torch.testing.assert_close(found.ref_logp.double(), true.ref_logp, rtol=1e-6, atol=1e-5)
 
@@ -80,7 +81,7 @@ def test_a_gradient_beyond_float16_saturates(interpreted: dict[str, Any]) -> Non
 
 def test_the_public_function_reaches_the_kernels(interpreted: dict[str, Any]) -> None:
     assert interpreted["public"].gradient.dtype == torch.bfloat16
-    # Triton's interpreter truncates to bfloat16, where a GPU rounds.
+    # Triton's interpreter truncates to bfloat16, where a GPU rounds: each number is off by up to 2^-7, 7.8e-3.
     check(interpreted["public"], CASES["bf16"], gradient=8e-3)
 
 
