@@ -81,6 +81,11 @@ class Controller:
         sums = torch.stack([kl, tokens, mask.any(-1).sum().to(kl)]).float()
         self._sums = sums if self._sums is None else self._sums + sums
 
+    @property
+    def observed(self) -> Tensor | None:
+        """(3,) what this process has observed since the last step: KL, tokens, responses; None: nothing."""
+        return self._sums
+
     def forget(self) -> None:
         """Drop what was observed since the last step: a batch that is started again must not count twice."""
         self._sums = None

@@ -106,22 +106,16 @@ class Session:
         counts, self._counts = self._counts, None
         if counts is None:
             return
-        found = []
-
-        def total(sums: Tensor) -> Tensor:
-            packed = torch.cat([counts, sums.double()])
-            torch.distributed.all_reduce(packed, group=group)
-            found.append(packed[: len(counts)])
-            return packed[len(counts) :]
-
-        self.beta.step(total)
-        if not found:  # no schedule observes anything
-            total(counts[:0])
-        numbers = found[0].tolist()
+        observed = self.beta.observed
+        packed = counts if observed is None else torch.cat([counts, observed.double()])
+        torch.distributed.all_reduce(packed, group=group)
+        numbers = packed[: len(counts)].tolist()
         unknown, difference = numbers[: len(NAMES) + 1], numbers[len(NAMES) + 1 :]
+        # First: a controller that is given a NaN would raise as well, and say less about it.
         require_finite(unknown, self.spec)
         if difference:
             require_same_reference(difference[0] / max(unknown[-1], 1.0), self.rounded)
+        self.beta.step(lambda _: packed[len(counts) :])
 
     def report(self) -> dict[str, float]:
         """What OpenRLHF logs of everything since the last report; a collective over all ranks.

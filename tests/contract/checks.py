@@ -44,12 +44,13 @@ def _went_on(outcome: Outcome) -> None:
 
 
 def not_finite(whose: str, spec: str) -> Callable[[Driver], None]:
-    """NaN, +inf and -inf stop the update."""
+    """NaN, +inf and -inf stop the update, also where a controller would have observed them."""
 
     def check(driver: Driver) -> None:
-        for value in NOT_FINITE:
-            outcome = driver.update(Request(spec, Fault(whose, value)))
-            _stopped(outcome, whose, "not finite", "1 of", spec)
+        cases = [*((spec, value) for value in NOT_FINITE), (f"{spec}/beta:dual-0.1-0.01", math.nan)]
+        for text, value in cases:
+            outcome = driver.update(Request(text, Fault(whose, value)))
+            _stopped(outcome, whose, "not finite", "1 of", text)
 
     return check
 
