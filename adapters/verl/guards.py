@@ -146,9 +146,9 @@ def _sampling_problems(spec: KLSpec, config: Any) -> Iterator[str]:
         )
     if str(config.actor_rollout_ref.rollout.get("name")) == "sglang" and sampling.truncated:
         yield (
-            "SGLang reports log-probs of the distribution before truncation, which is not the one that it samples from "
-            f"({sampling}), so every importance weight would be wrong; sample the whole distribution (top_p 1, "
-            "top_k -1), or use behaviour:old in the spec"
+            "whether SGLang reports log-probs from before or after truncation depends on its version and sampling "
+            f"backend, so under {sampling} the importance weights may be wrong; sample the whole distribution (top_p "
+            "1, top_k -1), or use behaviour:old in the spec"
         )
 
 
