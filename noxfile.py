@@ -181,7 +181,7 @@ def verl_vllm(session: nox.Session) -> None:
 @nox.session
 def openrlhf(session: nox.Session) -> None:
     """Test the OpenRLHF adapter: real actors, a real run with vLLM on the CPU, two Ray nodes, OpenRLHF's own tests."""
-    OPENRLHF.run(session, "-m", "pytest", "tests/openrlhf")
+    OPENRLHF.run(session, *TESTS, "tests/openrlhf")
 
 
 @nox.session

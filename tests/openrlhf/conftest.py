@@ -1,5 +1,6 @@
 """Environment of the OpenRLHF tests: the CPU in place of a GPU, offline, one Ray cluster and one set of actors."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -90,17 +91,23 @@ def pair(make_pair):
 def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.
 
-    The keys are those of ``harness.STOCK``.
+    The keys are those of ``harness.STOCK``. Where pytest runs in several processes, the first that needs it makes it
+    for all: their models are the same, bit by bit.
     """
     import torch
 
     from tests.openrlhf.harness import STOCK
 
-    output = tmp_path_factory.mktemp("stock") / "results.pt"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.harness", str(assets), str(output)]
-    variables = {**os.environ, **ENVIRONMENT}
-    result = subprocess.run(
-        command, input=json.dumps(STOCK), env=variables, cwd=ROOT, capture_output=True, text=True, timeout=420
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    output = folder / "stock.pt"
+    with (folder / "stock.lock").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if not output.exists():
+            command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.harness", str(assets), str(output)]
+            variables = {**os.environ, **ENVIRONMENT}
+            result = subprocess.run(
+                command, input=json.dumps(STOCK), env=variables, cwd=ROOT, capture_output=True, text=True, timeout=420
+            )
+            assert result.returncode == 0, result.stderr[-4000:]
     return torch.load(output)

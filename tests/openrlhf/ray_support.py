@@ -95,9 +95,11 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
         "_temp_dir": folder,
         "log_to_driver": False,
     }
-    ray.init(**{**defaults, **settings})
-    if attached:
-        del os.environ[ray_job.VARIABLE]  # of this job alone, not of what its tests start
+    try:
+        ray.init(**{**defaults, **settings})
+    finally:
+        if attached:
+            del os.environ[ray_job.VARIABLE]  # of this job alone, not of what its tests start
     ray.cloudpickle.register_pickle_by_value(remote)
     try:
         yield
