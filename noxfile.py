@@ -235,7 +235,7 @@ def over_hosts(session: nox.Session, name: str, *arguments: str) -> list[str]:
 
 
 def run_in_pairs(session: nox.Session, commands: list[list[str]]) -> None:
-    """Run commands two at a time, and print what each said once it has ended; all of them run, whichever fails."""
+    """Run commands two at a time, and print what each said once it has ended; a failure leaves out the rest."""
 
     def run(command: list[str]) -> str:
         return session.run(*command, external=True, env=RUN_ENV, silent=True)
