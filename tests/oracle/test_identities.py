@@ -139,8 +139,8 @@ def test_k3_coefficient_differs_from_k2s_by_its_taylor_series() -> None:
     mask = torch.ones_like(step, dtype=torch.bool)
     k2, k3 = (kl_term(parse(f"{name}@loss"), logp, reference, mask).coefficient for name in ("k2", "k3"))
     series = step.square() / 2 - step**3 / 3
-    # The first term left out is a quarter of the fourth power.
-    torch.testing.assert_close((k2 - k3 - series) / step**4, torch.full_like(step, 0.25), rtol=0.02, atol=0)
+    # What is left begins with a quarter of the fourth power, then a fifth of the fifth; a sixth of step^2 is 7e-5.
+    torch.testing.assert_close((k2 - k3 - series) / step**4, 0.25 - step / 5, rtol=1e-3, atol=0)
 
 
 def test_variance_of_k3s_coefficient_is_chi_squared() -> None:
@@ -171,7 +171,7 @@ def test_worked_instance() -> None:
     }
     assert rounded(torch.stack([values["k1"], values["k3"], values["k2"]])) == [0.4564, 0.4564, 0.5216]
     torch.testing.assert_close(
-        gradient("k2"), torch.tensor([0.372, -0.015, -0.172, -0.184], dtype=torch.float64), rtol=0, atol=6e-4
+        gradient("k2"), torch.tensor([0.3719, -0.0153, -0.1724, -0.1843], dtype=torch.float64), rtol=0, atol=1e-4
     )
     torch.testing.assert_close(gradient("k3"), torch.tensor([0.3, 0.1, -0.1, -0.3], dtype=torch.float64))
     assert gradient("k1").norm() < 1e-15
