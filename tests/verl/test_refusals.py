@@ -74,7 +74,7 @@ def test_good_configs_pass(overrides):
         ((*REWARD, "algorithm.adv_estimator=grpo_passk"), r"adv_estimator=grpo_passk .* their KL is dropped"),
         ((*REWARD, "algorithm.adv_estimator=mine"), r"adv_estimator=mine .* is not veRL's own.* or a @loss spec"),
         ((*LOSS, SAMPLED, f"{LOGPROBS}=processed_logits"), "report logits, which are no log-probs"),
-        ((*LOSS, SAMPLED, f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.top_p=0.9"), "SGLang reports log-probs from before or after"),
+        ((*LOSS, SAMPLED, f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.top_p=0.9"), "from before or after truncation"),
         (
             (*LOSS, SAMPLED, f"{ROLLOUT}.name=vllm", f"{ROLLOUT}.temperature=0.7", RAW_BY_ENGINE),
             r"raw log-probs.*\(temperature 0\.7\).*set actor_rollout_ref\.rollout\.engine_kwargs\.vllm\.logprobs_mode",
