@@ -31,11 +31,15 @@ def capabilities() -> list[str]:
 
 
 @pytest.mark.parametrize("capability", capabilities())
-def test_measured_errors_are_below_half_of_what_is_promised(capability: str, accuracy_lines: list[str]) -> None:
+def test_measured_errors_are_below_half_of_what_is_promised(
+    capability: str, accuracy_lines: list[str], tmp_path: Path
+) -> None:
+    # What torch compiles for one instruction set it takes from its cache for another one too.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.core.exact.accuracy"],
         cwd=ROOT,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **cache, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
         text=True,
         capture_output=True,
         timeout=500,
