@@ -20,7 +20,8 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 # Nothing here needs a model hub, and one thread per process is fastest for models of this size.
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-# What torch compiles for one instruction set it takes from its cache for another one too, and then memory is overwritten.
+# Torch's compiler takes code that it made for one instruction set from its cache for another one too, and then the
+# code writes beyond its buffers.
 COMPILED = ROOT / ".nox" / f"compiled-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
 RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))}
 # Pytest in two processes, which take whole files, so that what the tests of a file share is made once.
