@@ -20,8 +20,8 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 # Nothing here needs a model hub, and one thread per process is fastest for models of this size.
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-# Torch keeps compiled code in a folder of the user's by default. A process that ran with another instruction set may have
-# left code there that does not fit.
+# By default torch keeps compiled code in a folder that all runs of a user share. A process that ran with another
+# instruction set may have left code there that does not fit.
 RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".nox" / "inductor")}
 # Torch's compiler takes code that it made for one instruction set from its cache for another one too, and then the
 # code writes beyond its buffers.
