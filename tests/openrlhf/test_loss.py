@@ -71,7 +71,7 @@ def test_specs_differ_from_one_another(computed):
 
 def test_the_logged_kl_is_the_estimators_value(computed):
     # OpenRLHF's adaptive controller reads it: weights and future terms are not in it.
-    assert computed["k2@loss/is:prefix"][2]["kl"] == pytest.approx(computed["k2@loss"][2]["kl"])
+    assert computed["k2@loss/is:prefix"][2]["kl"] == pytest.approx(computed["k2@loss"][2]["kl"], rel=1e-5)
     assert computed["k3@loss"][2]["kl"] > 0
 
 

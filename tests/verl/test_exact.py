@@ -85,8 +85,9 @@ def test_gradient_is_that_of_the_full_softmax(text, group, batch, models):
 def test_the_older_trainers_padded_responses_give_the_same(group, batch):
     for text in ("exact@loss", "k2@loss/horizon:sequence/future:exact/is:sequence"):
         packed, padded = (group.run(text, replace(batch, left_right=form)) for form in (False, True))
-        assert padded.metrics["kl/exact"] == pytest.approx(packed.metrics["kl/exact"], rel=1e-6)
-        assert distance(padded.gradient, packed.gradient) < 1e-6
+        # Two float32 passes over differently laid out batches: some 1e-7 apart, more on another processor.
+        assert padded.metrics["kl/exact"] == pytest.approx(packed.metrics["kl/exact"], rel=1e-5)
+        assert distance(padded.gradient, packed.gradient) < 1e-5
 
 
 def test_top_k_sums_the_head_and_samples_the_tail(group, batch, models):

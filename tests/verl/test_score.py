@@ -63,7 +63,7 @@ def test_k1_in_reward_is_verls_own():
     assert torch.equal(ours.batch["token_level_rewards"], host.batch["token_level_rewards"])
     assert host_metrics.items() <= metrics.items()
     assert (metrics["kl/active"], metrics["kl/ess"], metrics["kl/beta"]) == (1, pytest.approx(1), BETA)
-    assert metrics["kl/reverse_k1"] == pytest.approx(metrics["kl/coef/mean"])
+    assert metrics["kl/reverse_k1"] == pytest.approx(metrics["kl/coef/mean"], rel=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "gae", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"])
@@ -116,7 +116,7 @@ def test_verls_own_controller_sees_the_kl_per_token_although_nothing_is_subtract
     assert controllers[0].value == pytest.approx(BETA * (1 + 0.1 * ROWS / 100), rel=1e-6)
     _, metrics = shaped(text, control=ScoreBeta(KLSpec.parse(text), controllers[1], adaptive=True))
     assert controllers[1].value == pytest.approx(controllers[0].value, rel=1e-6)
-    assert metrics["actor/reward_kl_penalty"] == pytest.approx(kl)
+    assert metrics["actor/reward_kl_penalty"] == pytest.approx(kl, rel=1e-5)
     assert metrics["actor/reward_kl_penalty_coeff"] == metrics["kl/beta"] == BETA
 
 

@@ -37,8 +37,9 @@ def test_k2_is_verls_k2_bit_by_bit(group, batch):
 
 def test_k3_is_verls_low_var_kl_inside_its_clamp(group, batch):
     host, ours = group.run("low_var_kl", batch), group.run("k3@loss", batch)
-    assert ours.metrics["kl_loss"] == pytest.approx(host.metrics["kl_loss"], rel=1e-6)
-    assert distance(ours.gradient, host.gradient) < 1e-6
+    # Two formulas of one number in float32.
+    assert ours.metrics["kl_loss"] == pytest.approx(host.metrics["kl_loss"], rel=1e-5)
+    assert distance(ours.gradient, host.gradient) < 1e-5
 
 
 @pytest.mark.parametrize(
