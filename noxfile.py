@@ -20,13 +20,10 @@ CONSTRAINTS = ROOT / "tests" / "constraints"
 # Nothing here needs a model hub, and one thread per process is fastest for models of this size.
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-# By default torch keeps compiled code in a folder that all runs of a user share. A process that ran with another
-# instruction set may have left code there that does not fit.
-RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".nox" / "inductor")}
-# Torch's compiler takes code that it made for one instruction set from its cache for another one too, and then the
-# code writes beyond its buffers.
-COMPILED = ROOT / ".nox" / f"compiled-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
-RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))}
+# Torch takes code that it compiled for one instruction set from its cache for another one too, and then the code writes
+# beyond its buffers. By default all runs of a user share the cache.
+COMPILED = ROOT / ".nox" / f"inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
+RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED)}
 # Pytest in two processes, which take whole files, so that what the tests of a file share is made once.
 # tests/conftest.py puts the files into an order.
 TESTS = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
