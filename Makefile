@@ -25,10 +25,10 @@ test-core: .venv/complete  ## tests that need no host framework
 test-trl: .venv/complete  ## tests against the newest TRL
 	$(call nox,trl)
 
-test-verl: .venv/complete  ## tests against veRL: real Ray workers and runs on the CPU (about 5 min on 2 cores)
+test-verl: .venv/complete  ## tests against veRL: real Ray workers and runs on the CPU (4 min on 2 cores)
 	$(call nox,verl)
 
-test-openrlhf: .venv/complete  ## tests against OpenRLHF: real Ray actors, runs with vLLM on the CPU (about 6 min on 2 cores)
+test-openrlhf: .venv/complete  ## tests against OpenRLHF: real Ray actors, runs with vLLM on the CPU (6 min on 2 cores)
 	$(call nox,openrlhf)
 
 lint: .venv/complete  ## ruff and mypy
