@@ -39,7 +39,7 @@ class Estimator:
         restoring: whether the coefficient has the sign of u and is 0 at u = 0. Then any positive factor on it leaves
             u = 0 the only point without a force; ``floor:`` needs that.
         keeps_pull: whether the coefficient times the policy's probability p stays away from 0 as p goes to 0. Then an
-            importance weight leaves a pull on a token that the policy has all but dropped. None where nobody said.
+            importance weight leaves a pull on a token that the policy has all but dropped. None: not known.
     """
 
     name: str
@@ -234,7 +234,7 @@ def register_estimator(
         coefficient_formula: shown by ``kl-plugins explain``.
         source: paper or page, shown by ``kl-plugins explain``.
         restoring: the coefficient has the sign of u and is 0 at u = 0, which ``floor:`` needs. It is so for every f
-            that is strictly convex at 1, but nobody checks that f is.
+            that is strictly convex at 1, but this is not checked.
         keeps_pull: exp(u) times the coefficient stays away from 0 as u goes to minus infinity; for ``kl-plugins
             explain``.
 

@@ -109,17 +109,7 @@ def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
         raise MissingReceiptError(
             f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank."
         )
-    for name in (
-        "host",
-        "host_version",
-        "patches",
-        "fingerprint",
-        "spec",
-        "behaviour",
-        "reward_site",
-        "aggregation",
-        "sampling",
-    ):
+    for name in COMPARED:
         seen = {getattr(receipt, name): receipt for receipt in receipts}
         if len(seen) > 1:
             found = "; ".join(f"rank {receipt.rank} on {receipt.node}: {value}" for value, receipt in seen.items())

@@ -110,7 +110,7 @@ def mode_in(config: Any, own_rollout: bool, trl: Version) -> str | None:
     if os.environ.get(ASSUME_VARIABLE) == "1":
         return PROCESSED
     if not getattr(config, "use_vllm", False):
-        return None if own_rollout else PROCESSED  # without an engine there is nobody else to report any
+        return None if own_rollout else PROCESSED  # transformers' own generation reports none
     if config.vllm_mode == "server" and trl >= SERVED_BY_VLLM:
         return None
     return PROCESSED  # TRL sets it, in the engine of each process and in its own server

@@ -59,7 +59,7 @@ def main(
     runs: Annotated[int, typer.Option(help="Independent runs of every arm and setting.", min=2)] = 512,
     seed: Annotated[int, typer.Option(help="Of references, starts and draws.", min=0)] = 0,
     smoke: Annotated[bool, typer.Option("--smoke", help="Few and short runs: that it runs, no numbers.")] = False,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Print and draw the staleness.json of --out anew.")] = False,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Print and draw from the staleness.json in --out.")] = False,
 ) -> None:
     """Show in one state why an importance-weighted KL can run away on stale data, and what stops it."""
     torch.set_num_threads(1)

@@ -133,7 +133,7 @@ def rows() -> list[Estimator]:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
 def test_rows_say_truly_whether_they_restore_and_whether_they_keep_their_pull(row: Estimator) -> None:
-    """Of every row by its own coefficient: the sign of u, and the limit of exp(u) c(u) as u goes to minus infinity."""
+    """Every row is checked by its own coefficient: the sign of u, and the limit of exp(u) c(u) as u goes to -inf."""
     u = grid(-40, -3, -1, -1e-3, 0, 1e-3, 1, 3, 40)
     assert torch.equal(row.coefficient(u, u).sign(), u.sign()) is row.restoring
     far = grid(-200)

@@ -214,7 +214,7 @@ class Options(NamedTuple):
 
 
 class LabelLogits(NamedTuple):
-    """Of each row's label, (N,): z, u (float64), and their difference as :func:`log_ratio` has it, the shift c."""
+    """The label of each row, (N,): z and u (float64), and their difference by :func:`log_ratio`, the shift c."""
 
     label: Tensor
     ref_label: Tensor
