@@ -55,15 +55,24 @@ class Controller:
         Raises:
             BetaChangedError: it has changed, and the spec's own ``beta:`` would ignore that.
         """
-        if self.schedule is None:
-            return float(host)
-        if float(host) != self.base:
+        if self.schedule is not None and self.forbids(host):
             raise BetaChangedError(
                 f"kl-plugins: {self.setting} was changed from {self.base:g} to {float(host):g} during the run, but the "
                 f"spec's beta:{self.schedule.kind} controls beta, so the change would be ignored. Leave beta out of "
                 f"the spec to control it through {self.setting}, or leave {self.setting} alone"
             )
-        return float(self.state["beta"])
+        return self.due(host)
+
+    def forbids(self, host: float) -> bool:
+        """Whether the host's coefficient has changed although the spec controls beta.
+
+        Hosts that must raise on all ranks together ask this first, and call :meth:`beta` once the ranks have agreed.
+        """
+        return self.schedule is not None and float(host) != self.base
+
+    def due(self, host: float) -> float:
+        """The coefficient that :meth:`beta` gives, without its check."""
+        return float(host if self.schedule is None else self.state["beta"])
 
     def observe(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> None:
         """Add a training micro-batch to the observed KL of the current optimizer batch.

@@ -68,7 +68,7 @@ class CarriedBatch:
         old = self.old_logp if OLD in found else finite_or(self.old_logp, own)
         sampler = self.sampler_logp if SAMPLER in found else finite_or(self.sampler_logp, own if old is None else old)
         term = kl_term(self.spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
-        self.metrics, self.observed = term.metrics, (logp.detach(), ref_logp.detach())
+        self.metrics, self.observed = term.metrics, (own, ref_logp.detach())
         return term.loss
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kl_plugins.adapters.controller import BetaChangedError, Controller
+from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.log_probs import count_not_finite, finite_or, require_finite, used
 from kl_plugins.adapters.metrics import sums_and_maxima
 from kl_plugins.adapters.trl.exact import StateKL, require_head
@@ -72,10 +72,7 @@ class Session:
         Args:
             host: the trainer's ``beta`` now.
         """
-        try:
-            return self.controller.beta(host)
-        except BetaChangedError:
-            return float(self.controller.state["beta"])
+        return self.controller.due(host)
 
     def rollout_penalty(
         self, score_policy: Callable[[Scored], Tensor], host_beta: float, mask: Tensor | None = None
@@ -176,10 +173,8 @@ class Session:
         maxima: Mapping[str, Tensor] | None = None,
     ) -> Together:
         """What all ranks found; where one of them found a reason to stop, all raise the same error."""
-        forbidden = self.controller.schedule is not None and host_beta != self.controller.base
-        found = Found(
-            not_finite, float(host_beta) if forbidden else math.nan, self._deviation, sums or {}, maxima or {}
-        )
+        forbidden = float(host_beta) if self.controller.forbids(host_beta) else math.nan
+        found = Found(not_finite, forbidden, self._deviation, sums or {}, maxima or {})
         self._deviation = 0.0
         agreed = together(found, self.accelerator)
         require_finite(agreed.not_finite, self.spec)

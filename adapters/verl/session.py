@@ -79,10 +79,11 @@ class Session:
 
         veRL's coefficient is read each time, because a program may change it.
         """
+        self._beta = self.controller.due(config.kl_loss_coef)
         try:
-            self._beta = self.controller.beta(float(config.kl_loss_coef))
+            self.controller.beta(config.kl_loss_coef)
         except BetaChangedError as error:  # raised by check(), on all ranks
-            self._changed, self._beta = error, self.controller.state["beta"]
+            self._changed = error
         if self.controller.schedule is None:
             return config
         config = copy.copy(config)
