@@ -1,0 +1,80 @@
+"""Command line of the GPU stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.gpu.stages import STAGES, Step
+from benchmarks.reporting import machine, write_json
+
+
+def main(
+    stage: Annotated[int, typer.Argument(help=f"One of {', '.join(map(str, STAGES))}.")],
+    out: Annotated[Path, typer.Option(help="Where logs and results go.")] = Path("out/bench/gpu"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    minutes: Annotated[float, typer.Option(help="Bound on the whole stage; steps that do not fit are left out.")] = 8.0,
+    only: Annotated[str, typer.Option(help="Comma-separated names of steps; all by default.")] = "",
+    smoke: Annotated[bool, typer.Option(help="Tiny sizes: does everything run?")] = False,
+) -> None:
+    """Run a stage step by step. Finished steps are kept and skipped; a step that fails does not stop the others."""
+    end = time.monotonic() + 60 * minutes
+    record_file = out / f"stage{stage}.json"
+    record: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
+    record["machine"] = {**machine(), **card()}
+    wanted = [name for name in only.split(",") if name]
+    failed = False
+    for step in STAGES[stage]:
+        if (wanted and step.name not in wanted) or record.get(step.name, {}).get("status") == 0:
+            continue
+        left = min(60 * step.minutes, end - time.monotonic())
+        if left < 5:
+            print(f"{step.name}: left out, no time is left", flush=True)
+            continue
+        record[step.name] = run(step, out, device, left, smoke)
+        failed |= record[step.name]["status"] != 0
+        write_json(record_file, record)
+        print(f"{step.name}: status {record[step.name]['status']}, {record[step.name]['seconds']:.0f} s", flush=True)
+    raise typer.Exit(int(failed))
+
+
+def run(step: Step, out: Path, device: str, seconds: float, smoke: bool) -> dict[str, Any]:
+    """Run one step, its output both shown and kept in ``out``."""
+    command = [part.format(out=out, device=device) for part in (step.smoke if smoke else step.command)]
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with (out / f"{step.name}.log").open("w") as log:
+        try:
+            status = subprocess.run(
+                [sys.executable, *command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    sys.stdout.write((out / f"{step.name}.log").read_text())
+    return {"command": " ".join(["python", *command]), "status": status, "seconds": time.monotonic() - start}
+
+
+def card() -> dict[str, str]:
+    """Name, driver and memory of the GPU as its driver tells them; empty where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(("card", "driver", "memory"), (part.strip() for part in answer.split(",")), strict=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)
