@@ -35,12 +35,18 @@ class Settings:
     pretrain_seed: int = 0
 
 
+NATIVE = {"native-k3": False, "native-bias-corrected": True}
+"""Arms with TRL's own KL, and what they set `use_bias_correction_kl` to. With it, TRL multiplies k3 by the live
+importance weight, which has the gradient of k2@loss/is:token; that has been TRL's default since 1.10. Without it, k3 is
+as GRPO published it."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One regulariser.
 
     Attributes:
-        name: as the user asks for it: `none`, `native-k3`, or a KL spec.
+        name: as the user asks for it: `none`, `native-k3`, `native-bias-corrected`, or a KL spec.
         label: in the table and the plot.
     """
 
@@ -50,7 +56,7 @@ class Arm:
     @property
     def spec(self) -> str | None:
         """The KL spec for TRL's `kl` field; None leaves TRL's own code untouched."""
-        return None if self.name in ("none", "native-k3") else self.name
+        return None if self.name == "none" or self.name in NATIVE else self.name
 
     @property
     def slug(self) -> str:
@@ -61,6 +67,7 @@ class Arm:
 NONE = Arm("none", "no KL")
 K1_LOSS = Arm("k1@loss/allow:biased", "k1@loss")
 NATIVE_K3 = Arm("native-k3", "k3, TRL's own")
+NATIVE_CORRECTED = Arm("native-bias-corrected", "TRL's own default")
 K2_LOSS = Arm("k2@loss/is:token", "k2@loss/is:token")
 K1_ADVANTAGE = Arm("k1@advantage", "k1@advantage")
 ARMS = (NONE, K1_LOSS, NATIVE_K3, K2_LOSS, K1_ADVANTAGE)
@@ -74,7 +81,7 @@ def find_arm(name: str) -> Arm:
     """
     from kl_plugins import KLSpec
 
-    known = {arm.name: arm for arm in ARMS}
+    known = {arm.name: arm for arm in (*ARMS, NATIVE_CORRECTED)}
     if name in known:
         return known[name]
     spec = str(KLSpec.parse(name))

@@ -155,7 +155,7 @@ def own_coefficient(arm: str) -> tuple[Coefficient | None, bool]:
 
     if arm == "none":
         return None, False
-    spec = KLSpec.parse("k3@loss" if arm == "native-k3" else arm)
+    spec = KLSpec.parse({"native-k3": "k3@loss", "native-bias-corrected": "k2@loss/is:token"}.get(arm, arm))
     row = find_estimator(spec.estimator)
     future = spec.horizon == "sequence" and spec.placement != "reward"
     if row is None or spec.placement == "reward" or (future and (spec.future != "k1" or spec.gamma != 1.0)):

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.reporting import machine
 
 from . import evaluate, model, task
-from .arms import Arm, Settings
+from .arms import NATIVE, Arm, Settings
 from .curve import Curve, Tick
 
 
@@ -57,9 +57,7 @@ def load(folder: Path) -> Any:
 
 def settings_of_trl(arm: Arm, seed: int, settings: Settings, output: str, completion_tokens: int) -> dict[str, Any]:
     """Arguments of TRL's `GRPOConfig`, `kl` included where the arm is a KL spec."""
-    # TRL's default since 1.10 multiplies k3 by the live importance weight, which has the gradient of
-    # k2@loss/is:token. The arm native-k3 shows k3 as GRPO published it.
-    extra = {"use_bias_correction_kl": False} if arm.spec is None else {"kl": arm.spec}
+    extra = {"use_bias_correction_kl": NATIVE.get(arm.name, False)} if arm.spec is None else {"kl": arm.spec}
     return {
         "output_dir": output,
         "seed": seed,

@@ -46,13 +46,33 @@ class Options:
     judge_only: bool = False
 
 
-def study(console: Console, scope: plan.Scope, settings: Settings, options: Options) -> None:
-    """Plan, say what it costs, run, judge, write."""
-    hosts.find_host(scope.host)
-    start, code = time.perf_counter(), sources(scope.host)
-    planned = plan.runs(scope, options.seeds, settings, options.folder, code)
-    if not planned:
-        raise ValueError("nothing to run: no cell has all of these tasks, arms and delays")
+@dataclass(frozen=True)
+class Made:
+    """What is there after the missing runs were made.
+
+    Attributes:
+        found: records of the runs, by key; not all of them where runs were not to be made.
+        references: the models that the runs started from.
+        reused: how many runs were there before.
+    """
+
+    found: dict[str, dict[str, Any]]
+    references: list[plan.Reference]
+    reused: int
+
+
+def complete(
+    console: Console, planned: list[plan.Run], settings: Settings, options: Options, code: str
+) -> Made:  # fmt: skip
+    """Say what the runs cost, and make those that are missing, unless the options say not to.
+
+    Args:
+        console: to write to.
+        planned: the runs, in the order in which they are to be made.
+        settings: of all of them.
+        options: of the study.
+        code: from `settings.sources`.
+    """
     found = {} if options.fresh else {run.key: record for run in planned if (record := run.finished())}
     missing = [run for run in planned if run.key not in found]
     needed = plan.references(planned, settings, options.folder, code)
@@ -64,18 +84,29 @@ def study(console: Console, scope: plan.Scope, settings: Settings, options: Opti
         f"{len(models_missing)} of {len(needed)} reference models to make. About {seconds / 60:.0f} min on {workers} "
         f"workers{'' if found else ' (a guess until runs are there to go by)'}."
     )
-    if options.dry:
-        return
-    if options.judge_only and not found:
-        raise ValueError("there is no finished run to judge")
-    if (missing or models_missing) and not options.judge_only:
+    if (missing or models_missing) and not (options.dry or options.judge_only):
         with pool(workers, options.folder / "logs") as crew, _progress(console) as bars:
             if models_missing:
                 _references(crew, bars, models_missing, settings)
             if missing:
                 _train(crew, bars, missing, needed, settings, found)
-    described = {(m.task, m.family): m.finished() for m in needed}
-    data = summary.summarise(planned, found, plan.chosen_claims(scope), described, settings)
+    return Made(found, needed, len(planned) - len(missing))
+
+
+def study(console: Console, scope: plan.Scope, settings: Settings, options: Options) -> None:
+    """Plan, say what it costs, run, judge, write."""
+    hosts.find_host(scope.host)
+    start, code = time.perf_counter(), sources(scope.host)
+    planned = plan.runs(scope, options.seeds, settings, options.folder, code)
+    if not planned:
+        raise ValueError("nothing to run: no cell has all of these tasks, arms and delays")
+    made = complete(console, planned, settings, options, code)
+    if options.dry:
+        return
+    if options.judge_only and not made.found:
+        raise ValueError("there is no finished run to judge")
+    described = {(m.task, m.family): m.finished() for m in made.references}
+    data = summary.summarise(planned, made.found, plan.chosen_claims(scope), described, settings)
     data |= {
         "verdict": summary.sentence(data, options.smoke),
         "command": options.command,
@@ -84,10 +115,10 @@ def study(console: Console, scope: plan.Scope, settings: Settings, options: Opti
         "seeds": options.seeds,
         "settings": asdict(settings),
         "wall_seconds": round(time.perf_counter() - start, 1),
-        "workers": workers,
+        "workers": options.workers,
         "runs_planned": len(planned),
-        "runs": len(found),
-        "runs_reused": len(planned) - len(missing),
+        "runs": len(made.found),
+        "runs_reused": made.reused,
     }
     write_json(options.folder / "study.json", data)
     drawn = _draw(options.folder, data)

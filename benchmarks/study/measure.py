@@ -14,7 +14,9 @@ from .settings import Settings
 from .tasks import Task
 from .text import completion_tokens
 
-LOGGED = ("grad_norm", "kl/ess", "kl/weight/max", "kl/coef/std", "clip_ratio/region_mean")
+LOGGED = (
+    "grad_norm", "kl/ess", "kl/weight/mean", "kl/weight/max", "kl/floor_frac", "kl/coef/std", "clip_ratio/region_mean",
+)  # fmt: skip
 """What a run's curve holds of its trainer's log, by TRL's names."""
 
 

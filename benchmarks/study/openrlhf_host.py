@@ -112,6 +112,8 @@ def refuse(cell: Cell, settings: Settings) -> None:
     """
     if cell.arm != "none" and cell.regulariser.spec is None:
         raise ValueError(f"{cell.arm} is TRL's own KL and cannot be trained in OpenRLHF; use a spec such as k3@loss")
+    if settings.optimizer != "adamw":
+        raise ValueError(f"the study trains with {settings.optimizer} in TRL alone, not in OpenRLHF; use --host trl")
     if settings.device != "cpu":
         raise ValueError(f"the study's OpenRLHF runs on the CPU alone, not on {settings.device}; use --device cpu, or "
                          "--host trl")  # fmt: skip

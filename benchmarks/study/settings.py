@@ -40,6 +40,7 @@ class Settings(arms.Settings):
     steps: int = 300
     evaluate_every: int = 15
     pretrain_rate: float = 6e-3
+    optimizer: str = "adamw"  # or `sgd`, without momentum, in TRL alone
     size: str = "tiny"  # of models made here
     model: str = ""  # a local path or hub name instead
     device: str = "cpu"
@@ -53,7 +54,7 @@ class Cell:
     Attributes:
         task: a name in `tasks.TASKS`.
         family: of the model.
-        arm: `none` or a canonical KL spec.
+        arm: `none`, a canonical KL spec, or a name in `arms.NATIVE`, in TRL alone.
         delay: updates that the sampler is behind the policy.
         precision: in which the sampler computes.
         host: that trains.

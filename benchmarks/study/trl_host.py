@@ -81,6 +81,8 @@ def run(
         with tempfile.TemporaryDirectory() as output:
             arguments = settings_of_trl(arm, seed, settings, output, length)
             arguments["use_cpu"] = settings.device == "cpu"
+            if settings.optimizer != "adamw":  # which is TRL's own choice
+                arguments["optim"] = settings.optimizer
             prompts = task.prompts_per_step(settings.prompts)
             arguments["per_device_train_batch_size"] = prompts * settings.generations
             trainer = trainer_class(

@@ -47,6 +47,8 @@ def run(
     """
     from . import verl_host_workers as workers
 
+    if settings.optimizer != "adamw":
+        raise ValueError(f"the study trains with {settings.optimizer} in TRL alone, not in veRL; use --host trl")
     if settings.device != "cpu":
         raise ValueError(f"the study trains in veRL on the CPU alone, not on {settings.device}; use --host trl")
     workers.start()  # before anything imports veRL
