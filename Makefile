@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-report bench-smoke clean
+.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench-collectives: .venv/complete  ## the communication that the plugin adds, co
 
 bench-study: .venv/complete  ## published claims in real RL runs, resumable (hours; ARGS="--dry-run" says how many)
 	$(call nox,bench_study)
+
+bench-default: .venv/complete  ## choose the default spec on stale data, resumable (an hour; ARGS="--dry-run" says how many runs)
+	.venv/bin/nox -s trl -- -m benchmarks.study.stale $(ARGS)
 
 bench-report: .venv/complete  ## all results under out/bench on one page
 	$(call nox,bench_report)

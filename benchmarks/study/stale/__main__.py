@@ -6,7 +6,9 @@ import os
 import shlex
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +16,10 @@ import typer
 from rich.console import Console
 
 from benchmarks.demo.workers import cores, failures_reported
+from benchmarks.reporting import machine, write_json
 from benchmarks.study.comparison import Options
 
-from . import arms, rules, runs
+from . import arms, rules, runs, summary
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,26 +36,77 @@ def main(
 ) -> None:
     """Choose the default spec by the rules in `rules.py`; finished runs are kept and skipped."""
     console = Console()
-    console = console if console.is_terminal else Console(width=150)
+    console = console if console.is_terminal else Console(width=180)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
     command = shlex.join(["python", "-m", "benchmarks.study.stale", *sys.argv[1:]])
     options = Options(seeds, out, workers or cores(), dry=dry_run, command=command, judge_only=judge_only)
-    beta = arms.FAST.beta
     with failures_reported(console):
-        candidates, reported = arms.selection()
-        selected = rules.outcomes(runs.records(console, [candidates], options), beta)
-        chosen = confirm or rules.choose(selected)
-        console.print(f"chosen: {chosen}; candidates by level and bias: {rules.order(selected)}")
-        again: list[rules.Outcome] = []
-        if not selection_only:
-            places = arms.confirmation(chosen)
-            found = runs.records(console, places, options)
-            # A place that lacks its own runs on fresh data has them among those of the selection.
-            found |= runs.records(console, [candidates], replace(options, judge_only=True))
-            known = {place for batch in places for place in batch.places}
-            again = [outcome for outcome in rules.outcomes(found, beta) if outcome.place in known]
-            console.print(f"confirmed: {rules.confirmed(chosen, selected, again)}")
-        runs.records(console, [reported], options)
+        study(console, options, confirm, selection_only)
+
+
+def study(console: Console, options: Options, confirm: str = "", selection_only: bool = False) -> None:
+    """Run the selection, choose, confirm, run what is only reported, write.
+
+    Args:
+        console: to write to.
+        options: of the study.
+        confirm: the spec to confirm; empty: the chosen one.
+        selection_only: whether to leave the confirmation out.
+    """
+    beta = arms.FAST.beta
+    candidates, reported = arms.selection()
+    found = runs.records(console, [candidates], options)
+    if options.dry and not found:
+        console.print("The confirmation's runs depend on the choice; this is their cost, were it today's default:")
+    selected = rules.outcomes(found, beta)
+    chosen = confirm or rules.choose(selected)
+    console.print(f"candidates that reach a level, the default first: {rules.order(selected)}")
+    elsewhere: runs.Found = {}
+    if not selection_only:
+        batches = arms.confirmation(chosen)
+        elsewhere = runs.records(console, batches, options)
+    found |= runs.records(console, [reported], options)
+    if options.dry:
+        return
+    write(console, options, chosen, found, elsewhere)
+
+
+def write(console: Console, options: Options, chosen: str, found: runs.Found, elsewhere: runs.Found) -> None:
+    """Judge, print, and write `stale.json` and its plot.
+
+    Args:
+        console: to write to.
+        options: of the study.
+        chosen: the spec that was confirmed.
+        found: records of the selection and of what is only reported.
+        elsewhere: records of the confirmation.
+    """
+    beta = arms.FAST.beta
+    # Fresh data of a place that has no such runs of its own are those of the selection.
+    fresh = {key: record for key, record in found.items() if key[0].delay == 0}
+    again = [o for o in rules.outcomes(fresh | elsewhere, beta) if (o.place, o.arm, o.seed) in elsewhere]
+    data = {
+        "command": options.command,
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch")},
+        "settings": [asdict(arms.FAST), asdict(arms.SLOW)],
+        "rules": {"from": rules.FROM, "kept": rules.KEPT, "margin": rules.MARGIN, "levels": rules.LEVELS},
+        "verdict": summary.verdict(rules.outcomes(found, beta), again, chosen),
+        "selection": summary.part(found, rules.outcomes(found, beta), beta),
+        "confirmation": summary.part(elsewhere, again, beta),
+        "run_seconds": [round(record["seconds"], 1) for record in (*found.values(), *elsewhere.values())],
+    }
+    write_json(options.folder / "stale.json", data)
+    for name in ("selection", "confirmation"):
+        if data[name]["rows"]:
+            console.print(summary.places_table(data[name], f"{name}: every place"))
+            console.print(summary.totals_table(data[name], f"{name}: runs on stale data"))
+    console.print(data["verdict"]["sentence"], style="bold", highlight=False)
+    if find_spec("matplotlib") is not None:
+        from . import plot
+
+        plot.draw(options.folder / "stale.png", data)
+    console.print(f"Written: {options.folder / 'stale.json'}")
 
 
 if __name__ == "__main__":

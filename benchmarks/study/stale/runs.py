@@ -15,6 +15,9 @@ from benchmarks.study.settings import run_key, sources
 from .arms import Batch, Place
 
 Key = tuple[Place, str, int]
+"""Place, arm and seed."""
+Found = dict[Key, dict[str, Any]]
+"""Records of runs."""
 
 
 def planned(batch: Batch, options: Options, code: str) -> dict[Key, Run]:
@@ -36,7 +39,7 @@ def planned(batch: Batch, options: Options, code: str) -> dict[Key, Run]:
     return made
 
 
-def records(console: Console, batches: Sequence[Batch], options: Options) -> dict[Key, dict[str, Any]]:
+def records(console: Console, batches: Sequence[Batch], options: Options) -> Found:
     """The records of all batches, after the missing runs were made, unless the options say not to make any.
 
     Args:
@@ -44,7 +47,8 @@ def records(console: Console, batches: Sequence[Batch], options: Options) -> dic
         batches: of the plan, in the order in which they are made.
         options: of the study.
     """
-    code, found = sources("trl"), {}
+    code = sources("trl")
+    found: Found = {}
     for batch in batches:
         runs = planned(batch, options, code)
         seeds = min(batch.seeds, options.seeds)
