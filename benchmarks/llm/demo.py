@@ -1,0 +1,87 @@
+"""The demonstration: SmolLM2 trained by TRL's GRPO without KL, with TRL's own, and under two specs of ours."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.demo.workers import WorkerError
+from benchmarks.reporting import write_json
+
+from . import demo_plot, demo_report
+from .crew import Run, planned, work
+from .settings import HOST, NONE, Settings, versions
+from .tasks import TASKS
+from .train import WARM_UP
+
+ARMS = (NONE, HOST, "default", "exact@loss")
+SEED = 1
+CPU = Settings()
+GPU = Settings(device="cuda", steps=100, prompts=8, generations=8, evaluate_every=20)
+SMOKE = Settings(steps=4, prompts=2, generations=2, tokens=6, evaluate_every=2, evaluation_samples=1)
+
+
+def demonstrate(
+    console: Console, arms: tuple[str, ...], settings: Settings, folder: Path, workers: int, fresh: bool = False
+) -> dict[str, Any]:
+    """Make what is missing; write the records, the table and the picture; print it all.
+
+    Args:
+        console: to print on.
+        arms: names.
+        settings: of every run.
+        folder: for everything that is written.
+        workers: processes; beside each other they share the machine, so that step times mean little.
+        fresh: repeat runs that are there.
+
+    Returns:
+        What `summary.json` holds.
+    """
+    runs = planned([(arm, SEED, settings) for arm in arms], folder)
+    if fresh:
+        for run in runs:
+            run.file.unlink(missing_ok=True)
+    missing = work(console, runs, folder, workers)
+    if missing:
+        raise WorkerError("\n".join(missing) + f"\nsee {folder / 'logs'}; finished arms are kept")
+    found = summary(runs, settings, workers)
+    write_json(folder / "summary.json", found)
+    demo_plot.draw(folder / "curves.png", found)
+    text = demo_report.text(found)
+    (folder / "table.txt").write_text(text)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Written: {folder / 'summary.json'}, {folder / 'table.txt'}, {folder / 'curves.png'}")
+    return found
+
+
+def summary(runs: list[Run], settings: Settings, workers: int) -> dict[str, Any]:
+    """Of finished runs."""
+    records = {run.arm: run.record() or {} for run in runs}
+    first = next(iter(records.values()))
+    return {
+        "settings": asdict(settings),
+        "versions": versions(),
+        "machine": first["machine"],
+        "workers": workers,
+        "seed": SEED,
+        "task": {"name": settings.task, "reward": TASKS[settings.task].meaning},
+        "arms": {arm: _arm(record) for arm, record in records.items()},
+        "plugin_log": {arm: record["plugin_log"] for arm, record in records.items()},
+    }
+
+
+def _arm(record: dict[str, Any]) -> dict[str, Any]:
+    curve = record["curve"]
+    return {
+        "curve": [{k: v for k, v in point.items() if k != "texts"} for point in curve],
+        "before": curve[0]["texts"],
+        "after": curve[-1]["texts"],
+        "step_seconds": statistics.median(record["step_seconds"][WARM_UP:]),
+        "seconds": round(record["seconds"], 1),
+        "evaluation_seconds": round(record["evaluation_seconds"], 1),
+        "peak_bytes": record["peak_bytes"],
+    }

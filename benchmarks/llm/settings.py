@@ -1,0 +1,132 @@
+"""What a run is: the numbers that all runs of a comparison share, and the arm that tells one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+NONE, HOST = "none", "trl"
+MEANINGS = {NONE: "no KL", HOST: "TRL's own KL, as it comes"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One number per choice.
+
+    Rewards are centred in their group and not divided by their standard deviation, and all tokens weigh the same, so
+    that the objective is E[R] - beta KL, with the KL summed over a completion.
+
+    Attributes:
+        model: folder of the reference, from which every run starts.
+        task: a name in `tasks.TASKS`.
+        device: `cpu` or `cuda`; on the latter TRL computes in bf16 over float32 weights.
+        steps: optimizer steps, each on one fresh rollout.
+        prompts, generations: per step, and completions of each.
+        tokens: most of a completion.
+        beta: of every arm that has a KL term.
+        learning_rate: AdamW, constant after two steps.
+        delay: updates that the sampler is behind; None: TRL's own generation, without delay.
+        evaluate_every: steps.
+        evaluation_samples: completions per held-out prompt.
+    """
+
+    model: str = ""
+    task: str = "letter"
+    device: str = "cpu"
+    steps: int = 45
+    prompts: int = 4
+    generations: int = 4
+    tokens: int = 24
+    beta: float = 0.1
+    learning_rate: float = 5e-5
+    delay: int | None = None
+    evaluate_every: int = 15
+    evaluation_samples: int = 4
+
+    @property
+    def batch(self) -> int:
+        """Completions per step."""
+        return self.prompts * self.generations
+
+
+def checked_arm(name: str) -> str:
+    """An arm's name: `none`, `trl`, or a KL spec or preset.
+
+    Raises:
+        KLSpecError: it is none of them.
+    """
+    from kl_plugins import KLSpec
+
+    if name not in (NONE, HOST):
+        KLSpec.parse(name)
+    return name
+
+
+def meaning(arm: str) -> str:
+    """An arm in words, for tables."""
+    from kl_plugins import KLSpec
+
+    if arm in MEANINGS:
+        return MEANINGS[arm]
+    canonical = str(KLSpec.parse(arm))
+    return arm if canonical == arm else f"{arm} ({canonical})"
+
+
+def slug(text: str) -> str:
+    """For file names."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on."""
+    return {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch", "accelerate")}
+
+
+def sources(names: Iterable[str]) -> str:
+    """Digest of the code that runs depend on: ours, these files of this folder, and the installed versions.
+
+    Args:
+        names: of files beside this one.
+    """
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    files = [Path(__file__).parent / f"{name}.py" for name in names]
+    for package in ("kl_plugins", "kl_plugins.adapters.trl", "kl_plugins.patches.trl"):
+        folder = Path(str(import_module(package).__file__)).parent
+        files += sorted(f for f in folder.rglob("*.py") if not {"cli", "explain"} & set(f.parts))
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def run_key(settings: Settings, arm: str, seed: int, code: str) -> str:
+    """Names a run by everything it depends on; the model by its configuration and the size of its weights.
+
+    Args:
+        settings: of the run.
+        arm: its name.
+        seed: of the rollouts.
+        code: from `sources`.
+    """
+    folder = Path(settings.model)
+    model: list[Any] = [(folder / "config.json").read_text(), sum(f.stat().st_size for f in folder.glob("*.safet*"))]
+    parts = [{**asdict(settings), "model": model}, arm, seed, code]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+RUN_FILES = ("tasks", "settings", "decode", "sampler", "measure", "train")
+
+
+def finished(file: Path, key: str) -> dict[str, Any] | None:
+    """A finished run's record, if it is whole and was made under this very key."""
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("key") == key else None
