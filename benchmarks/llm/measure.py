@@ -81,7 +81,8 @@ class Measure:
             labels = drawn.sequences[:, drawn.prompt_ids.shape[1] :]
             for (rows, own), (_, ref) in zip(logits(policy, drawn), logits(self._reference, drawn), strict=True):
                 mask = drawn.mask[rows]
-                kl += float(exact_kl(own, ref, labels[rows], mask=mask, backend=_backend(own)).kl.sum())
+                # Eager: a few evaluations are not worth a compilation in every worker.
+                kl += float(exact_kl(own, ref, labels[rows], mask=mask, backend="eager").kl.sum())
                 logp = own.log_softmax(-1)
                 entropy -= float(((logp.exp() * logp).sum(-1) * mask).sum())
         policy.train(training)
@@ -115,8 +116,3 @@ def staleness(policy: Any, drawn: Drawn) -> dict[str, float]:
     ess = weight.sum().square() / weight.square().sum() / weight.numel()
     below = {f"below_{floor:g}": float((weight < floor).double().mean()) for floor in FLOORS}
     return {"ess": float(ess), **below, "weight_max": float(weight.max()), "weight_mean": float(weight.mean())}
-
-
-def _backend(own: Tensor) -> str:
-    # Some evaluations are not worth a compilation on a CPU.
-    return "eager" if own.device.type == "cpu" else "auto"

@@ -177,6 +177,19 @@ def tiny(folder: Path = TINY_FOLDER) -> Path:
     return folder
 
 
+def found_or_exit(given: str, source: Path | None, smoke: bool) -> Path:
+    """The model's folder for a command; a tiny random one where only everything's working is to be seen.
+
+    Raises:
+        typer.Exit: there is none; the message has been written.
+    """
+    try:
+        return tiny() if smoke and not given else provide(given, source=source)
+    except NoModelError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def main(
     source: Annotated[Path | None, typer.Option(help="A wheel of the package, its GGUF file, or their folder.")] = None,

@@ -20,7 +20,7 @@ from . import model, outcomes
 from .crew import Run, planned, work
 from .settings import HOST, NONE, Settings, checked_arm, versions
 from .tasks import TASKS
-from .train import WARM_UP
+from .train import typical
 
 ARMS = (
     NONE, "k2@loss/is:token", "k2@loss/is:token/floor:0.5", "k2@loss", "exact@loss", HOST, "k2@loss/is:token/floor:1",
@@ -52,7 +52,7 @@ def summary(runs: Sequence[Run], settings: Settings, missing: Sequence[str]) -> 
         "versions": versions(),
         "machine": found[0][1]["machine"] if found else None,
         "captured": sorted({str(record["captured"]) for _, record in found}),
-        "step_seconds": median(s for _, r in found for s in r["step_seconds"][WARM_UP:]) if found else None,
+        "step_seconds": median(typical(record["step_seconds"]) for _, record in found) if found else None,
         "missing": list(missing),
         "rules": outcomes.__doc__,
         "statements": [outcomes.statement(records, arm, delays) for arm in arms if arm != NONE],
@@ -61,7 +61,7 @@ def summary(runs: Sequence[Run], settings: Settings, missing: Sequence[str]) -> 
              "outcome": outcomes.outcome(records, arm, delay, seed),
              "curve": [{k: v for k, v in p.items() if k != "texts"} for p in record["curve"]],
              "weights": record["weights"], "texts": record["curve"][-1]["texts"],
-             "step_seconds": median(record["step_seconds"][WARM_UP:] or record["step_seconds"]),
+             "step_seconds": typical(record["step_seconds"]),
              "peak_bytes": record["peak_bytes"]}
             for (arm, delay, seed), record in records.items()
         ],
@@ -124,9 +124,9 @@ def main(
     try:
         names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
         lags = [int(delay) for delay in delays.split(",")]
-        folder = (Path(given) if given else model.tiny()) if smoke else model.provide(given, source=source)
-    except (ValueError, model.NoModelError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
         base, model=str(folder), task=task, device=device, steps=steps or base.steps, learning_rate=learning_rate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ LOGGED = (
     "clip_ratio/region_mean",
 )  # fmt: skip
 """What a curve holds of TRL's log, averaged since the measurement before; `train/` stands before each."""
-WARM_UP = 2  # steps; also not counted in step times, as memory is found and code compiled in them
+WARM_UP = 2  # steps
 
 
 def arguments(arm: str, seed: int, settings: Settings, output: str) -> dict[str, Any]:
@@ -103,6 +104,11 @@ def clock() -> Any:
             self.seconds.append(time.perf_counter() - self.start)
 
     return Clock()
+
+
+def typical(seconds: list[float]) -> float:
+    """Median seconds of a step, without those in which memory is found and code compiled, where there are others."""
+    return statistics.median(seconds[WARM_UP:] or seconds)
 
 
 def longest(prompts: Prompts, tokenizer: Any) -> int:

@@ -187,9 +187,9 @@ def main(
     start = time.monotonic()
     try:
         names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-        folder = (Path(given) if given else model.tiny()) if smoke else model.provide(given, source=source)
-    except (ValueError, model.NoModelError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
         base, model=str(folder), device=device, steps=steps or base.steps, tokens=tokens or base.tokens
