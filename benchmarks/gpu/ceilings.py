@@ -35,11 +35,8 @@ def ceilings(device: str, *, smoke: bool) -> dict[str, Any]:
         ``copy_bytes_per_second`` (bytes read plus bytes written) and ``product_flop_per_second`` (bfloat16 operands).
     """
     elements, width = (2**16, 128) if smoke else (2**31, 8192)
-    source = torch.randn(2**16, device=device).to(torch.bfloat16).repeat(elements // 2**16)
-    target = torch.empty_like(source)
-    copied = median_seconds(lambda: target.copy_(source), device)
-    del source, target
-    left, right = (torch.randn(width, width, device=device, dtype=torch.float32).bfloat16() for _ in range(2))
+    copied = copy_seconds(elements, device)
+    left, right = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
     multiplied = median_seconds(lambda: left @ right, device)
     return {
         "copy_bytes_per_second": 2 * 2 * elements / copied,
@@ -47,6 +44,13 @@ def ceilings(device: str, *, smoke: bool) -> dict[str, Any]:
         "copied_elements": elements,
         "product_width": width,
     }
+
+
+def copy_seconds(elements: int, device: str) -> float:
+    """Time of copying so many bfloat16 numbers to another place of the same memory."""
+    source = torch.randn(2**16, device=device).to(torch.bfloat16).repeat(elements // 2**16)
+    target = torch.empty_like(source)
+    return median_seconds(lambda: target.copy_(source), device)
 
 
 def median_seconds(call: Any, device: str, rounds: int = 10) -> float:

@@ -57,7 +57,7 @@ def main(
 
 def case(size: Size, dtype: str, device: str, rounds: int) -> dict[str, Any]:
     """One size in one dtype."""
-    found = list((of_hidden_states if size.width else of_logits)())
+    found = list((of_hidden_states if size.width else of_logits)(device))
     present = [it for it in found if isinstance(it, Contestant)]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(f"{dtype}, {size}", total=None)

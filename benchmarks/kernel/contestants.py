@@ -43,10 +43,15 @@ class AbsentPeerError(RuntimeError):
     """A peer is not installed."""
 
 
-def of_logits() -> Iterator[Contestant | AbsentPeerError]:
-    """Contestants that start from logits."""
+def of_logits(device: str) -> Iterator[Contestant | AbsentPeerError]:
+    """Contestants that start from logits.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+    """
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
-    yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
+    if device == "cpu":  # the reference implementation, hundreds of times slower than the kernels on a GPU
+        yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
     yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
     # Compiled for sizes that may change, as training has them, and as torch does by itself the first time.
     for name, dynamic in (("compile(naive)", True), ("compile(naive), static", None)):
@@ -59,8 +64,8 @@ def of_logits() -> Iterator[Contestant | AbsentPeerError]:
     yield _peer(_trl_logits)
 
 
-def of_hidden_states() -> Iterator[Contestant | AbsentPeerError]:
-    """Contestants that start from hidden states and heads."""
+def of_hidden_states(device: str) -> Iterator[Contestant | AbsentPeerError]:
+    """Contestants that start from hidden states and heads; they are the same on every device."""
     yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
     yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
     yield Contestant("naive", "exact", False, _naive_linear(_naive))

@@ -20,11 +20,18 @@ from kl_plugins.kernels.exact.products import Head
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
 
 CPU_TILE_BYTES = 128 * 2**20
-ACCELERATOR_TILE_BYTES = 2**30
+ACCELERATOR_TILE_BYTES = 1300 * 2**20
 CPU_ROWS = 128
 """A CPU's matrix products are slower with fewer rows than this, and each tile reads and writes the head's gradient."""
 
-_LOGITS_SHARE = 3 / 4
+ROW_MULTIPLE = 128
+"""An accelerator's matrix products work on so many rows at once; a tile with a few more pays for as many again."""
+
+GROUP = 4
+"""Tiles whose 16-bit gradients wait for one product with the hidden states. Each of those products reads and writes the
+head's float32 gradient, 2 x 2.2 GB for a head of 152064 x 3584: of 512 rows that takes longer than the arithmetic."""
+
+_LOGITS_SHARE, _MIXED_LOGITS_SHARE = 3 / 4, 15 / 16
 
 
 def default_tile_bytes(hidden: Tensor, vocabulary: int) -> int:
@@ -61,6 +68,41 @@ class Tile(NamedTuple):
     ref_logits: Tensor
 
 
+class Plan(NamedTuple):
+    """How rows are cut into tiles.
+
+    Attributes:
+        kept: numbers of the rows that count.
+        whole: whether these are all rows.
+        step: rows per tile.
+        group: tiles whose gradients are held for one product.
+    """
+
+    kept: Tensor
+    whole: bool
+    step: int
+    group: int
+
+    def rows(self, start: int, stop: int) -> Tensor | slice:
+        """What selects some of the kept rows, by their order."""
+        return slice(start, stop) if self.whole else self.kept[start:stop]
+
+
+def step_of(count: int, most: int, multiple: int) -> int:
+    """Rows per tile: tiles of one size, as a narrow last one would waste a pass over the weight.
+
+    Args:
+        count: rows in all.
+        most: rows that memory holds.
+        multiple: what the device's products take at once.
+    """
+    most = max(1, most)
+    if most > multiple:
+        most -= most % multiple
+    step = -(-count // max(1, -(-count // most)))
+    return min(most, -(-step // multiple) * multiple) if step > multiple else max(1, step)
+
+
 @dataclass(frozen=True)
 class LinearInputs:
     """Two heads and what goes through them; ignored rows are never computed.
@@ -94,23 +136,39 @@ class LinearInputs:
             Head(self.ref_weight, self.ref_bias, self.operands[1], block),
         )
 
-    def tiles(self, heads: tuple[Head, Head]) -> Iterator[Tile]:
-        """Logits of the rows that count, tile by tile."""
+    def plan(self, heads: tuple[Head, Head], *, grouped: bool) -> Plan:
+        """How the rows that count are cut into tiles.
+
+        Args:
+            heads: from :meth:`heads`.
+            grouped: whether :data:`GROUP` tiles of 16-bit gradients are held, for a wanted gradient of the weight.
+        """
         head, ref_head = heads
         kept = (self.labels != IGNORE_INDEX).nonzero()[:, 0]
-        whole, count, vocabulary = len(kept) == len(self.labels), len(kept), self.weight.shape[0]
+        count, vocabulary = len(kept), self.weight.shape[0]
+        group = GROUP if grouped and head.mixed and head.operands == torch.bfloat16 else 1
+        per_row = vocabulary * (head.compute.itemsize + ref_head.compute.itemsize)
+        per_row += group * vocabulary * head.operands.itemsize if head.mixed else 0
+        per_row += 2 * head.compute.itemsize * (self.hidden.shape[1] + self.ref_hidden.shape[1])
+        share = _MIXED_LOGITS_SHARE if head.mixed else _LOGITS_SHARE
+        multiple = 1 if self.hidden.device.type == "cpu" else ROW_MULTIPLE
+        return Plan(
+            kept,
+            len(kept) == len(self.labels),
+            step_of(count, int(self.tile_bytes * share) // per_row, multiple),
+            group,
+        )
+
+    def tiles(self, heads: tuple[Head, Head], plan: Plan) -> Iterator[Tile]:
+        """Logits of the rows that count, tile by tile."""
+        head, ref_head = heads
+        count, step, vocabulary = len(plan.kept), plan.step, self.weight.shape[0]
         if count == 0:
             return
-        per_row = vocabulary * (head.compute.itemsize + ref_head.compute.itemsize)
-        per_row += vocabulary * head.operands.itemsize if head.mixed else 0
-        per_row += 2 * head.compute.itemsize * (self.hidden.shape[1] + self.ref_hidden.shape[1])
-        most = max(1, int(self.tile_bytes * _LOGITS_SHARE) // per_row)
-        number = -(-count // most)
-        step = -(-count // number)  # tiles of one size: a narrow last one would waste a pass over the weight
         buffer = torch.empty(step, vocabulary, dtype=head.compute, device=self.hidden.device)
         ref_buffer = torch.empty(step, vocabulary, dtype=ref_head.compute, device=self.hidden.device)
         for start in range(0, count, step):
-            rows = slice(start, min(start + step, count)) if whole else kept[start : start + step]
+            rows = plan.rows(start, min(start + step, count))
             hidden, size = self.hidden[rows], min(step, count - start)
             logits = head.logits(hidden, buffer[:size])
             ref_logits = ref_head.logits(self.ref_hidden[rows], ref_buffer[:size])
@@ -130,8 +188,8 @@ class LinearInputs:
 class _Accumulated:
     """Gradients summed over tiles; the head's in float32 whatever its dtype."""
 
-    def __init__(self, inputs: LinearInputs, head: Head, wanted: Wanted) -> None:
-        self.head, self.inputs = head, inputs
+    def __init__(self, inputs: LinearInputs, head: Head, plan: Plan, wanted: Wanted) -> None:
+        self.head, self.inputs, self.plan = head, inputs, plan
         # float16 would lose what a loss that is scaled later still brings into range.
         held = head.compute if inputs.hidden.dtype == torch.float16 else inputs.hidden.dtype
         self.hidden = memory.zeros_like(inputs.hidden, dtype=held) if wanted.hidden else None
@@ -140,27 +198,50 @@ class _Accumulated:
         self.weight = torch.empty_like(inputs.weight, dtype=head.compute) if wanted.weight else None
         self.empty = True
         self.bias = memory.zeros_like(inputs.weight[:, 0], dtype=head.compute) if wanted.bias else None
+        # float16 needs the float32 gradient's size first; bfloat16 has its range, and is written at once.
+        self.waiting: Tensor | None = None
+        if head.operands == torch.bfloat16:
+            rows = min(plan.group * plan.step, len(plan.kept))
+            self.waiting = torch.empty(rows, inputs.weight.shape[0], dtype=head.operands, device=inputs.hidden.device)
+        self.done, self.seen = 0, 0
 
     def add(self, tile: Tile, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor) -> None:
-        """Add a tile's, overwriting its logits."""
-        head, inputs = self.head, self.inputs
-        options = inputs.row_options()
-        # float16 needs the float32 gradient's size first; bfloat16 has its range, and is written at once.
+        """Add a tile's, perhaps overwriting its logits; tiles come in the order of the plan."""
+        options, size = self.inputs.row_options(), len(tile.labels)
         out = tile.logits
-        if head.operands == torch.bfloat16:
-            out = memory.empty_like(tile.logits, dtype=head.operands)
+        if self.waiting is not None:
+            out = self.waiting[self.seen - self.done :][:size]
         options.backend_for(tile.logits).backward(
             tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, out=out, **options.for_rows
         )
+        self.seen += size
+        if self.waiting is None:
+            gradient, factor = self.head.operand(out)
+            self._multiply(out, gradient, factor, tile.rows, tile.hidden)
+        elif self.seen - self.done == len(self.waiting) or self.seen == len(self.plan.kept):
+            gradient, rows = self.waiting[: self.seen - self.done], self.plan.rows(self.done, self.seen)
+            self._multiply(gradient, gradient, None, rows, self.inputs.hidden[rows])
+
+    def _multiply(
+        self, out: Tensor, gradient: Tensor, factor: Tensor | None, rows: Tensor | slice, hidden: Tensor
+    ) -> None:
+        """Add what the gradient of some logits gives.
+
+        Args:
+            out: (n, V) the gradient.
+            gradient, factor: the same as products read it, from :meth:`Head.operand`.
+            rows: which rows of the arguments they are.
+            hidden: (n, D) the hidden states of these rows.
+        """
+        head = self.head
         if self.bias is not None:
             self.bias += out.sum(0, dtype=head.compute)
-        gradient, factor = (out, None) if out.dtype == head.operands else head.operand(out)
         if self.hidden is not None:
-            self.hidden[tile.rows] = head.hidden_gradient(gradient, factor).to(self.hidden.dtype)
+            self.hidden[rows] = head.hidden_gradient(gradient, factor).to(self.hidden.dtype)
         if self.weight is not None:
             # Nothing is read from memory that nobody has written yet.
-            head.add_weight_gradient(self.weight, gradient, factor, tile.hidden, replace=self.empty)
-        self.empty = False
+            head.add_weight_gradient(self.weight, gradient, factor, hidden, replace=self.empty)
+        self.empty, self.done = False, self.seen
 
     def result(self) -> Gradients:
         """In the dtypes of the arguments; float32 instead of float16."""
@@ -176,7 +257,7 @@ def statistics_of(inputs: LinearInputs) -> RowStatistics:
     """Row statistics (N,), zeros in ignored rows; two products."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
-    for tile in inputs.tiles(heads):
+    for tile in inputs.tiles(heads, inputs.plan(heads, grouped=False)):
         _put(result, tile, _forward(tile, options))
     return result
 
@@ -186,8 +267,9 @@ def gradients_of(
 ) -> Gradients:
     """Gradients for upstream gradients (N,), from tiles computed again: four products."""
     heads = inputs.heads()
-    total = _Accumulated(inputs, heads[0], wanted)
-    for tile in inputs.tiles(heads):
+    plan = inputs.plan(heads, grouped=wanted.weight)
+    total = _Accumulated(inputs, heads[0], plan, wanted)
+    for tile in inputs.tiles(heads, plan):
         found = RowStatistics(*(part[tile.rows] for part in statistics))
         total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])
     return total.result()
@@ -199,8 +281,9 @@ def statistics_and_gradients(
     """Both from one visit to each tile: four products in all."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
-    total = _Accumulated(inputs, heads[0], wanted)
-    for tile in inputs.tiles(heads):
+    plan = inputs.plan(heads, grouped=wanted.weight)
+    total = _Accumulated(inputs, heads[0], plan, wanted)
+    for tile in inputs.tiles(heads, plan):
         found = _forward(tile, options)
         _put(result, tile, found)
         total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])

@@ -22,6 +22,20 @@ def _mixed_products(device_type: str) -> bool:
     return True
 
 
+@cache
+def _adds_mixed(device_type: str) -> bool:
+    """Whether torch adds such a product to a float32 matrix in place."""
+    if not _mixed_products(device_type):
+        return False
+    try:
+        one = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
+        total = torch.ones(16, 16, dtype=torch.float32, device=device_type)
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return bool((total == 17).all())
+
+
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that a head's product reads: autocast's on an accelerator, else the wider of the two."""
     device = hidden.device.type
@@ -93,6 +107,12 @@ class Head:
         hidden = hidden.to(self.operands)
         if not self.mixed:
             total.addmm_(gradient.t(), hidden, beta=0.0 if replace else 1.0)
+            return
+        if factor is None and replace:
+            torch.mm(gradient.t(), hidden, out_dtype=torch.float32, out=total)
+            return
+        if factor is None and _adds_mixed(total.device.type):
+            torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
             return
         for start in range(0, total.shape[0], self._step):
             part = slice(start, start + self._step)

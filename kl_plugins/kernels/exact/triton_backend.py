@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,16 +15,15 @@ from kl_plugins.kernels.exact.statistics import (
     LabelLogits,
     Options,
     RowStatistics,
-    RowSums,
-    finish,
-    label_logits,
 )
-from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel
+from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel, statistics_kernel
 
-# Tokens per step, and warps per program. Forward keeps four sums per lane: larger blocks leave room for fewer programs
-# on a multiprocessor, and spill in the end, which the ahead-of-time tests watch.
-FORWARD_BLOCK, FORWARD_WARPS = 1024, 4
-BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
+# Logits per step, and warps per program. All logits of a step are in registers: larger blocks leave room for fewer
+# programs on a multiprocessor, and spill in the end, which the ahead-of-time tests watch. Stages: steps whose logits
+# are loaded ahead, into shared memory; the other programs of a multiprocessor hide the loads better. An H200 was
+# fastest with these, see docs/results.md.
+FORWARD_BLOCK, FORWARD_WARPS, FORWARD_STAGES = 2048, 4, 1
+BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 
 INTERPRETED = not isinstance(row_sums_kernel, triton.JITFunction)
 """Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU, slowly."""
@@ -75,13 +74,31 @@ def forward(
     Nothing is computed in float64 but a few numbers per row, and the host never waits for the device. So rows whose
     logits have an offset in common keep the digits that float32 leaves: 20 nats of it cost 5e-6 of a KL of 5e-5.
     """
-    options = Options(scale, softcap, ref_softcap)
-    at_label = label_logits(logits, ref_logits, labels, options)
-    sums = part_sums(logits, ref_logits, labels, at_label, options, shift_again=True)
-    whole = RowSums(sums.maximum.double() * scale, *sums[2:], *at_label[:2])
-    ref_lse = sums.ref_maximum.double() * scale + sums.ref_mass.double().log() + sums.shift.double()
-    # What the kernel passed again is no longer doubtful, and ref_lse cannot overflow.
-    return finish(whole, labels, torch.float32, ref_lse)[0]
+    _check_dtype(logits, ref_logits)
+    rows, vocab = logits.shape
+    logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
+    found = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
+    centre = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    if rows:
+        with _on(logits):
+            statistics_kernel[(rows,)](
+                logits,
+                ref_logits,
+                labels.contiguous(),
+                found,
+                centre,
+                logits.stride(0),
+                ref_logits.stride(0),
+                rows,
+                vocab,
+                scale,
+                *_caps(softcap, ref_softcap),
+                scale != 1.0,
+                *_flags(softcap, ref_softcap),
+                **_forward_shape(logits, ref_logits),
+            )
+    kl, logp, ref_logp, lse = found
+    return RowStatistics(kl, logp, ref_logp, lse, centre)
 
 
 def part_sums(
@@ -90,18 +107,14 @@ def part_sums(
     labels: Tensor,
     at_label: LabelLogits,
     options: Options,
-    *,
-    shift_again: bool = False,
 ) -> PartSums:
-    """One pass over rows, or over the same columns of all rows.
+    """One pass over the same columns of all rows, around the shift that all parts of a row share.
 
     Args:
         logits, ref_logits: (N, V), 16 or 32 bits; policy and reference.
         labels: (N,) int64, read for :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` only: such rows hold 0.
         at_label: of each row's label, which may be in other columns.
         options: for all rows.
-        shift_again: pass rows whose label is an outlier once more, around E_p[z - u]. Parts of one row must not: they
-            have to share their shift.
 
     Returns:
         The sums.
@@ -109,14 +122,17 @@ def part_sums(
     _check_dtype(logits, ref_logits)
     rows, vocab = logits.shape
     logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
-    result = torch.zeros(len(PartSums._fields), rows, dtype=torch.float32, device=logits.device)
+    label, ref_label, shift = (part.float().contiguous() for part in at_label)
+    result = torch.empty(6, rows, dtype=torch.float32, device=logits.device)
     if rows:
         with _on(logits):
             row_sums_kernel[(rows,)](
                 logits,
                 ref_logits,
-                labels != IGNORE_INDEX,
-                *(part.float().contiguous() for part in at_label),
+                labels.contiguous(),
+                label,
+                ref_label,
+                shift,
                 result,
                 logits.stride(0),
                 ref_logits.stride(0),
@@ -124,12 +140,13 @@ def part_sums(
                 vocab,
                 options.scale,
                 *_caps(options.softcap, options.ref_softcap),
-                PASSES=2 if shift_again else 1,
-                BLOCK=_block(vocab, FORWARD_BLOCK),
-                num_warps=FORWARD_WARPS,
-                enable_fp_fusion=True,  # said aloud: the default changes in Triton 3.10
+                options.scale != 1.0,
+                *_flags(options.softcap, options.ref_softcap),
+                **_forward_shape(logits, ref_logits),
             )
-    return PartSums(*result)
+    maximum, ref_maximum, mass, first, second, ref_mass = result
+    shift = shift.masked_fill(labels == IGNORE_INDEX, 0.0)
+    return PartSums(maximum, ref_maximum, mass, first, second, ref_mass, shift)
 
 
 def backward(
@@ -158,10 +175,9 @@ def backward(
             gradient_kernel[(rows * -(-vocab // block),)](
                 logits,
                 ref_logits,
-                labels != IGNORE_INDEX,
-                labels,
+                labels.contiguous(),
                 statistics.lse,
-                statistics.centre.float(),
+                statistics.centre,
                 grad_kl.float().contiguous(),
                 grad_logp.float().contiguous(),
                 target,
@@ -170,7 +186,10 @@ def backward(
                 target.stride(0),
                 vocab,
                 scale,
-                *_caps(softcap, ref_softcap, torch.finfo(out.dtype).max),
+                *_caps(softcap, ref_softcap),
+                torch.finfo(out.dtype).max,
+                scale != 1.0,
+                *_flags(softcap, ref_softcap),
                 BLOCK=block,
                 num_warps=BACKWARD_WARPS,
                 enable_fp_fusion=True,
@@ -178,10 +197,29 @@ def backward(
     return out if target is out else out.copy_(target)
 
 
-def _caps(softcap: float | None, ref_softcap: float | None, *between: float) -> tuple[float | bool, ...]:
-    # What stands in the signatures of both kernels: values, then which code they select.
+def _caps(softcap: float | None, ref_softcap: float | None) -> tuple[float, float]:
+    return softcap or 1.0, ref_softcap or 1.0
+
+
+def _flags(softcap: float | None, ref_softcap: float | None) -> tuple[bool, bool, bool]:
+    # Which code the caps select, in the order of the kernels' signatures.
     same = softcap is not None and softcap == ref_softcap
-    return (softcap or 1.0, ref_softcap or 1.0, *between, softcap is not None, ref_softcap is not None, same)
+    return softcap is not None, ref_softcap is not None, same
+
+
+def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:
+    # How a block lies in the threads, and how Triton compiles for it.
+    vector = 16 // max(logits.element_size(), ref_logits.element_size())  # bytes that a thread loads at once
+    lanes = 32 * FORWARD_WARPS
+    repeats = max(1, _block(logits.shape[1], FORWARD_BLOCK) // (lanes * vector))
+    return {
+        "REPEATS": repeats,
+        "LANES": lanes,
+        "VECTOR": vector,
+        "STAGES": FORWARD_STAGES,
+        "num_warps": FORWARD_WARPS,
+        "enable_fp_fusion": True,  # said aloud: the default changes in Triton 3.10
+    }
 
 
 def _block(vocab: int, largest: int) -> int:

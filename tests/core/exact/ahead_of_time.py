@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and report what the code needs: a process of its own.
 
 ``python -m tests.core.exact.ahead_of_time 80 90`` prints one JSON object per line: kernel, arch, variant, registers,
-stack, local memory, instructions that spill, and the number of asynchronous copies in the machine code.
+stack, local memory, instructions that spill, and the number of 16-byte loads in the machine code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kl_plugins.kernels.exact import triton_backend
-from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel
+from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel, statistics_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -36,14 +36,17 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
 def compile_kernel(kernel: Any, arch: int, dtype: str, flags: tuple[str, ...], block: int, warps: int) -> Any:
     """Compile as a launch on contiguous logits would, 16-divisible where those are."""
     signature, constants, divisible = {}, {}, {}
+    lanes, vector = 32 * warps, 4 if dtype == "fp32" else 8
+    shape = {"BLOCK": block, "LANES": lanes, "VECTOR": vector, "REPEATS": block // (lanes * vector)}
+    shape["STAGES"] = triton_backend.FORWARD_STAGES
     for position, name in enumerate(kernel.arg_names):
         if name.isupper():
             signature[name] = "constexpr"
-            constants[name] = {"BLOCK": block, "PASSES": 2}.get(name, name in flags)
+            constants[name] = shape.get(name, name in flags)
         elif name in ("z_ptr", "u_ptr", "out_ptr"):
             signature[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
-            signature[name] = {"kept_ptr": "*i1", "labels_ptr": "*i64"}.get(name, "*fp32")
+            signature[name] = {"labels_ptr": "*i64", "centre_ptr": "*fp64"}.get(name, "*fp32")
         else:
             signature[name] = "fp32" if name in ("scale", "cap", "ref_cap", "largest") else "i32"
         if name in ("z_ptr", "u_ptr", "out_ptr", "vocab") or name.endswith("_stride"):
@@ -67,7 +70,7 @@ def report(kernel: Any, arch: int, variant: str, block: int, warps: int) -> dict
         "variant": variant,
         **needs,
         "spilling": len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        "asynchronous_copies": code.count("LDGSTS"),
+        "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
     }
 
 
@@ -80,12 +83,14 @@ def main(arches: list[str]) -> None:
     for arch in map(int, arches):
         for variant in VARIANTS:
             for kernel, block, warps in (
+                (statistics_kernel, backend.FORWARD_BLOCK, backend.FORWARD_WARPS),
                 (row_sums_kernel, backend.FORWARD_BLOCK, backend.FORWARD_WARPS),
                 (gradient_kernel, backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS),
             ):
                 print(json.dumps(report(kernel, arch, variant, block, warps)), flush=True)
     # A block that must spill: shows that the report would see it.
-    print(json.dumps({**report(row_sums_kernel, int(arches[0]), "bf16", 8192, 8), "variant": "too large"}), flush=True)
+    large = report(statistics_kernel, int(arches[0]), "bf16", 32768, 4)
+    print(json.dumps({**large, "variant": "too large"}), flush=True)
 
 
 if __name__ == "__main__":

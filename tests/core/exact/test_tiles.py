@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins import exact_kl, linear_kl
+from kl_plugins.kernels.exact.linear import step_of
 from tests.core.exact.support import make_rows, peak_bytes
 from tests.core.exact.test_linear import gradients, heads
 
@@ -87,3 +88,12 @@ def test_hidden_states_cost_their_gradients_and_the_tile(mode: str, dtype: torch
     found = peak_bytes(run)
     assert found < results + tile + small
     assert found < naive / 10
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "multiple", "step"),
+    [(8192, 525, 128, 512), (8192, 500, 128, 384), (1000, 525, 128, 512), (100, 525, 128, 100), (100, 60, 128, 50),
+     (10, 0, 1, 1), (0, 5, 1, 1), (10, 4, 1, 4), (10, 9, 1, 5)],
+)  # fmt: skip
+def test_tiles_are_of_one_size_that_the_products_like(count: int, most: int, multiple: int, step: int) -> None:
+    assert step_of(count, most, multiple) == step

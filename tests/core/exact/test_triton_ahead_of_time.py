@@ -39,10 +39,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_no_kernel_spills_or_uses_the_stack(reports: list[dict[str, Any]]) -> None:
     ours = [report for report in reports if report["variant"] != "too large"]
-    assert len(ours) == 2 * 2 * 4
+    assert len(ours) == 2 * 3 * 4
     for report in ours:
         assert (report["STACK"], report["LOCAL"], report["spilling"]) == (0, 0, 0), report
-        assert report["REG"] <= 128, report  # at 4 warps, four programs on a multiprocessor
+        # At 4 warps, four programs on a multiprocessor; three where policy and reference have different caps.
+        assert report["REG"] <= (168 if "unlike" in report["variant"] else 128), report
 
 
 def test_a_kernel_that_spills_would_be_seen(reports: list[dict[str, Any]]) -> None:
@@ -51,7 +52,6 @@ def test_a_kernel_that_spills_would_be_seen(reports: list[dict[str, Any]]) -> No
     assert large["spilling"] > 0
 
 
-def test_the_forward_kernel_copies_ahead_of_its_computation(reports: list[dict[str, Any]]) -> None:
-    forward = [report for report in reports if report["kernel"] == "row_sums_kernel"]
-    assert forward
-    assert all(report["asynchronous_copies"] > 0 for report in forward)
+def test_every_kernel_loads_16_bytes_at_once(reports: list[dict[str, Any]]) -> None:
+    """One thread's share of a block is contiguous, so the forward kernels add it up without asking other threads."""
+    assert all(report["wide_loads"] > 0 for report in reports)

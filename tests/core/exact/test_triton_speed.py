@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 pytestmark = pytest.mark.gpu
+Capture = pytest.CaptureFixture[str]
 
 ROWS, VOCAB = 8192, 152_064
-SIZES = [(1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16)]
+FORWARD_SIZES = [(1024, 4), (2048, 4), (4096, 4), (2048, 8), (4096, 8), (8192, 8)]
+STAGES = (1, 2, 3)
+BACKWARD_SIZES = [(1024, 4), (2048, 4), (4096, 8), (8192, 8)]
 OPTIONS = {"scale": 1.0, "softcap": None, "ref_softcap": None}
 
 
@@ -50,36 +53,48 @@ def milliseconds(call: Callable[[], object], repeats: int = 10) -> float:
     return sorted(times)[repeats // 2]
 
 
-@pytest.mark.parametrize(("block", "warps"), SIZES)
-def test_every_block_size_gives_the_same_and_says_how_fast(
-    logits: Logits, block: int, warps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("block", "warps"), FORWARD_SIZES)
+def test_every_forward_gives_the_same_and_says_how_fast(
+    logits: Logits, block: int, warps: int, stages: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     from kl_plugins.kernels.exact import triton_backend as backend
 
     rows = (logits.policy, logits.reference, logits.labels)
+    statistics = backend.forward(*rows, **OPTIONS)
+    chosen = (block, warps, stages) == (backend.FORWARD_BLOCK, backend.FORWARD_WARPS, backend.FORWARD_STAGES)
+    for name, value in (("BLOCK", block), ("WARPS", warps), ("STAGES", stages)):
+        monkeypatch.setattr(backend, f"FORWARD_{name}", value)
+    found = backend.forward(*rows, **OPTIONS)
+    torch.testing.assert_close(found.kl, statistics.kl, rtol=1e-5, atol=1e-8)
+    say(f"forward, block {block}, {warps} warps, {stages} stages", chosen, capsys,
+        2, logits.policy, milliseconds(lambda: backend.forward(*rows, **OPTIONS)))  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "warps"), BACKWARD_SIZES)
+def test_every_backward_gives_the_same_and_says_how_fast(
+    logits: Logits, block: int, warps: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from kl_plugins.kernels.exact import triton_backend as backend
+
+    rows = (logits.policy, logits.reference, logits.labels)
+    statistics = backend.forward(*rows, **OPTIONS)
     out = torch.empty_like(logits.policy)
 
     def backward() -> Tensor:
         return backend.backward(*rows, statistics, logits.upstream, logits.upstream, out=out, **OPTIONS)
 
-    chosen = (block, warps) in (
-        (backend.FORWARD_BLOCK, backend.FORWARD_WARPS),
-        (backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS),
-    )
-    statistics = backend.forward(*rows, **OPTIONS)
     gradient = backward()[:64].clone()
+    chosen = (block, warps) == (backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS)
     for name, value in (("BLOCK", block), ("WARPS", warps)):
-        monkeypatch.setattr(backend, f"FORWARD_{name}", value)
         monkeypatch.setattr(backend, f"BACKWARD_{name}", value)
-    found = backend.forward(*rows, **OPTIONS)
-    torch.testing.assert_close(found.kl, statistics.kl, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(backward()[:64], gradient, rtol=1e-2, atol=1e-6)
+    say(f"backward, block {block}, {warps} warps", chosen, capsys, 3, logits.policy, milliseconds(backward))
 
-    size = logits.policy.numel() * logits.policy.element_size()
-    times = [milliseconds(lambda: backend.forward(*rows, **OPTIONS)), milliseconds(backward)]
-    rates = [passes * size / time / 1e6 for passes, time in zip((2, 3), times, strict=True)]
+
+def say(what: str, chosen: bool, capsys: Capture, passes: int, logits: Tensor, time: float) -> None:
+    """Print a time, and the rate of what has to be read and written."""
+    rate = passes * logits.numel() * logits.element_size() / time / 1e6
+    used = " (in use)" if chosen else ""
     with capsys.disabled():
-        print(
-            f"\n{torch.cuda.get_device_name()}, block {block}, {warps} warps{' (in use)' if chosen else ''}: "
-            f"forward {times[0]:.2f} ms ({rates[0]:.0f} GB/s), backward {times[1]:.2f} ms ({rates[1]:.0f} GB/s)"
-        )
+        print(f"\n{torch.cuda.get_device_name()}, {what}{used}: {time:.2f} ms ({rate:.0f} GB/s)")
