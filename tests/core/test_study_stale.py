@@ -133,6 +133,25 @@ def test_todays_default_stays_where_nothing_qualifies():
     assert "No candidate" in said
 
 
+def test_second_choice_never_left_the_reference_and_lost_reward_least():
+    lost = {(STALE, arm, seed): record(0.1, 0.3) for arm, seed in ((ELIGIBLE[1], None), (ELIGIBLE[2], 4))}
+    lost |= {(STALE, TODAY, None): record(0.0, 12.0), (STALE, ELIGIBLE[3], 1): record(0.1, 0.3)}
+    known = outcomes(lost)
+    assert rules.order(known) == []
+    assert rules.second_choice(known) == ELIGIBLE[2]
+    assert f"By the second rule it is {ELIGIBLE[2]}." in summary.verdict(known, [], ELIGIBLE[2])["sentence"]
+    everything = outcomes({(STALE, arm, 1): record(0.0, 12.0) for arm in ELIGIBLE})
+    assert rules.second_choice(everything) is None
+
+
+def test_second_choice_may_lose_no_more_reward_than_the_unweighted_term():
+    assert rules.second_confirmed(ELIGIBLE[2], outcomes())
+    lost = {(STALE, ELIGIBLE[2], 1): record(0.1, 0.3)}
+    assert not rules.second_confirmed(ELIGIBLE[2], outcomes(lost))
+    assert rules.second_confirmed(ELIGIBLE[2], outcomes(lost | {(STALE, UNWEIGHTED, 2): record(0.1, 0.3)}))
+    assert not rules.second_confirmed(ELIGIBLE[2], outcomes({(STALE, ELIGIBLE[2], 1): record(0.5, 8.5)}))
+
+
 def test_confirmation_fails_where_the_choice_runs_away_again():
     again = tuple(replace(place, family="llama") for place in (FRESH, STALE))
     chosen, good = ELIGIBLE[2], outcomes(places=again)

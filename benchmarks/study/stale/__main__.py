@@ -59,7 +59,8 @@ def study(console: Console, options: Options, confirm: str = "", selection_only:
     if options.dry and not found:
         console.print("The confirmation's runs depend on the choice; this is their cost, were it today's default:")
     selected = rules.outcomes(found, beta)
-    chosen = confirm or rules.choose(selected)
+    chosen = confirm or (rules.choose(selected) if rules.order(selected) else rules.second_choice(selected))
+    chosen = chosen or rules.choose(selected)
     console.print(f"candidates that reach a level, the default first: {rules.order(selected)}")
     elsewhere: runs.Found = {}
     if not selection_only:

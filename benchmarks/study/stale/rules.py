@@ -177,6 +177,29 @@ def choose(known: Sequence[Outcome]) -> str:
     return ranked[0][0] if ranked else TODAY
 
 
+def second_choice(known: Sequence[Outcome]) -> str | None:
+    """The candidate that is confirmed where none reaches any level; None where there is none.
+
+    **Added when the selection had shown that none does, before any run of the confirmation.** Of the candidates whose
+    KL was above that of no KL term in no run, those that lost their reward in the fewest runs; of these, the one with
+    the smallest bias. How far it falls short of the best arm is reported and decides nothing.
+    """
+    above = {outcome.arm for outcome in known if outcome.above}
+    lost = {arm: sum(o.lost for o in known if o.arm == arm) for arm in ELIGIBLE if arm not in above}
+    return min(lost, key=lambda arm: lost[arm]) if lost else None
+
+
+def second_confirmed(arm: str, again: Sequence[Outcome]) -> bool:
+    """Whether a second choice holds elsewhere; fixed together with `second_choice`.
+
+    Its KL was above that of no KL term in no run, and it lost its reward in no more runs than the unweighted term.
+    """
+    mine = [outcome for outcome in again if outcome.arm == arm]
+    where = {(outcome.place, outcome.seed) for outcome in mine}
+    unweighted = sum(o.lost for o in again if o.arm == UNWEIGHTED and (o.place, o.seed) in where)
+    return bool(mine) and not any(o.above for o in mine) and sum(o.lost for o in mine) <= unweighted
+
+
 def confirmed(arm: str, selected: Sequence[Outcome], again: Sequence[Outcome]) -> bool:
     """Whether a choice does elsewhere as well as where it was chosen, noise allowed for: at least level 2, or 3.
 

@@ -94,6 +94,8 @@ def verdict(selected: Sequence[Outcome], again: Sequence[Outcome], chosen: str) 
     """
     levels = {arm: rules.level(arm, selected) for arm in rules.ELIGIBLE}
     made = {
+        "default": rules.choose(selected), "second": rules.second_choice(selected),
+        "second confirmed": rules.second_confirmed(chosen, again) if again else None,
         "chosen": chosen, "levels": levels, "order": [arm for arm, _ in rules.order(selected)],
         "confirmed": rules.confirmed(chosen, selected, again) if again else None,
         "confirmation levels": {arm: rules.level(arm, again) for arm in dict.fromkeys(o.arm for o in again)},
@@ -104,10 +106,16 @@ def verdict(selected: Sequence[Outcome], again: Sequence[Outcome], chosen: str) 
 def sentence(found: Mapping[str, Any]) -> str:
     """The verdict in words."""
     chosen, reached = found["chosen"], found["levels"].get(found["chosen"], 0)
+    if not found["order"]:
+        said = f"No candidate reaches any level, so by the rule {found['default']} stays the default."
+        if found["second"] is None:
+            return said
+        said += f" By the second rule it is {found['second']}."
+        if found["second"] != chosen or found["second confirmed"] is None:
+            return f"{said} That was not confirmed elsewhere."
+        return f"{said} The confirmation {'holds' if found['second confirmed'] else 'FAILS'}."
     if not reached:
-        return f"No candidate reaches any level; {rules.TODAY} stays the default." if not found["order"] else (
-            f"{chosen} reaches no level in the selection; the first that does is {found['order'][0]}."
-        )  # fmt: skip
+        return f"{chosen} reaches no level in the selection; the first that does is {found['order'][0]}."
     said = f"{chosen} is first among the candidates, at level {reached}: {rules.LEVELS[reached]}."
     if found["confirmed"] is None:
         return f"{said} It was not confirmed elsewhere."
