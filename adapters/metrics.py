@@ -1,5 +1,7 @@
 """Joins the ``kl/`` metrics of micro-batches and ranks: means weighted by tokens, maxima, pooled ratios and spreads.
 
+It also reads one of them for the user: where a floor holds most of the weights, a log line says so.
+
 A mean over tokens joins by its sum. A standard deviation and an effective sample size do not: they are turned into
 the sums that they are made of, and computed again from the joined sums. So the result is that of one large batch.
 """
@@ -11,7 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels.backend import say_once
 from kl_plugins.metrics import LEAST_KL, REDUCTIONS
+from kl_plugins.spec import KLSpec
 
 TOKENS, BATCHES = "tokens", "batches"
 """Keys of the sums that the others are divided by: response tokens, and micro-batches."""
@@ -21,6 +25,9 @@ SQUARED_COEFFICIENT, SQUARED_WEIGHT = "coef/square", "weight/square"
 
 PER_BATCH = ("kl/active", "kl/beta")
 """Keys that describe a micro-batch, and not its tokens: a micro-batch without tokens counts as well."""
+
+MANY = 0.5
+"""Share of floored weights from which the data are too stale for their correction."""
 
 _LARGEST = 1e100
 """Squares and sums of this stay finite in float64."""
@@ -82,6 +89,25 @@ def joined(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, 
     k1, k3 = found["kl/reverse_k1"], found["kl/value"]
     found["kl/disagree"] = abs(k1 - k3) / k3 if k3 >= LEAST_KL else 0.0
     return {**found, **maxima}
+
+
+def warn_if_floored(spec: KLSpec, found: Mapping[str, float]) -> None:
+    """Log one line, once per process, where a spec's floor raised more than :data:`MANY` of the weights.
+
+    With ``floor:1`` every weight below 1 is raised, and half of them are on fresh data from an inexact sampler. So
+    that floor is left out.
+
+    Args:
+        spec: in use.
+        found: the metrics of a whole logging window, from :func:`joined`.
+    """
+    if spec.floor is not None and spec.floor < 1.0 and found.get("kl/floor_frac", 0.0) > MANY:
+        say_once(
+            f"kl-plugins: {spec}: over a logging window, the importance weight of more than half of the response "
+            "tokens was below the floor (kl/floor_frac > 0.5). For these tokens the gradient is no longer corrected, "
+            "because the data come from a policy that is far from the present one. Use fresher data (fewer updates "
+            "per rollout), a smaller learning rate, or exact@loss, whose own term needs no weight for its token."
+        )
 
 
 class Accumulator:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.log_probs import NAMES, require_finite
-from kl_plugins.adapters.metrics import Accumulator
+from kl_plugins.adapters.metrics import Accumulator, warn_if_floored
 from kl_plugins.adapters.openrlhf.exact import require_same_reference
 from kl_plugins.spec import KLSpec
 
@@ -133,4 +133,7 @@ class Session:
         torch.distributed.all_reduce(sums)
         torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX)
         kl, tokens = sums[-2:].tolist()
-        return {**self.metrics.total((sums[:-2], maxima)), "kl": kl / max(tokens, 1.0)}
+        found = self.metrics.total((sums[:-2], maxima))
+        if torch.distributed.get_rank() == 0:
+            warn_if_floored(self.spec, found)
+        return {**found, "kl": kl / max(tokens, 1.0)}

@@ -23,15 +23,20 @@ class Window:
 
     def add(
         self, log: MutableMapping[str, list[float]], sums: Mapping[str, float], maxima: Mapping[str, float]
-    ) -> None:
+    ) -> dict[str, float]:
         """Add a micro-batch and put the window's metrics into the host's log.
 
         Args:
             log: TRL's ``_metrics[mode]``.
             sums: totals over all ranks, see :func:`kl_plugins.adapters.metrics.sums_and_maxima`.
             maxima: the largest of all ranks.
+
+        Returns:
+            The metrics of the window before this one where a new one begins; else nothing.
         """
-        if not log.get(_ALWAYS):
+        ended: dict[str, float] = {}
+        if not log.get(_ALWAYS) and self._sums:
+            ended = joined(self._sums, self._maxima)
             self._sums, self._maxima = {}, {}
         for key, value in sums.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
@@ -39,3 +44,4 @@ class Window:
             self._maxima[key] = max(self._maxima.get(key, value), value)
         for key, value in joined(self._sums, self._maxima).items():
             log[key] = [value]
+        return ended

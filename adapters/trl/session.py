@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.log_probs import count_not_finite, finite_or, require_finite, used
-from kl_plugins.adapters.metrics import sums_and_maxima
+from kl_plugins.adapters.metrics import sums_and_maxima, warn_if_floored
 from kl_plugins.adapters.trl.exact import StateKL, require_head
 from kl_plugins.adapters.trl.log_probs import OLD, REFERENCE, SAMPLER, Recorder, Scored, policy_and_reference
 from kl_plugins.adapters.trl.loss import loss_term, response_mask
@@ -160,8 +160,10 @@ class Session:
             found = penalty_metrics(inputs[PENALTY], logp, reference, finite_or(old, logp), mask)
         beta = float(inputs[BETA]) if self.is_score else self.beta(host_beta)
         agreed = self._agreed(host_beta, count_not_finite(needed, mask), *sums_and_maxima(found, mask, beta))
-        self.windows[training].add(log, agreed.sums, agreed.maxima)
+        ended = self.windows[training].add(log, agreed.sums, agreed.maxima)
         if training:
+            if self.accelerator.is_main_process:
+                warn_if_floored(self.spec, ended)
             self.controller.observe(logp, reference, mask)
         self.applied.add("loss")
 

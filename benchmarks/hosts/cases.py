@@ -15,7 +15,7 @@ SPECS = (
     *(f"k{n}@loss/is:token/behaviour:{source}" for n in (2, 3) for source in ("old", "sampler")),
     *(f"k{n}@loss/is:prefix/behaviour:{source}" for n in (2, 3) for source in ("old", "sampler")),
     *("k1@loss/is:token/behaviour:old/allow:biased", "k1@loss/is:prefix/behaviour:sampler/allow:biased"),
-    "k2@loss/is:token/behaviour:sampler/cap:1.1",
+    *("k2@loss/is:token/behaviour:sampler/cap:1.1", "k2@loss/is:token/behaviour:sampler/floor:0.95"),
     "k2@loss/horizon:sequence/future:k3",
     "k2@loss/horizon:sequence/is:decision/behaviour:sampler",
     *("exact@loss", "exact@loss/horizon:sequence/is:decision/behaviour:sampler"),

@@ -15,10 +15,12 @@ _DIVERGENCES = {
 }
 
 WHY_DEFAULT = (
-    "Why this is the default: k2's coefficient is the reverse KL's, and the token weight keeps it right for stale or "
-    "mismatched samples, up to the states visited. In exact enumeration it has the lowest error at realistic sample "
-    "sizes: the sequence gradient is the complete one, but the variance of its future-KL term costs more than the term "
-    "is worth, so that term is opt-in (preset sequence)."
+    "Why this is the default: k2's coefficient is the reverse KL's, and the token weight corrects it for stale or "
+    "mismatched samples, up to the states visited. The floor changes nothing where every weight is at least 0.5. Below "
+    "that it keeps the pull on tokens that the policy has almost dropped, which would fade under the plain weight; the "
+    "price is a bias of the gradient at these tokens. In exact enumeration the weighted k2 has the lowest error at "
+    "realistic sample sizes: the sequence gradient is the complete one, but the variance of its future-KL term costs "
+    "more than the term is worth, so that term is opt-in (preset sequence)."
 )
 
 

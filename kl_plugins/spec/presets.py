@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 PRESETS: dict[str, str] = {
-    "default": "k2@loss/is:token",
+    "default": "k2@loss/is:token/floor:0.5",
     "ppo": "k1@reward",
     "grpo": "k3@loss",
     "deepseek-v3.2": "k3+@loss/is:token/behaviour:old",
@@ -15,10 +15,10 @@ PRESETS: dict[str, str] = {
 }
 
 NOTES: dict[str, str] = {
-    "default": "lowest gradient error at realistic sample sizes; the future-KL term is opt-in because of its variance",
+    "default": "reverse KL, corrected for stale data, with a pull that does not fade; the future-KL term is opt-in",
     "ppo": "Ziegler et al. 2019 (arXiv 1909.08593): KL in the reward",
     "grpo": "Shao et al. 2024 (arXiv 2402.03300): k3 as loss",
-    "deepseek-v3.2": "DeepSeek-V3.2: k3 times the live token ratio, whose gradient is that of the weighted k2",
+    "deepseek-v3.2": "DeepSeek-V3.2: k3 times the live token ratio; on stale data its pull on dropped tokens fades",
     "frpo": "FRPO (arXiv 2601.10201): reward-to-go KL, added after normalisation",
     "reinforce++": "REINFORCE++ (arXiv 2501.03262): KL in the reward",
     "reinforce++-baseline": "REINFORCE++-baseline (arXiv 2501.03262): k2 as loss",

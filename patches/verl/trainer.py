@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kl_plugins.adapters.checkpoints import record, resumed
+from kl_plugins.adapters.metrics import warn_if_floored
 from kl_plugins.adapters.verl import guards, metrics, score
 from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
 from kl_plugins.adapters.verl.settings import Specs, aggregation_caveats, aggregation_of, sampling_of, specs_of
@@ -150,6 +151,7 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
                 f"kl-plugins: the workers' update returned no kl/ metrics, so {session.specs.loss} was not "
                 "applied in it"
             )
+        warn_if_floored(session.specs.loss, found)
     return output
 
 

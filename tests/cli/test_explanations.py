@@ -97,7 +97,7 @@ def test_k3_as_loss_is_the_forward_kl() -> None:
 
 def test_default_says_why() -> None:
     assert "Why this is the default" in explain("default").notes[0]
-    assert "Why this is the default" in explain("k2@loss/is:token").notes[0]
+    assert "Why this is the default" in explain("k2@loss/is:token/floor:0.5").notes[0]
     assert "default" not in " ".join(explain("k2@loss").notes)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_term
-from kl_plugins.adapters.metrics import Accumulator, joined, sums_and_maxima
+from kl_plugins.adapters.metrics import Accumulator, joined, sums_and_maxima, warn_if_floored
+from kl_plugins.adapters.trl.metrics import Window
+from kl_plugins.kernels.backend import say_once
 from kl_plugins.metrics import REDUCTIONS
 
 SPEC = KLSpec.parse("k2@loss/is:token/floor:0.9/cap:3")
@@ -87,3 +89,35 @@ def test_huge_numbers_stay_finite() -> None:
     accumulator.add(found, torch.ones(1, 3), 1.0)
     accumulator.add(found, torch.ones(1, 3), 1.0)
     assert all(value == value and abs(value) < float("inf") for value in accumulator.total().values())
+
+
+@pytest.mark.parametrize(
+    ("spec", "share", "said"),
+    [
+        ("k2@loss/is:token/floor:0.5", 0.51, True),
+        ("k2@loss/is:token/floor:0.5", 0.5, False),
+        ("k2@loss/is:token/floor:1", 0.9, False),  # half of all weights are below 1 on fresh data as well
+        ("k2@loss/is:token", 0.9, False),
+    ],
+)
+def test_many_floored_weights_are_said_once(
+    spec: str, share: float, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_once.cache_clear()
+    for _ in range(2):
+        warn_if_floored(KLSpec.parse(spec), {"kl/floor_frac": share})
+    assert len(caplog.messages) == said
+    assert all("kl/floor_frac > 0.5" in message and "fresher data" in message for message in caplog.messages)
+
+
+def test_a_window_of_trls_log_ends_where_the_next_begins() -> None:
+    window, log = Window(), {}
+    one, other = (
+        [{key: value.item() for key, value in part.items()} for part in sums_and_maxima(*metrics(rows), 1.0)]
+        for rows in ([0, 1], [2])
+    )
+    assert window.add(log, *one) == {}
+    assert window.add(log, *other) == {}  # the same window
+    whole = {key: values[0] for key, values in log.items()}
+    log.clear()  # TRL has logged
+    assert window.add(log, *one) == whole

@@ -93,7 +93,7 @@ def test_yaml_reads_a_spec_as_text() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("default", "k2@loss/is:token"),
+        ("default", "k2@loss/is:token/floor:0.5"),
         ("ppo", "k1@reward"),
         ("grpo", "k3@loss"),
         ("deepseek-v3.2", "k3+@loss/is:token/behaviour:old"),

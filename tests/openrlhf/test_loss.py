@@ -23,6 +23,7 @@ OLD = (
     "k1@loss/allow:biased",
     "k2@loss/is:token",
     "k2@loss/is:token/behaviour:old/cap:1.5",
+    "k2@loss/is:token/floor:0.9",
     "k2@loss/is:token/band:0.5-1.2",
     "k2@loss/is:token/norm",
     "k2@loss/clip:0.2",

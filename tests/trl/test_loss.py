@@ -112,6 +112,7 @@ def test_k2_with_token_weight_has_the_gradient_of_the_hosts_corrected_k3(loss_ty
     "spec",
     [
         "k2@loss/is:token",
+        "k2@loss/is:token/floor:0.99",
         "k2@loss/is:prefix/cap:2",
         "k2@loss/is:sequence",
         "k3@loss/is:token/band:0.5-2",
@@ -139,6 +140,19 @@ def test_term_is_cores_on_the_same_tensors(spec, model, tmp_path):
     expected = support.gradient(built)
     assert expected.norm() > 0
     assert (ours - expected).norm() / expected.norm() < 1e-5
+
+
+def test_a_floor_that_raises_weights_changes_the_gradient(model, tmp_path):
+    found = []
+    for spec in ("k2@loss/is:token", "k2@loss/is:token/floor:0.99"):
+        gradient, _, built = off_policy_gradient(
+            GRPOTrainer, GRPOConfig, model, tmp_path, kl=spec, loss_type="dapo", use_bias_correction_kl=False
+        )
+        found.append((gradient, built._metrics["train"]["kl/floor_frac"][-1]))
+    (plain, none), (floored, share) = found
+    assert none == 0.0
+    assert share > 0.1
+    assert (floored - plain).norm() / plain.norm() > 1e-4
 
 
 def test_metrics_stand_beside_the_hosts_own(model, tmp_path):

@@ -47,6 +47,7 @@ def test_k3_is_verls_low_var_kl_inside_its_clamp(group, batch):
     [
         "k2@loss/is:token",
         "k2@loss/is:token/behaviour:old/cap:1.1",
+        "k2@loss/is:token/floor:0.99",
         "k3@loss/is:token/band:0.8-1.2",
         "k3+@loss/is:token/norm",
         "k2@loss/is:prefix",
@@ -68,6 +69,12 @@ def test_every_correction_is_the_core_called_by_hand(text, group, batch, model):
 
 def test_off_policy_weights_change_the_gradient(group, batch):
     assert distance(group.run("k2@loss/is:token", batch).gradient, group.run("k2@loss", batch).gradient) > 0.05
+
+
+def test_a_floor_that_raises_weights_changes_the_gradient(group, batch):
+    floored = group.run("k2@loss/is:token/floor:0.99", batch)
+    assert floored.metrics["kl/floor_frac"] > 0.1
+    assert distance(floored.gradient, group.run("k2@loss/is:token", batch).gradient) > 1e-3
 
 
 def test_two_padded_ranks_are_one_packed_rank(pair, group, batch):
