@@ -20,10 +20,11 @@ from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_ke
 
 # Logits per step, and warps per program. All logits of a step are in registers: larger blocks leave room for fewer
 # programs on a multiprocessor, and spill in the end, which the ahead-of-time tests watch. Stages: steps whose logits
-# are loaded ahead, into shared memory; the other programs of a multiprocessor hide the loads better. An H200 was
-# fastest with these, see docs/results.md.
-FORWARD_BLOCK, FORWARD_WARPS, FORWARD_STAGES = 2048, 4, 1
+# are loaded ahead, into shared memory. An H200 was fastest with these: 16-bit logits come in many rows, whose programs
+# hide each other's loads; 32-bit ones in tiles of some 500 rows, too few for that. See docs/results.md, "On a GPU".
+FORWARD_BLOCK, FORWARD_WARPS, FORWARD_STAGES, FORWARD_STAGES_32 = 2048, 4, 1, 3
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
+BACKWARD_BLOCK_32, BACKWARD_WARPS_32 = 4096, 8
 
 INTERPRETED = not isinstance(row_sums_kernel, triton.JITFunction)
 """Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU, slowly."""
@@ -169,7 +170,9 @@ def backward(
         out = torch.empty_like(logits)
     target = out if out.stride(-1) == 1 else torch.empty(rows, vocab, dtype=out.dtype, device=out.device)
     logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
-    block = _block(vocab, BACKWARD_BLOCK)
+    wide = logits.element_size() == 4
+    largest, warps = (BACKWARD_BLOCK_32, BACKWARD_WARPS_32) if wide else (BACKWARD_BLOCK, BACKWARD_WARPS)
+    block = _block(vocab, largest)
     if rows:
         with _on(logits):
             gradient_kernel[(rows * -(-vocab // block),)](
@@ -191,7 +194,7 @@ def backward(
                 scale != 1.0,
                 *_flags(softcap, ref_softcap),
                 BLOCK=block,
-                num_warps=BACKWARD_WARPS,
+                num_warps=warps,
                 enable_fp_fusion=True,
             )
     return out if target is out else out.copy_(target)
@@ -216,7 +219,7 @@ def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:
         "REPEATS": repeats,
         "LANES": lanes,
         "VECTOR": vector,
-        "STAGES": FORWARD_STAGES,
+        "STAGES": FORWARD_STAGES if vector == 8 else FORWARD_STAGES_32,
         "num_warps": FORWARD_WARPS,
         "enable_fp_fusion": True,  # said aloud: the default changes in Triton 3.10
     }

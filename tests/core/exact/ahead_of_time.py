@@ -1,7 +1,8 @@
 """Compile the Triton kernels for GPUs that are not here, and report what the code needs: a process of its own.
 
 ``python -m tests.core.exact.ahead_of_time 80 90`` prints one JSON object per line: kernel, arch, variant, registers,
-stack, local memory, instructions that spill, and the number of 16-byte loads in the machine code.
+stack, local memory, instructions that spill, and the numbers of 16-byte loads, to registers and to shared
+memory, in the machine code.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def compile_kernel(kernel: Any, arch: int, dtype: str, flags: tuple[str, ...], b
     signature, constants, divisible = {}, {}, {}
     lanes, vector = 32 * warps, 4 if dtype == "fp32" else 8
     shape = {"BLOCK": block, "LANES": lanes, "VECTOR": vector, "REPEATS": block // (lanes * vector)}
-    shape["STAGES"] = triton_backend.FORWARD_STAGES
+    shape["STAGES"] = triton_backend.FORWARD_STAGES_32 if dtype == "fp32" else triton_backend.FORWARD_STAGES
     for position, name in enumerate(kernel.arg_names):
         if name.isupper():
             signature[name] = "constexpr"
@@ -70,6 +71,7 @@ def report(kernel: Any, arch: int, variant: str, block: int, warps: int) -> dict
         "variant": variant,
         **needs,
         "spilling": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "loads_ahead": len(re.findall(r"\bLDGSTS\.E\S*\.128\b", code)),
         "wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
     }
 
@@ -81,11 +83,14 @@ def _cuobjdump(*arguments: str) -> str:
 def main(arches: list[str]) -> None:
     backend = triton_backend
     for arch in map(int, arches):
-        for variant in VARIANTS:
+        for variant, (dtype, _) in VARIANTS.items():
+            backward = (backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS)
+            if dtype == "fp32":
+                backward = (backend.BACKWARD_BLOCK_32, backend.BACKWARD_WARPS_32)
             for kernel, block, warps in (
                 (statistics_kernel, backend.FORWARD_BLOCK, backend.FORWARD_WARPS),
                 (row_sums_kernel, backend.FORWARD_BLOCK, backend.FORWARD_WARPS),
-                (gradient_kernel, backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS),
+                (gradient_kernel, *backward),
             ):
                 print(json.dumps(report(kernel, arch, variant, block, warps)), flush=True)
     # A block that must spill: shows that the report would see it.
