@@ -51,8 +51,9 @@ def main(
             for line in cases[-1]["absent"]:
                 console.print(f"not measured: {line}")
             # After every size: an interrupted run keeps what it has measured.
-            write_json(out / f"kernel-{device}-{name}.json", {**surroundings(), "rounds": rounds, "cases": cases})
-            plot(cases, out / f"kernel-{device}-{name}.png")
+            stem = "-".join(filter(None, ("kernel", device, name, only)))
+            write_json(out / f"{stem}.json", {**surroundings(), "rounds": rounds, "cases": cases})
+            plot(cases, out / f"{stem}.png")
 
 
 def case(size: Size, dtype: str, device: str, rounds: int) -> dict[str, Any]:
