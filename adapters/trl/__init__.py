@@ -26,7 +26,7 @@ def attach() -> None:
     Call it before a config class of your own is derived from TRL's: a dataclass does not pass on later fields.
 
     Raises:
-        UnsupportedHostError: this TRL is not one that kl-plugins was checked with.
+        UnsupportedHostError: this TRL is not one that kl-plugins was checked with, or Unsloth has rewritten it.
     """
     from kl_plugins.patches import trl
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kl_plugins.adapters.trl import guards
+from kl_plugins.adapters.trl import guards, unsloth
 from kl_plugins.spec import KLSpec
 
 FIELD = "kl"
@@ -25,10 +25,12 @@ def parse(config: Any, algorithm: str) -> KLSpec | None:
     Raises:
         KLSpecError: the text is not a valid spec.
         ValueError: the spec and other settings contradict each other.
+        UnsupportedHostError: Unsloth is in this process, so the spec would have no effect.
     """
     text = getattr(config, FIELD, None)
     if text is None:
         return None
     spec = KLSpec.parse(text)
+    unsloth.refuse(f"{FIELD}={text!r} cannot be used here")
     guards.check_config(spec, config, algorithm)
     return spec

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from kl_plugins.adapters.diagnosis import absent, installed_folder, source_findings, version_finding
+from kl_plugins.adapters.trl import unsloth
 from kl_plugins.adapters.trl.host import HOST
 from kl_plugins.hosts import Finding
 
@@ -23,6 +25,11 @@ def _findings() -> Iterator[Finding]:
         return
     yield version_finding(HOST, found)
     yield from _source_findings(found)
+    if find_spec(unsloth.NAME) is not None:
+        problem = (
+            "installed; a process that imports it has its trainers in the place of TRL's, and no spec is used there"
+        )
+        yield Finding("warning", unsloth.NAME, problem, unsloth.REMEDY)
 
 
 def _source_findings(found: str) -> Iterator[Finding]:

@@ -7,8 +7,12 @@ def attach() -> None:
     """Put the ``kl`` field and the hooks into TRL's own classes. Safe to call twice.
 
     Raises:
-        UnsupportedHostError: this TRL is not one that kl-plugins was checked with; nothing is changed then.
+        UnsupportedHostError: this TRL is not one that kl-plugins was checked with, or Unsloth has rewritten it; nothing
+            is changed then.
     """
+    from kl_plugins.adapters.trl import unsloth
+
+    unsloth.refuse("attach() cannot put its hooks into TRL")
     from kl_plugins.patches.trl.targets import FIELDS, IN_PLACE
 
     if all(patches.active for patches in IN_PLACE):

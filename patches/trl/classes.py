@@ -7,8 +7,12 @@ from typing import Any
 
 import trl
 
+from kl_plugins.adapters.trl import unsloth
 from kl_plugins.adapters.trl.config import HELP
 from kl_plugins.patches.trl import shared, targets
+
+# Before classes are derived from what is no longer TRL's.
+unsloth.refuse("kl_plugins.adapters.trl cannot derive its classes from TRL's")
 
 
 class _OnlyForHookedTrainers:
