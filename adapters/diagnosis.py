@@ -13,9 +13,8 @@ from kl_plugins.hosts import Finding, Host
 
 def absent(host: Host, title: str) -> Finding:
     """The finding on a host that is not installed; ``title`` is how the host spells its name."""
-    return Finding(
-        "absent", host.name, "not installed", f"pip install 'kl-plugins[{host.name}]' if you train with {title}"
-    )
+    command = f'pip install "{host.distribution}{host.supported}"'
+    return Finding("absent", host.name, "not installed", f"{command} if you train with {title}")
 
 
 def remedy(host: Host) -> str:

@@ -74,7 +74,7 @@ def _own_finding() -> Finding:
     try:
         installed = version("kl-plugins")
     except PackageNotFoundError:
-        remedy = "pip install kl-plugins, or pip install -e . in its source folder"
+        remedy = "run `pip install .` in the folder of its source"
         return Finding("fault", "kl-plugins", "imported but not installed, so no host can be found", remedy)
     if installed != __version__:
         return Finding(

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from kl_plugins import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"kl_plugins": "kl_plugins", "adapters": "kl_plugins/adapters", "patches": "kl_plugins/patches"}
+INFO = f"kl_plugins-{__version__}.dist-info"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -56,7 +59,7 @@ def test_wheel_holds_the_three_folders_under_one_name(source: Path, built: Path)
 
 def test_wheel_has_nothing_else_at_the_top(built: Path) -> None:
     tops = {name.split("/")[0] for name in wheel(built / "direct").namelist()}
-    assert tops == {"kl_plugins", "kl_plugins-0.1.0.dist-info"}
+    assert tops == {"kl_plugins", INFO}
 
 
 def test_sdist_builds_the_same_wheel(built: Path) -> None:
@@ -85,7 +88,7 @@ def test_wheel_installs_and_imports(built: Path, tmp_path: Path) -> None:
     target = tmp_path / "site"
     (path,) = (built / "direct").glob("*.whl")
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", target, path, cwd=tmp_path)
-    assert {entry.name for entry in target.iterdir()} == {"bin", "kl_plugins", "kl_plugins-0.1.0.dist-info"}
+    assert {entry.name for entry in target.iterdir()} == {"bin", "kl_plugins", INFO}
     located = run(sys.executable, "-c", _locate(target), cwd=tmp_path).split()
     assert located == [str(target / installed / "__init__.py") for installed in FOLDERS.values()]
 
@@ -102,7 +105,7 @@ def test_editable_install_follows_the_tree(source: Path, tmp_path: Path) -> None
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, "-e", tree, cwd=tmp_path)
 
     added = {path.name for path in site.iterdir()} - {"outer.pth", "__pycache__"}
-    assert all(name.startswith(("__editable__", "kl_plugins-0.1.0.dist-info")) for name in added), added
+    assert all(name.startswith(("__editable__", INFO)) for name in added), added
     located = run(python, "-c", _locate(), cwd=tmp_path).split()
     assert located == [str(tree / folder / "__init__.py") for folder in FOLDERS]
 

@@ -8,6 +8,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kl_plugins import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = [ROOT / "constraints.txt", *sorted((ROOT / "tests" / "constraints").glob("*.txt"))]
 
@@ -31,11 +33,42 @@ def pins(path: Path) -> dict[str, str]:
     return found
 
 
+def stated_version() -> str:
+    """The version that pyproject.toml states."""
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, "pyproject.toml states no version"
+    return found[1]
+
+
 def test_metadata_states_licence_and_python() -> None:
     metadata = distribution("kl-plugins").metadata
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert set(metadata.get_all("Provides-Extra") or ()) >= {"trl", "verl", "openrlhf", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or ()) >= {"trl", "verl", "bench", "dev"}
+
+
+def test_pyproject_and_the_package_state_one_version() -> None:
+    assert stated_version() == __version__
+
+
+def test_changelog_begins_with_the_stated_version() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = [heading for heading in headings if heading != "[Unreleased]"]
+    dated = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", released[0])
+    assert dated, f"'{released[0]}' is no heading of a released version, [X.Y.Z] - YYYY-MM-DD"
+    assert dated[1] == stated_version()
+    assert "[Unreleased]" not in headings[1:], "changes that come next stand above all released ones"
+
+
+def test_citation_states_the_version_and_its_date() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version, date = (
+        re.search(rf'^{key}: "?([\w.-]+)"?$', citation, re.MULTILINE) for key in ("version", "date-released")
+    )
+    assert version, "CITATION.cff states no version"
+    assert date, "CITATION.cff states no date-released"
+    assert f"## [{version[1]}] - {date[1]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert version[1] == stated_version()
 
 
 def test_dependencies_are_the_agreed_ones_with_lower_bounds_only(ours: list[Requirement]) -> None:
