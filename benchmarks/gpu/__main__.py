@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.gpu.stages import STAGES, Step
+from benchmarks.gpu.stages import STAGE_MINUTES, STAGES, Step
 from benchmarks.reporting import machine, write_json
 
 
@@ -20,11 +20,15 @@ def main(
     stage: Annotated[int, typer.Argument(help=f"One of {', '.join(map(str, STAGES))}.")],
     out: Annotated[Path, typer.Option(help="Where logs and results go.")] = Path("out/bench/gpu"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
-    minutes: Annotated[float, typer.Option(help="Bound on the whole stage; steps that do not fit are left out.")] = 8.0,
+    minutes: Annotated[
+        float, typer.Option(help="Bound on the whole stage; steps that do not fit are left out.")
+    ] = STAGE_MINUTES,
     only: Annotated[str, typer.Option(help="Comma-separated names of steps; all by default.")] = "",
     smoke: Annotated[bool, typer.Option(help="Tiny sizes: does everything run?")] = False,
 ) -> None:
     """Run a stage step by step. Finished steps are kept and skipped; a step that fails does not stop the others."""
+    if stage not in STAGES:
+        raise typer.BadParameter(f"no stage {stage}; there is {', '.join(map(str, STAGES))}")
     end = time.monotonic() + 60 * minutes
     record_file = out / f"stage{stage}.json"
     record: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
@@ -32,25 +36,50 @@ def main(
     wanted = [name for name in only.split(",") if name]
     failed = False
     for step in STAGES[stage]:
-        if (wanted and step.name not in wanted) or record.get(step.name, {}).get("status") == 0:
+        if wanted and step.name not in wanted:
+            continue
+        command = filled(step, out, device, smoke)
+        if not step.goes_on and finished(record.get(step.name, {}), command):
+            print(f"{step.name}: there already", flush=True)
             continue
         left = min(60 * step.minutes, end - time.monotonic())
         if left < 5:
             print(f"{step.name}: left out, no time is left", flush=True)
             continue
-        record[step.name] = run(step, out, device, left, smoke)
+        record[step.name] = run(step.name, command, out, left)
         failed |= record[step.name]["status"] != 0
         write_json(record_file, record)
         print(f"{step.name}: status {record[step.name]['status']}, {record[step.name]['seconds']:.0f} s", flush=True)
     raise typer.Exit(int(failed))
 
 
-def run(step: Step, out: Path, device: str, seconds: float, smoke: bool) -> dict[str, Any]:
-    """Run one step, its output both shown and kept in ``out``."""
-    command = [part.format(out=out, device=device) for part in (step.smoke if smoke else step.command)]
+def filled(step: Step, out: Path, device: str, smoke: bool) -> list[str]:
+    """A step's arguments of the interpreter."""
+    return [part.format(out=out, device=device) for part in (step.smoke if smoke else step.command)]
+
+
+def finished(entry: dict[str, Any], command: list[str]) -> bool:
+    """Whether this very command ended well; a smoke run does not stand for a real one."""
+    return entry.get("status") == 0 and entry.get("command") == shown(command)
+
+
+def shown(command: list[str]) -> str:
+    """A command as the record names it."""
+    return " ".join(["python", *command])
+
+
+def run(name: str, command: list[str], out: Path, seconds: float) -> dict[str, Any]:
+    """Run one step; its output is kept in ``out``, and shown when it has ended.
+
+    Args:
+        name: of the step.
+        command: arguments of the interpreter.
+        out: folder of the log.
+        seconds: after which the step is ended, with status 124.
+    """
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with (out / f"{step.name}.log").open("w") as log:
+    with (out / f"{name}.log").open("w") as log:
         try:
             status = subprocess.run(
                 [sys.executable, *command],
@@ -62,8 +91,8 @@ def run(step: Step, out: Path, device: str, seconds: float, smoke: bool) -> dict
             ).returncode
         except subprocess.TimeoutExpired:
             status = 124
-    sys.stdout.write((out / f"{step.name}.log").read_text())
-    return {"command": " ".join(["python", *command]), "status": status, "seconds": time.monotonic() - start}
+    sys.stdout.write((out / f"{name}.log").read_text(errors="replace"))
+    return {"command": shown(command), "status": status, "seconds": time.monotonic() - start}
 
 
 def card() -> dict[str, str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STAGE_MINUTES = 8.0
+"""Bound on a stage: calls to a GPU machine often end after ten minutes."""
+
 
 class Step(NamedTuple):
     """One command of a stage, run as ``python -m ...`` in a process of its own.
@@ -13,32 +16,51 @@ class Step(NamedTuple):
         command: arguments of the Python interpreter; ``{out}`` and ``{device}`` are filled in.
         smoke: the same at tiny size, for a machine without a GPU.
         minutes: bound on its time.
+        goes_on: the command keeps the parts that it finished, so it is started again even where it ended well.
     """
 
     name: str
     command: tuple[str, ...]
     smoke: tuple[str, ...]
     minutes: float
+    goes_on: bool = False
 
 
-def _module(name: str, *arguments: str) -> tuple[str, ...]:
-    return ("-m", f"benchmarks.{name}", "--out", "{out}", *arguments)
+def _module(name: str, *arguments: str, folder: str = "{out}") -> tuple[str, ...]:
+    return ("-m", f"benchmarks.{name}", "--out", folder, *arguments)
 
 
-_KERNEL = ("kernel", "--device", "{device}", "--dtypes", "bfloat16")
+_DEVICE = ("--device", "{device}")
+_KERNEL = ("kernel", *_DEVICE, "--dtypes", "bfloat16")
 _GPU_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/core/exact")
+_DEMO = ("demo_llm", *_DEVICE)
+_STEPS = ("llm.trl_steps", *_DEVICE)
+_STALE = ("llm.staleness", *_DEVICE)
+_TWO_ARMS = ("--arms", "none,default")
 
 STAGES: dict[int, tuple[Step, ...]] = {
+    # Kernels and tests; needs no model.
     1: (
-        Step("ceilings", _module("gpu.ceilings", "--device", "{device}"),
-             _module("gpu.ceilings", "--device", "{device}", "--smoke"), 1),
+        Step("ceilings", _module("gpu.ceilings", *_DEVICE), _module("gpu.ceilings", *_DEVICE, "--smoke"), 1),
         # A GPU machine has other versions than the project's tests expect, and so other warnings.
-        Step("tests", (*_GPU_TESTS, "-s", "-W", "default"), (*_GPU_TESTS, "--collect-only"), 4),
+        Step("tests", (*_GPU_TESTS, "-s", "-W", "default"), (*_GPU_TESTS, "--collect-only", "-W", "default"), 4),
         Step("kernel-logits", _module(*_KERNEL, "--only", "logits", "--rounds", "15"),
              _module(*_KERNEL, "--only", "logits", "--sizes", "smoke", "--rounds", "3"), 3),
         Step("kernel-hidden", _module(*_KERNEL, "--only", "hidden", "--rounds", "9"),
              _module(*_KERNEL, "--only", "hidden", "--sizes", "smoke", "--rounds", "3"), 3),
-        Step("launches", _module("gpu.launches", "--device", "{device}"),
-             _module("gpu.launches", "--device", "{device}", "--smoke"), 1),
+        Step("launches", _module("gpu.launches", *_DEVICE), _module("gpu.launches", *_DEVICE, "--smoke"), 1),
+    ),
+    # A real language model in TRL: what each regulariser does to it, and what a step costs.
+    2: (
+        Step("demo-llm", _module(*_DEMO, folder="{out}/demo-llm"),
+             _module(*_DEMO, "--smoke", *_TWO_ARMS, "--steps", "2", folder="{out}/demo-llm"), 5),
+        Step("trl-steps", _module(*_STEPS, "--minutes", "2.4", folder="{out}/trl-steps"),
+             _module(*_STEPS, "--smoke", "--arms", "none,trl,default", folder="{out}/trl-steps"), 3),
+    ),
+    # The same model on data that is some updates old. Two groups of runs fit; the same command goes on from there.
+    3: (
+        Step("staleness", _module(*_STALE, "--minutes", "7.4", folder="{out}/staleness"),
+             _module(*_STALE, "--smoke", *_TWO_ARMS, "--delays", "1,0", "--seeds", "1", folder="{out}/staleness"),
+             STAGE_MINUTES, goes_on=True),
     ),
 }  # fmt: skip

