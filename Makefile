@@ -5,13 +5,16 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke clean
+.PHONY: help demo demo-llm test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/complete  ## train under five regularisers, draw the curves into out/demo (10 min on 2 cores)
 	$(call nox,demo)
+
+demo-llm: .venv/complete  ## a real language model under four regularisers, into out/demo-llm (a few minutes on a GPU)
+	$(call nox,demo_llm)
 
 test: .venv/complete  ## lint, every test, every benchmark at its smallest size: what CI runs
 	$(call nox,lint core trl verl openrlhf bench_smoke)
@@ -66,6 +69,9 @@ bench-report: .venv/complete  ## all results under out/bench on one page
 
 bench-smoke: .venv/complete  ## every benchmark at its smallest size (some minutes)
 	$(call nox,bench_smoke)
+
+gpu-bundle: .venv/complete  ## all that the GPU stages need where there is no network, into out/gpu-bundle (95 MiB)
+	$(call nox,gpu_bundle)
 
 clean:  ## remove environments, builds and outputs
 	rm -rf .venv .nox build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

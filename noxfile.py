@@ -201,6 +201,19 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def demo_llm(session: nox.Session) -> None:
+    """Train a real language model under four regularisers and show what each does to it; writes out/demo-llm."""
+    TRL.run(session, "-m", "benchmarks.demo_llm")
+
+
+@nox.session
+def gpu_bundle(session: nox.Session) -> None:
+    """Collect what the GPU stages need on a machine without a network; writes out/gpu-bundle."""
+    CORE.ensure(session)
+    session.run(CORE.python, "-m", "benchmarks.gpu.bundle", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
 def bench_variance(session: nox.Session) -> None:
     """Measure bias and variance of each estimator's gradient against exact enumeration."""
     CORE.run(session, "-m", "benchmarks.variance")
