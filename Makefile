@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-full test-core test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
+.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,11 +19,17 @@ demo-llm: .venv/complete  ## a real language model under four regularisers, into
 test: .venv/complete  ## lint, every test, every benchmark at its smallest size: what CI runs
 	$(call nox,lint core trl verl openrlhf bench_smoke)
 
-test-full: .venv/complete  ## the same with the slow tests, older hosts and vLLM
-	$(call nox,lint core_full trl_full trl_vllm verl_full verl_vllm openrlhf_full)
+test-full: .venv/complete  ## the same with the slow tests, older hosts, vLLM, the built wheel and fresh installations
+	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm openrlhf_full)
 
 test-core: .venv/complete  ## tests that need no host framework
 	$(call nox,core)
+
+test-wheel: .venv/complete  ## the tests of the core against the built wheel
+	$(call nox,wheel)
+
+test-install: .venv/complete  ## a fresh environment per host, installed as the docs say; runs the host's examples
+	$(call nox,install)
 
 test-trl: .venv/complete  ## tests against the newest TRL
 	$(call nox,trl)

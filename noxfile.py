@@ -145,6 +145,20 @@ def core_full(session: nox.Session) -> None:
 
 
 @nox.session
+def wheel(session: nox.Session) -> None:
+    """Test the core against the built wheel, without the source folders."""
+    CORE.ensure(session)
+    session.run(CORE.python, ".ci/from_wheel.py", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
+@nox.parametrize("host", ["trl", "verl", "openrlhf"], ids=["trl", "verl", "openrlhf"])
+def install(session: nox.Session, host: str) -> None:
+    """Install a host and kl-plugins into a fresh environment, as the docs say, and run the host's examples."""
+    session.run(sys.executable, ".ci/fresh_install.py", host, external=True)
+
+
+@nox.session
 def trl(session: nox.Session) -> None:
     """Test the TRL adapter against the newest TRL."""
     TRL.run(session, *TESTS, "tests/trl")
