@@ -22,9 +22,9 @@ from kl_plugins.kernels.exact.linear_autograd import (
     tensors_of,
     wanted_gradients,
 )
-from kl_plugins.kernels.exact.logits import RowOptions, logits_kl
+from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options
 from kl_plugins.kernels.exact.top_k import top_k
 from kl_plugins.numerics import Limits, masked_difference
 
@@ -249,7 +249,7 @@ def linear_kl(
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
 
 
-def _tail_weight(rows: tuple[Tensor, Tensor, Tensor], behaviour_logp: Tensor, options: RowOptions) -> Tensor:
+def _tail_weight(rows: tuple[Tensor, Tensor, Tensor], behaviour_logp: Tensor, options: Options) -> Tensor:
     if behaviour_logp.numel() != rows[2].numel():
         raise ValueError(f"behaviour_logp {tuple(behaviour_logp.shape)}: must be one per position")
     with torch.no_grad():

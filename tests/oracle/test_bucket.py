@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact.bucket import RefTopK, bucket_rows, reference_rows
-from kl_plugins.kernels.exact.logits import RowOptions
+from kl_plugins.kernels.exact.statistics import Options
 
 VOCABULARY = 5
 SETS = [s for k in range(1, VOCABULARY + 1) for s in combinations(range(VOCABULARY), k)]
@@ -38,7 +38,7 @@ def each_token(logits: Tensor, ref_logits: Tensor, chosen: tuple[int, ...]) -> t
     leaf = logits.repeat(VOCABULARY, 1).requires_grad_()
     labels = torch.arange(VOCABULARY)
     wide = [part.expand(VOCABULARY, *part.shape[1:]) for part in reference[:3]]
-    kl, remainder, logp, *_ = bucket_rows(leaf, labels, ref_logits.log_softmax(-1), *wide, RowOptions(backend="eager"))
+    kl, remainder, logp, *_ = bucket_rows(leaf, labels, ref_logits.log_softmax(-1), *wide, Options(backend="eager"))
     (own,) = torch.autograd.grad(kl.sum(), leaf, retain_graph=True)
     (sampled,) = torch.autograd.grad((remainder * logp).sum(), leaf)
     return kl.detach(), torch.stack([remainder, own.new_zeros(VOCABULARY)])[0], torch.stack([own, sampled])
@@ -77,7 +77,7 @@ def test_without_its_weight_the_remainder_is_biased_on_other_data() -> None:
 def test_gradients_are_those_of_the_values(temperature: float, softcap: float | None) -> None:
     torch.manual_seed(0)
     logits, ref_logits = (torch.randn(3, 7).double() for _ in range(2))
-    options = RowOptions(1 / temperature, softcap, softcap, "eager")
+    options = Options(1 / temperature, softcap, softcap, "eager")
     reference = reference_rows(ref_logits, 3, options)
     labels = torch.tensor([0, 3, -100])
 
@@ -92,7 +92,7 @@ def test_the_references_top_tokens_and_their_tail() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, 11)
     for k in (1, 4, 11, 20):
-        found = reference_rows(logits, k, RowOptions())
+        found = reference_rows(logits, k, Options())
         logp = logits.log_softmax(-1)
         torch.testing.assert_close(found.logp, logp.gather(-1, found.ids))
         torch.testing.assert_close(found.logp.exp().sum(-1) + found.log_tail.exp(), torch.ones(4))
@@ -105,11 +105,11 @@ def test_empty_and_tiny_tails_stay_finite() -> None:
         [[100.0, 0.0, -100.0, 0.0], [0.0, -torch.inf, -torch.inf, -torch.inf], [0.0, 0.0, 50.0, 50.0]]
     )
     ref_logits = torch.tensor([[0.0, 100.0, 0.0, 0.0], [0.0, 0.0, -torch.inf, -torch.inf], [90.0, 0.0, 0.0, 0.0]])
-    reference = reference_rows(ref_logits, 1, RowOptions())
+    reference = reference_rows(ref_logits, 1, Options())
     leaf = logits.requires_grad_()
     labels = torch.tensor([0, 0, 2])
     kl, remainder, logp, *_ = bucket_rows(leaf, labels, ref_logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0],
-                                          *reference[:3], RowOptions())  # fmt: skip
+                                          *reference[:3], Options())  # fmt: skip
     (gradient,) = torch.autograd.grad((kl + remainder * logp).sum(), leaf)
     for part in (kl, remainder, logp, gradient):
         assert part.isfinite().all(), part
@@ -120,9 +120,9 @@ def test_a_small_divergence_keeps_its_digits() -> None:
     torch.manual_seed(0)
     ref_logits = 4 * torch.randn(8, 5000)
     logits = ref_logits + 0.005 * torch.randn(8, 5000)
-    reference = reference_rows(ref_logits, 64, RowOptions())
+    reference = reference_rows(ref_logits, 64, Options())
     labels = logits.argmax(-1)
-    kl, *_ = bucket_rows(logits, labels, torch.zeros(8), *reference[:3], RowOptions())
+    kl, *_ = bucket_rows(logits, labels, torch.zeros(8), *reference[:3], Options())
     log_p, log_r = logits.double().log_softmax(-1), ref_logits.double().log_softmax(-1)
     outside = torch.ones(8, 5000, dtype=torch.bool).scatter(-1, reference.ids, False)
     tails = [torch.logsumexp(x.masked_fill(~outside, -torch.inf), -1) for x in (log_p, log_r)]

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.logits import RowOptions
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options
 
 
 def flat_rows(tensor: Tensor) -> Tensor:
@@ -55,14 +54,14 @@ def checked_labels(labels: Tensor, mask: Tensor | None, shape: torch.Size) -> Te
 
 def row_options(
     temperature: float, softcap: float | None, ref_softcap: float | None, backend: str, tile_bytes: int | None
-) -> RowOptions:
+) -> Options:
     """The options of a call, checked."""
     for name, value in (("temperature", temperature), ("softcap", softcap), ("ref_softcap", ref_softcap)):
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"{name}={value}: must be finite and above 0")
     if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"max_tile_bytes={tile_bytes}: must be above 0")
-    return RowOptions(1.0 / temperature, softcap, ref_softcap, backend, tile_bytes)
+    return Options(1.0 / temperature, softcap, ref_softcap, backend, tile_bytes)
 
 
 def loss_weight(weight: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kl_plugins.kernels.backend import (
     backend_status,
     say_once,
 )
-from kl_plugins.kernels.exact.statistics import RowStatistics
+from kl_plugins.kernels.exact.statistics import Options, RowStatistics
 
 EXACT_BACKENDS = ("auto", "eager", "compiled", "triton")
 EXACT_ENVIRONMENT_VARIABLE = "KL_PLUGINS_EXACT_BACKEND"
@@ -51,13 +51,17 @@ def exact_backend_status(name: str, device_type: str = "cpu") -> BackendStatus:
     return status
 
 
-def exact_backend(asked: str, logits: Tensor, tile_bytes: int | None = None) -> ExactBackend:
+def backend_for(logits: Tensor, options: Options) -> ExactBackend:
+    """:func:`exact_backend` by the options of a call."""
+    return exact_backend(options.backend, logits)
+
+
+def exact_backend(asked: str, logits: Tensor) -> ExactBackend:
     """The backend for logits like these.
 
     Args:
         asked: one of :data:`EXACT_BACKENDS`; ``auto`` leaves it to the environment variable, then to device and size.
         logits: (N, V) policy logits (only device, dtype and size count).
-        tile_bytes: bound on temporaries, for the backend that has any (eager).
 
     Returns:
         The backend.
@@ -73,11 +77,11 @@ def exact_backend(asked: str, logits: Tensor, tile_bytes: int | None = None) -> 
         source = f"{EXACT_ENVIRONMENT_VARIABLE}={asked}"
     device = logits.device.type
     if asked == "auto":
-        return _load(_automatic(logits.numel(), logits.dtype, device), tile_bytes, forced=False)
+        return _load(_automatic(logits.numel(), logits.dtype, device), forced=False)
     status = exact_backend_status(asked, device)
     if not status.usable:
         raise BackendError(f"{source} on {device}: {status.reason}. Install it, or use auto.")
-    return _load(asked, tile_bytes, forced=True)
+    return _load(asked, forced=True)
 
 
 def _automatic(elements: int, dtype: torch.dtype, device: str) -> str:
@@ -94,13 +98,12 @@ def _automatic(elements: int, dtype: torch.dtype, device: str) -> str:
     return "eager"
 
 
-def _load(name: str, tile_bytes: int | None, *, forced: bool) -> ExactBackend:
+def _load(name: str, *, forced: bool) -> ExactBackend:
     # Imported when chosen: Triton is optional, and sets up what it needs on import.
     if name == "eager":
         from kl_plugins.kernels.exact import eager
 
-        bound = eager.TILE_BYTES if tile_bytes is None else tile_bytes
-        return ExactBackend(name, partial(eager.forward, tile_bytes=bound), partial(eager.backward, tile_bytes=bound))
+        return ExactBackend(name, eager.forward, eager.backward)
     if name == "compiled":
         from kl_plugins.kernels.exact import compiled
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact import eager
-from kl_plugins.kernels.exact.logits import RowOptions, check_labels
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics, scaled
+from kl_plugins.kernels.exact.backends import backend_for
+from kl_plugins.kernels.exact.logits import check_labels
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, scaled
+from kl_plugins.kernels.exact.top_k import slope
 from kl_plugins.numerics import LINEAR_LIMIT
 
 
@@ -70,7 +72,7 @@ def tail_log_sum_exp(
     return torch.cat(found) if found else logits.new_zeros(0, dtype=dtype)
 
 
-def reference_rows(logits: Tensor, k: int, options: RowOptions) -> RefTopK:
+def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
     """The k most probable tokens of each row, (N, V) logits of the reference."""
     with torch.no_grad():
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -97,7 +99,7 @@ class Cells(NamedTuple):
     level: Tensor
 
 
-def cells_of(logits: Tensor, lse: Tensor, reference: RefTopK, options: RowOptions) -> Cells:
+def cells_of(logits: Tensor, lse: Tensor, reference: RefTopK, options: Options) -> Cells:
     """Probabilities and log-ratios of the cells of rows (N, V), given the log-sum-exp of each."""
     dtype = lse.dtype
     logp = scaled(logits.gather(-1, reference.ids).to(dtype), options.scale, options.softcap) - lse[:, None]
@@ -127,15 +129,15 @@ class BucketKL(torch.autograd.Function):
     @staticmethod
     def forward(
         logits: Tensor, labels: Tensor, ref_logp: Tensor, ids: Tensor, ref_top: Tensor, log_tail: Tensor,
-        options: RowOptions,
+        options: Options,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """(N,) each; then what the backward pass needs."""
         check_labels(labels, logits.shape[-1])
         reference = RefTopK(ids, ref_top, log_tail)
         with torch.autocast(logits.device.type, enabled=False):
             # The policy is its own reference: what is wanted are log-sum-exp and log-prob.
-            one_cap = RowOptions(options.scale, options.softcap, options.softcap, options.backend, options.tile_bytes)
-            rows = one_cap.backend_for(logits).forward(logits, logits, labels, **one_cap.for_rows)
+            one_cap = options._replace(ref_softcap=options.softcap)
+            rows = backend_for(logits, one_cap).forward(logits, logits, labels, one_cap)
             kept = labels != IGNORE_INDEX
             cells = cells_of(logits, rows.lse, reference, options)
             kl, mean = divergence(cells, reference)
@@ -156,7 +158,7 @@ class BucketKL(torch.autograd.Function):
     def backward(ctx: Any, grad_kl: Tensor, _: Any, grad_logp: Tensor, *__: Any) -> tuple[Any, ...]:
         """Gradient of the logits: p_j (u_j - mean) in S, p_j (L - mean) outside, and that of the log-prob."""
         logits, labels, ids, lse, p, _, u, level, mean = ctx.saved_tensors
-        options: RowOptions = ctx.options
+        options: Options = ctx.options
         kept = (labels != IGNORE_INDEX)[:, None]
         grad_kl, grad_logp = (grad.to(lse.dtype) for grad in (grad_kl, grad_logp))
         with torch.autocast(logits.device.type, enabled=False):
@@ -164,24 +166,18 @@ class BucketKL(torch.autograd.Function):
             rows = RowStatistics(zeros, zeros, zeros, lse, zeros.double())
             # One dense part, that of a log-prob: dense (onehot_a - p). The label's entry is put right below.
             dense = grad_logp - grad_kl * (level - mean)
-            one_cap = RowOptions(options.scale, options.softcap, options.softcap, options.backend, options.tile_bytes)
-            out = one_cap.backend_for(logits).backward(
-                logits, logits, labels, rows, torch.zeros_like(dense), dense, **one_cap.for_rows
+            one_cap = options._replace(ref_softcap=options.softcap)
+            out = backend_for(logits, one_cap).backward(
+                logits, logits, labels, rows, torch.zeros_like(dense), dense, one_cap
             )
             label = labels.clamp_min(0)[:, None]
             for index, value in (
                 (ids, grad_kl[:, None] * p * (u - level[:, None])),
                 (label, (grad_kl * (level - mean))[:, None]),
             ):
-                value = value * _slope(logits.gather(-1, index).to(lse.dtype), options)
+                value = value * slope(logits.gather(-1, index).to(lse.dtype), options)
                 out.scatter_add_(-1, index, torch.where(kept, value, 0.0).to(out.dtype))
         return out, *(None,) * 6
-
-
-def _slope(logits: Tensor, options: RowOptions) -> Tensor | float:
-    if options.softcap is None:
-        return options.scale
-    return options.scale * (1 - torch.tanh(logits / options.softcap).square())
 
 
 bucket_rows: Callable[..., tuple[Tensor, ...]] = BucketKL.apply

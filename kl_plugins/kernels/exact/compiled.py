@@ -35,10 +35,8 @@ def forward(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
+    options: Options,
     *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
     forced: bool = False,
 ) -> RowStatistics:
     """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
@@ -46,7 +44,7 @@ def forward(
     Args:
         forced: raise where compiling fails, instead of taking the eager path.
     """
-    options = Options(scale, softcap, ref_softcap)
+    options = _for_rows(options)
     # The compiler would look for the graph that these carry, and compile once more for each kind.
     logits, ref_logits = logits.detach(), ref_logits.detach()
     found = label_logits(logits, ref_logits, labels, options)
@@ -62,17 +60,15 @@ def backward(
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     out: Tensor | None = None,
+    *,
     forced: bool = False,
 ) -> Tensor:
     """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
     if out is None:
         out = memory.empty_like(logits)
-    options = Options(scale, softcap, ref_softcap)
+    options = _for_rows(options)
     # Saved outputs carry their graph too; see above. Where out is the logits, it has to stay the same tensor.
     plain = logits.detach()
     target = plain if out is logits else out.detach()
@@ -93,6 +89,11 @@ def backward(
     if len(again):
         out[again] = precise
     return put_label_gradients(out, index, at_label)
+
+
+def _for_rows(options: Options) -> Options:
+    # What does not bear on the rows would only make the compiler compile once more.
+    return Options(options.scale, options.softcap, options.ref_softcap)
 
 
 def _sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -> tuple[Tensor, ...]:

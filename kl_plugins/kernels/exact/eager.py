@@ -44,25 +44,19 @@ def forward(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
-    tile_bytes: int = TILE_BYTES,
+    options: Options,
 ) -> RowStatistics:
     """Statistics of each row.
 
     Args:
         logits, ref_logits: (N, V), any float dtype; policy and reference.
         labels: (N,) int64, :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` where a row is left out.
-        scale: 1 / temperature.
-        softcap, ref_softcap: the models' final logit soft-caps, None for none.
-        tile_bytes: bound on the temporaries; at least one row's are needed.
+        options: for all rows; at least one row's temporaries are needed, whatever the bound.
 
     Returns:
         Statistics, (N,) each.
     """
-    options = Options(scale, softcap, ref_softcap)
+    tile_bytes = options.tile_bytes or TILE_BYTES
     found = label_logits(logits, ref_logits, labels, options)
     sums = whole_rows(eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found)
     statistics, doubtful = finish(sums, labels, torch.promote_types(logits.dtype, torch.float32))
@@ -76,32 +70,26 @@ def backward(
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     out: Tensor | None = None,
-    tile_bytes: int = TILE_BYTES,
 ) -> Tensor:
     """Gradient with respect to the policy's logits.
 
     Args:
-        logits, ref_logits, labels, scale, softcap, ref_softcap: as given to :func:`forward`.
+        logits, ref_logits, labels, options: as given to :func:`forward`.
         statistics: what it returned.
         grad_kl, grad_logp: (N,) upstream gradients.
         out: (N, V) to write into, of any float dtype; ``logits`` itself is allowed. Default: a new tensor like it.
-        tile_bytes: bound on the temporaries; at least one row's are needed.
 
     Returns:
         (N, V): ``out``, or a tensor in the dtype of ``logits``.
     """
     if out is None:
         out = memory.empty_like(logits)
-    options = Options(scale, softcap, ref_softcap)
     rows = (statistics, grad_kl, grad_logp, options, out)
     # Before the first row is written: out may be the logits.
     index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
-    write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, tile_bytes)
+    write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, options.tile_bytes or TILE_BYTES)
     return put_label_gradients(out, index, at_label)
 
 

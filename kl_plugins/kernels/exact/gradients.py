@@ -96,9 +96,9 @@ def _gradients(
     options: Options,
     onehot: Tensor | None = None,
 ) -> Tensor:
-    dtype, (scale, softcap, _) = statistics.lse.dtype, options
+    dtype, scale, softcap = statistics.lse.dtype, options.scale, options.softcap
     logits, ref_logits = logits.to(dtype), ref_logits.to(dtype)
-    ratio = log_ratio(logits, ref_logits, *options) - statistics.centre[:, None].to(dtype)
+    ratio = log_ratio(logits, ref_logits, options) - statistics.centre[:, None].to(dtype)
     # p <= 1 whatever lse was rounded to, and wherever z overflows.
     p = torch.exp((scaled(logits, scale, softcap) - statistics.lse[:, None]).clamp(max=0.0))
     gradient = p * (grad_kl.to(dtype)[:, None] * ratio - grad_logp.to(dtype)[:, None])

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels import memory
-from kl_plugins.kernels.exact.logits import RowOptions
+from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.products import Head
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics
 
 CPU_TILE_BYTES = 128 * 2**20
 ACCELERATOR_TILE_BYTES = 1300 * 2**20
@@ -124,7 +124,7 @@ class LinearInputs:
     ref_weight: Tensor
     ref_bias: Tensor | None
     labels: Tensor
-    options: RowOptions
+    options: Options
     operands: tuple[torch.dtype, torch.dtype]
     tile_bytes: int
 
@@ -174,15 +174,9 @@ class LinearInputs:
             ref_logits = ref_head.logits(self.ref_hidden[rows], ref_buffer[:size])
             yield Tile(rows, hidden, self.labels[rows], logits, ref_logits)
 
-    def row_options(self) -> RowOptions:
+    def row_options(self) -> Options:
         """Options with the eager backend's share of the tile."""
-        return RowOptions(
-            self.options.scale,
-            self.options.softcap,
-            self.options.ref_softcap,
-            self.options.backend,
-            min(16 * 2**20, self.tile_bytes // 8),
-        )
+        return self.options._replace(tile_bytes=max(1, min(16 * 2**20, self.tile_bytes // 8)))
 
 
 class _Accumulated:
@@ -211,8 +205,8 @@ class _Accumulated:
         out = tile.logits
         if self.waiting is not None:
             out = self.waiting[self.seen - self.done :][:size]
-        options.backend_for(tile.logits).backward(
-            tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, out=out, **options.for_rows
+        backend_for(tile.logits, options).backward(
+            tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, options, out
         )
         self.seen += size
         if self.waiting is None:
@@ -297,8 +291,8 @@ def empty_statistics(inputs: LinearInputs, head: Head) -> RowStatistics:
     return parts._replace(centre=parts.centre.double())
 
 
-def _forward(tile: Tile, options: RowOptions) -> RowStatistics:
-    return options.backend_for(tile.logits).forward(tile.logits, tile.ref_logits, tile.labels, **options.for_rows)
+def _forward(tile: Tile, options: Options) -> RowStatistics:
+    return backend_for(tile.logits, options).forward(tile.logits, tile.ref_logits, tile.labels, options)
 
 
 def _put(result: RowStatistics, tile: Tile, found: RowStatistics) -> None:

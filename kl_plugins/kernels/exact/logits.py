@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.backends import ExactBackend, exact_backend
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """What is the same for every row of a call.
-
-    Attributes:
-        scale: 1 / temperature.
-        softcap, ref_softcap: the models' final logit soft-caps, None for none.
-        backend: as in :func:`~kl_plugins.kernels.exact.backends.exact_backend`.
-        tile_bytes: bound on temporaries, None for the default.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    ref_softcap: float | None = None
-    backend: str = "auto"
-    tile_bytes: int | None = None
-
-    def backend_for(self, logits: Tensor) -> ExactBackend:
-        """The backend for logits like these."""
-        return exact_backend(self.backend, logits, self.tile_bytes)
-
-    @property
-    def for_rows(self) -> dict[str, Any]:
-        """The keyword arguments of a backend."""
-        return {"scale": self.scale, "softcap": self.softcap, "ref_softcap": self.ref_softcap}
+from kl_plugins.kernels.exact.backends import backend_for
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
@@ -56,12 +28,12 @@ class LogitsKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, ref_logits: Tensor, labels: Tensor, options: RowOptions
+        logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Statistics of the rows (N, V)."""
         check_labels(labels, logits.shape[-1])
         with torch.autocast(logits.device.type, enabled=False):
-            found = options.backend_for(logits).forward(logits, ref_logits, labels, **options.for_rows)
+            found = backend_for(logits, options).forward(logits, ref_logits, labels, options)
         return found.kl, found.logp, found.ref_logp, found.lse, found.centre
 
     @staticmethod
@@ -98,13 +70,13 @@ class LogitsGradient(torch.autograd.Function):
         centre: Tensor,
         grad_kl: Tensor,
         grad_logp: Tensor,
-        options: RowOptions,
+        options: Options,
     ) -> Tensor:
         """Gradient (N, V) with respect to the policy's logits."""
         statistics = RowStatistics(kl, logp, ref_logp, lse, centre)
         with torch.autocast(logits.device.type, enabled=False):
-            return options.backend_for(logits).backward(
-                logits, ref_logits, labels, statistics, grad_kl, grad_logp, **options.for_rows
+            return backend_for(logits, options).backward(
+                logits, ref_logits, labels, statistics, grad_kl, grad_logp, options
             )
 
     @staticmethod

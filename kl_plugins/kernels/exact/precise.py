@@ -47,7 +47,7 @@ def precise_rows(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Op
     logits, ref_logits = logits.double(), ref_logits.double()
     z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
     lse, ref_lse = z.logsumexp(-1), u.logsumexp(-1)
-    ratio = log_ratio(logits, ref_logits, *options)
+    ratio = log_ratio(logits, ref_logits, options)
     centre = (torch.exp(z - lse[:, None]) * ratio).sum(-1)
     # A reference without any mass is infinitely far, not a difference of infinities.
     kl = torch.where(ref_lse == -torch.inf, LINEAR_LIMIT, centre - lse + ref_lse)

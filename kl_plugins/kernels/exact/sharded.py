@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_plugins.kernels.exact import eager
+from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.gradients import label_gradients
-from kl_plugins.kernels.exact.logits import RowOptions
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     LabelLogits,
@@ -50,7 +50,7 @@ class ShardedLogitsKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: RowOptions
+        logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: Options
     ) -> tuple[Tensor, ...]:
         """Statistics of the rows (N, columns of this rank); labels are tokens of the whole vocabulary."""
         with torch.autocast(logits.device.type, enabled=False):
@@ -72,12 +72,11 @@ class ShardedLogitsKL(torch.autograd.Function):
             return _gradient(*rows, ctx.shard, ctx.options), None, None, None, None
 
 
-sharded_logits_kl: Callable[[Tensor, Tensor, Tensor, Shard, RowOptions], tuple[Tensor, ...]] = ShardedLogitsKL.apply
+sharded_logits_kl: Callable[[Tensor, Tensor, Tensor, Shard, Options], tuple[Tensor, ...]] = ShardedLogitsKL.apply
 """:class:`ShardedLogitsKL` as the function it is."""
 
 
-def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: RowOptions) -> RowStatistics:
-    for_rows = Options(**options.for_rows)
+def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: Options) -> RowStatistics:
     kept, (owned, local) = labels != IGNORE_INDEX, _ownership(logits, labels, shard)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # As the models gave them: cap and temperature are monotonic, and the difference is taken before they round.
@@ -88,27 +87,27 @@ def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard
     highest = torch.stack(raw)  # with what ignored rows hold: each row is on its own, and finish clears those
     dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
     # Rounded as the rows are: whatever is subtracted from a shard's logits must be the same number everywhere.
-    working = working_dtype(logits, for_rows)
+    working = working_dtype(logits, options)
     top, ref_top = (
-        scaled(highest[i].to(working), 1.0, cap) for i, cap in enumerate((for_rows.softcap, for_rows.ref_softcap))
+        scaled(highest[i].to(working), 1.0, cap) for i, cap in enumerate((options.softcap, options.ref_softcap))
     )
     label, ref_label = highest[2:].double()
     at_label = LabelLogits(
-        scaled(label, for_rows.scale, for_rows.softcap),
-        scaled(ref_label, for_rows.scale, for_rows.ref_softcap),
-        log_ratio(label, ref_label, *for_rows).to(working),
+        scaled(label, options.scale, options.softcap),
+        scaled(ref_label, options.scale, options.ref_softcap),
+        log_ratio(label, ref_label, options).to(working),
     )
 
-    if options.backend_for(logits).name == "triton":
-        sums, shift = _triton_sums(logits, ref_logits, labels, at_label, top, ref_top, for_rows)
+    if backend_for(logits, options).name == "triton":
+        sums, shift = _triton_sums(logits, ref_logits, labels, at_label, top, ref_top, options)
     else:
-        sums, shift = _eager_sums(logits, ref_logits, at_label.shift, top, ref_top, for_rows, options.tile_bytes)
+        sums, shift = _eager_sums(logits, ref_logits, at_label.shift, top, ref_top, options)
     total = torch.stack([*sums, owned.to(sums[0].dtype)])
     dist.all_reduce(total, dist.ReduceOp.SUM, shard.group)
     mass, first, second, ref_mass, owners = total
     _check_owners(owners, kept)
-    ref_lse = ref_top.double() * for_rows.scale + ref_mass.double().log() + shift.double()
-    maximum = top.double() * for_rows.scale
+    ref_lse = ref_top.double() * options.scale + ref_mass.double().log() + shift.double()
+    maximum = top.double() * options.scale
     row = RowSums(maximum, mass, first, second, ref_mass, shift, at_label.label, at_label.ref_label)
     return finish(row, labels, dtype, ref_lse)[0]
 
@@ -120,11 +119,10 @@ def _eager_sums(
     top: Tensor,
     ref_top: Tensor,
     options: Options,
-    tile_bytes: int | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Mass, first, second and reference mass of this rank's columns, and the shift that they were taken around."""
     parts = []
-    for rows in eager.tiles(logits, tile_bytes or eager.TILE_BYTES, shift.dtype):
+    for rows in eager.tiles(logits, options.tile_bytes or eager.TILE_BYTES, shift.dtype):
         part, ref_part = logits[rows], ref_logits[rows]
         _, mass, first, second, _, used = row_sums(part, ref_part, shift[rows], options, top[rows])
         # Around the reference's own maximum, where it cannot overflow.
@@ -161,23 +159,21 @@ def _gradient(
     grad_kl: Tensor,
     grad_logp: Tensor,
     shard: Shard,
-    options: RowOptions,
+    options: Options,
 ) -> Tensor:
     owned, local = _ownership(logits, labels, shard)
     kept = labels != IGNORE_INDEX
     upstream = (statistics, grad_kl, grad_logp)
-    if options.backend_for(logits).name == "triton":
+    if backend_for(logits, options).name == "triton":
         from kl_plugins.kernels.exact import triton_backend
 
         # A column that is not there: no onehot in rows whose label is elsewhere.
         elsewhere = torch.where(kept, logits.shape[-1], IGNORE_INDEX)
-        return triton_backend.backward(
-            logits, ref_logits, torch.where(owned, local, elsewhere), *upstream, **options.for_rows
-        )
-    out, for_rows = torch.empty_like(logits), Options(**options.for_rows)
-    eager.write_gradients(logits, ref_logits, kept, *upstream, for_rows, out, options.tile_bytes or eager.TILE_BYTES)
+        return triton_backend.backward(logits, ref_logits, torch.where(owned, local, elsewhere), *upstream, options)
+    out = torch.empty_like(logits)
+    eager.write_gradients(logits, ref_logits, kept, *upstream, options, out, options.tile_bytes or eager.TILE_BYTES)
     index, at_label = label_gradients(
-        logits, ref_logits, torch.where(owned, local, IGNORE_INDEX), *upstream, for_rows, out.dtype
+        logits, ref_logits, torch.where(owned, local, IGNORE_INDEX), *upstream, options, out.dtype
     )
     return out.scatter_(-1, index, torch.where(owned[:, None], at_label, out.gather(-1, index)))
 

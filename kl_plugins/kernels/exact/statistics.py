@@ -171,13 +171,12 @@ def scaled(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     return times(logits, scale)
 
 
-def log_ratio(
-    logits: Tensor, ref_logits: Tensor, scale: float, softcap: float | None, ref_softcap: float | None
-) -> Tensor:
+def log_ratio(logits: Tensor, ref_logits: Tensor, options: Options) -> Tensor:
     """z - u, saturated at 1e4 nats, and 0 where z is -inf.
 
     The difference comes before scale and cap, whose roundings would be as large as a small difference.
     """
+    scale, softcap, ref_softcap = options[:3]
     if softcap is not None and softcap == ref_softcap:
         # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
         one, other = torch.tanh(logits / softcap), torch.tanh(ref_logits / softcap)
@@ -201,16 +200,20 @@ def k3(d: Tensor) -> Tensor:
 
 
 class Options(NamedTuple):
-    """What is the same in all rows.
+    """What is the same for every row of a call.
 
     Attributes:
         scale: 1 / temperature.
         softcap, ref_softcap: the models' final logit soft-caps, None for none.
+        backend: as in :func:`~kl_plugins.kernels.exact.backends.exact_backend`.
+        tile_bytes: bound on temporaries, None for the backend's default.
     """
 
-    scale: float
-    softcap: float | None
-    ref_softcap: float | None
+    scale: float = 1.0
+    softcap: float | None = None
+    ref_softcap: float | None = None
+    backend: str = "auto"
+    tile_bytes: int | None = None
 
 
 class LabelLogits(NamedTuple):
@@ -228,7 +231,7 @@ def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Op
     return LabelLogits(
         scaled(label, options.scale, options.softcap),
         scaled(ref_label, options.scale, options.ref_softcap),
-        log_ratio(label, ref_label, *options).to(working_dtype(logits, options)),
+        log_ratio(label, ref_label, options).to(working_dtype(logits, options)),
     )
 
 
@@ -258,7 +261,7 @@ def row_sums(
     z, u = scaled(logits, 1.0, options.softcap), scaled(ref_logits, 1.0, options.ref_softcap)
     top = z.amax(-1, keepdim=True) if top is None else top[:, None]
     moved, shift = aligned(shift[:, None], top, scale)
-    d = log_ratio(logits, ref_logits, *options) - shift
+    d = log_ratio(logits, ref_logits, options) - shift
     e = torch.exp(times(z - top, scale))
     if options.softcap is None or different_caps(options):
         r = torch.exp(times(u + moved, scale))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.logits import RowOptions, check_labels
+from kl_plugins.kernels.exact.backends import backend_for
+from kl_plugins.kernels.exact.logits import check_labels
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, log_ratio, scaled
 
 
@@ -26,12 +27,12 @@ class TopK(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        logits: Tensor, ref_logits: Tensor, labels: Tensor, tail_weight: Tensor | None, k: int, options: RowOptions
+        logits: Tensor, ref_logits: Tensor, labels: Tensor, tail_weight: Tensor | None, k: int, options: Options
     ) -> tuple[Tensor, ...]:
         """(N,) kl, logp, ref_logp; then what the backward pass needs."""
         check_labels(labels, logits.shape[-1])
         with torch.autocast(logits.device.type, enabled=False):
-            rows = options.backend_for(logits).forward(logits, ref_logits, labels, **options.for_rows)
+            rows = backend_for(logits, options).forward(logits, ref_logits, labels, options)
             kept = labels != IGNORE_INDEX
             top = logits.topk(min(k, logits.shape[-1]), -1).indices
             log_p, u = _at(top, logits, ref_logits, rows, options)
@@ -77,7 +78,7 @@ class TopKGradient(torch.autograd.Function):
         tail: Tensor,
         grad_kl: Tensor,
         grad_logp: Tensor,
-        options: RowOptions,
+        options: Options,
     ) -> Tensor:
         """(N, V) in the dtype of the logits."""
         rows = RowStatistics(kl, logp, ref_logp, lse, centre)
@@ -85,8 +86,8 @@ class TopKGradient(torch.autograd.Function):
         grad_kl, grad_logp = (grad.to(lse.dtype) for grad in (grad_kl, grad_logp))
         with torch.autocast(logits.device.type, enabled=False):
             dense = grad_kl * (head + tail) + grad_logp
-            out = options.backend_for(logits).backward(
-                logits, ref_logits, labels, rows, torch.zeros_like(dense), dense, **options.for_rows
+            out = backend_for(logits, options).backward(
+                logits, ref_logits, labels, rows, torch.zeros_like(dense), dense, options
             )
             log_p, u = _at(top, logits, ref_logits, rows, options)
             # The dense part put the head's weight on the label.
@@ -94,7 +95,7 @@ class TopKGradient(torch.autograd.Function):
                 (top, grad_kl[:, None] * log_p.exp() * u),
                 (labels.clamp_min(0)[:, None], -(grad_kl * head)[:, None]),
             ):
-                value = value * _slope(logits.gather(-1, index).to(lse.dtype), options)
+                value = value * slope(logits.gather(-1, index).to(lse.dtype), options)
                 out.scatter_add_(-1, index, torch.where(kept, value, 0.0).to(out.dtype))
         return out
 
@@ -109,18 +110,18 @@ class TopKGradient(torch.autograd.Function):
 
 
 def _at(
-    index: Tensor, logits: Tensor, ref_logits: Tensor, rows: RowStatistics, options: RowOptions
+    index: Tensor, logits: Tensor, ref_logits: Tensor, rows: RowStatistics, options: Options
 ) -> tuple[Tensor, Tensor]:
     """log p and u of some tokens (N, n)."""
     dtype = rows.lse.dtype
     one, other = (x.gather(-1, index).to(dtype) for x in (logits, ref_logits))
-    same = Options(options.scale, options.softcap, options.ref_softcap)
     # log p - log ref = z - u - (lse - ref_lse), and the difference in brackets is E_p[z - u] - KL.
-    u = log_ratio(one, other, *same) - (rows.centre - rows.kl).to(dtype)[:, None]
+    u = log_ratio(one, other, options) - (rows.centre - rows.kl).to(dtype)[:, None]
     return (scaled(one, options.scale, options.softcap) - rows.lse[:, None]).clamp(max=0.0), u
 
 
-def _slope(logits: Tensor, options: RowOptions) -> Tensor | float:
+def slope(logits: Tensor, options: Options) -> Tensor | float:
+    """Derivative of a scaled and soft-capped logit with respect to the logit."""
     if options.softcap is None:
         return options.scale
     return options.scale * (1 - torch.tanh(logits / options.softcap).square())

@@ -65,10 +65,7 @@ def forward(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
 ) -> RowStatistics:
     """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
@@ -92,10 +89,9 @@ def forward(
                 ref_logits.stride(0),
                 rows,
                 vocab,
-                scale,
-                *_caps(softcap, ref_softcap),
-                scale != 1.0,
-                *_flags(softcap, ref_softcap),
+                options.scale,
+                *_caps(options),
+                *_flags(options),
                 **_forward_shape(logits, ref_logits),
             )
     kl, logp, ref_logp, lse = found
@@ -140,9 +136,8 @@ def part_sums(
                 rows,
                 vocab,
                 options.scale,
-                *_caps(options.softcap, options.ref_softcap),
-                options.scale != 1.0,
-                *_flags(options.softcap, options.ref_softcap),
+                *_caps(options),
+                *_flags(options),
                 **_forward_shape(logits, ref_logits),
             )
     maximum, ref_maximum, mass, first, second, ref_mass = result
@@ -157,10 +152,7 @@ def backward(
     statistics: RowStatistics,
     grad_kl: Tensor,
     grad_logp: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    ref_softcap: float | None,
+    options: Options,
     out: Tensor | None = None,
 ) -> Tensor:
     """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
@@ -188,11 +180,10 @@ def backward(
                 ref_logits.stride(0),
                 target.stride(0),
                 vocab,
-                scale,
-                *_caps(softcap, ref_softcap),
+                options.scale,
+                *_caps(options),
                 torch.finfo(out.dtype).max,
-                scale != 1.0,
-                *_flags(softcap, ref_softcap),
+                *_flags(options),
                 BLOCK=block,
                 num_warps=warps,
                 enable_fp_fusion=True,
@@ -200,14 +191,14 @@ def backward(
     return out if target is out else out.copy_(target)
 
 
-def _caps(softcap: float | None, ref_softcap: float | None) -> tuple[float, float]:
-    return softcap or 1.0, ref_softcap or 1.0
+def _caps(options: Options) -> tuple[float, float]:
+    return options.softcap or 1.0, options.ref_softcap or 1.0
 
 
-def _flags(softcap: float | None, ref_softcap: float | None) -> tuple[bool, bool, bool]:
-    # Which code the caps select, in the order of the kernels' signatures.
-    same = softcap is not None and softcap == ref_softcap
-    return softcap is not None, ref_softcap is not None, same
+def _flags(options: Options) -> tuple[bool, bool, bool, bool]:
+    # Which code scale and caps select, in the order of the kernels' signatures.
+    caps = options.softcap is not None, options.ref_softcap is not None
+    return options.scale != 1.0, *caps, caps[0] and options.softcap == options.ref_softcap
 
 
 def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:

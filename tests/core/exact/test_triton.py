@@ -14,6 +14,7 @@ import torch
 from kl_plugins import exact_kl
 from kl_plugins.kernels.backend import BackendError
 from kl_plugins.kernels.exact.backends import exact_backend_status
+from kl_plugins.kernels.exact.statistics import Options
 from tests.core.exact.accuracy import ROOM
 from tests.core.exact.triton_cases import CASES, Case, Results, compute, inputs, public, reference, steep
 
@@ -87,9 +88,9 @@ def test_the_public_function_reaches_the_kernels(interpreted: dict[str, Any]) ->
 
 def test_float64_logits_are_refused() -> None:
     backend = pytest.importorskip("kl_plugins.kernels.exact.triton_backend")
-    logits, options = torch.zeros(1, 8, dtype=torch.float64), {"scale": 1.0, "softcap": None, "ref_softcap": None}
+    logits, options = torch.zeros(1, 8, dtype=torch.float64), Options()
     with pytest.raises(BackendError, match="float64"):
-        backend.forward(logits, logits, torch.zeros(1, dtype=torch.int64), **options)
+        backend.forward(logits, logits, torch.zeros(1, dtype=torch.int64), options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

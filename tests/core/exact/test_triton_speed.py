@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels.exact.statistics import Options
+
 pytestmark = pytest.mark.gpu
 Capture = pytest.CaptureFixture[str]
 
@@ -19,7 +21,7 @@ ROWS, VOCAB = 8192, 152_064
 FORWARD_SIZES = [(1024, 4), (2048, 4), (4096, 4), (2048, 8), (4096, 8), (8192, 8)]
 STAGES = (1, 2, 3)
 BACKWARD_SIZES = [(1024, 4), (2048, 4), (4096, 8), (8192, 8)]
-OPTIONS = {"scale": 1.0, "softcap": None, "ref_softcap": None}
+OPTIONS = Options()
 
 
 class Logits(NamedTuple):
@@ -61,14 +63,14 @@ def test_every_forward_gives_the_same_and_says_how_fast(
     from kl_plugins.kernels.exact import triton_backend as backend
 
     rows = (logits.policy, logits.reference, logits.labels)
-    statistics = backend.forward(*rows, **OPTIONS)
+    statistics = backend.forward(*rows, OPTIONS)
     chosen = (block, warps, stages) == (backend.FORWARD_BLOCK, backend.FORWARD_WARPS, backend.FORWARD_STAGES)
     for name, value in (("BLOCK", block), ("WARPS", warps), ("STAGES", stages)):
         monkeypatch.setattr(backend, f"FORWARD_{name}", value)
-    found = backend.forward(*rows, **OPTIONS)
+    found = backend.forward(*rows, OPTIONS)
     torch.testing.assert_close(found.kl, statistics.kl, rtol=1e-5, atol=1e-8)
     say(f"forward, block {block}, {warps} warps, {stages} stages", chosen, capsys,
-        2, logits.policy, milliseconds(lambda: backend.forward(*rows, **OPTIONS)))  # fmt: skip
+        2, logits.policy, milliseconds(lambda: backend.forward(*rows, OPTIONS)))  # fmt: skip
 
 
 @pytest.mark.parametrize(("block", "warps"), BACKWARD_SIZES)
@@ -78,11 +80,11 @@ def test_every_backward_gives_the_same_and_says_how_fast(
     from kl_plugins.kernels.exact import triton_backend as backend
 
     rows = (logits.policy, logits.reference, logits.labels)
-    statistics = backend.forward(*rows, **OPTIONS)
+    statistics = backend.forward(*rows, OPTIONS)
     out = torch.empty_like(logits.policy)
 
     def backward() -> Tensor:
-        return backend.backward(*rows, statistics, logits.upstream, logits.upstream, out=out, **OPTIONS)
+        return backend.backward(*rows, statistics, logits.upstream, logits.upstream, OPTIONS, out)
 
     gradient = backward()[:64].clone()
     chosen = (block, warps) == (backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS)

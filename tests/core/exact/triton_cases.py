@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels.exact.statistics import Options, label_logits
+
 
 class Case(NamedTuple):
     """Logits to compute, and how.
@@ -161,10 +163,10 @@ def compute(case: Case, device: str, *, gradient_dtype: torch.dtype = torch.floa
     from kl_plugins.kernels.exact import triton_backend
 
     logits, ref_logits, labels, grad_kl, grad_logp = (_moved(part, device) for part in inputs(case))
-    options = {"scale": 1 / case.temperature, "softcap": case.softcap, "ref_softcap": case.ref_softcap}
-    statistics = triton_backend.forward(logits, ref_logits, labels, **options)
+    options = Options(1 / case.temperature, case.softcap, case.ref_softcap)
+    statistics = triton_backend.forward(logits, ref_logits, labels, options)
     out = torch.full(logits.shape, torch.nan, dtype=gradient_dtype, device=device)
-    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl, grad_logp, out=out, **options)
+    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl, grad_logp, options, out)
     return Results(statistics.kl.cpu(), statistics.logp.cpu(), statistics.ref_logp.cpu(), gradient.cpu())
 
 
@@ -204,10 +206,9 @@ def main(path: str) -> None:
 def ignored_sums(device: str) -> Tensor:
     """What the forward kernel leaves of rows that it need not read."""
     from kl_plugins.kernels.exact import triton_backend
-    from kl_plugins.kernels.exact.statistics import Options, label_logits
 
     logits, ref_logits, labels, *_ = (part.to(device) for part in inputs(CASES["ignored rows"]))
-    options = Options(1.0, None, None)
+    options = Options()
     at_label = label_logits(logits, ref_logits, labels, options)
     sums = torch.stack(triton_backend.part_sums(logits, ref_logits, labels, at_label, options))
     assert sums[:, labels >= 0].any()
@@ -219,9 +220,9 @@ def steep(device: str) -> Results:
     from kl_plugins.kernels.exact import triton_backend
 
     logits, ref_logits, labels, grad_kl, grad_logp = (part.to(device) for part in inputs(CASES["fp16"]))
-    options = {"scale": 1.0, "softcap": None, "ref_softcap": None}
-    statistics = triton_backend.forward(logits, ref_logits, labels, **options)
-    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl * 1e9, grad_logp, **options)
+    options = Options()
+    statistics = triton_backend.forward(logits, ref_logits, labels, options)
+    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl * 1e9, grad_logp, options)
     return Results(statistics.kl.cpu(), statistics.logp.cpu(), statistics.ref_logp.cpu(), gradient.cpu())
 
 
