@@ -1,0 +1,21 @@
+"""The commands of README and of the quickstart are settings that veRL has, and under which their specs work."""
+
+import pytest
+
+from kl_plugins.adapters.verl.guards import check_config
+from kl_plugins.adapters.verl.settings import specs_of
+from tests.guides import arguments
+from tests.verl.configs import composed
+
+PROGRAM = "verl.trainer.main_ppo"
+
+
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 1), ("docs/quickstart/verl.md", 3)])
+def test_the_commands_are_valid(page: str, commands: int) -> None:
+    found = arguments(page, PROGRAM)
+    assert len(found) == commands
+    for settings in found:
+        config = composed("algorithm.adv_estimator=grpo", *settings)
+        specs = specs_of(config)
+        assert specs
+        check_config(specs, config)
