@@ -71,6 +71,10 @@ class BundleError(RuntimeError):
     """The bundle cannot be made; the text says what to do."""
 
 
+class UnreachableError(BundleError):
+    """A package cannot be fetched."""
+
+
 def make(
     folder: Path, python: str, *, source: Path | None = None, with_model: bool = True, also: Sequence[str] = ()
 ) -> Path:
@@ -115,15 +119,19 @@ def fetch(requirement: str, folder: Path, python: str) -> Path:
         python: version that the wheel has to suit.
 
     Raises:
-        BundleError: it cannot be had.
+        UnreachableError: it cannot be had.
     """
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
     before = set(folder.glob("*.whl"))
-    _pip(
-        f"{requirement} could not be downloaded. A bundle is made where a package index can be reached",
+    said = _pip(
         "download", "--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp",
         *platforms, "--dest", str(folder), requirement,
     )  # fmt: skip
+    if said:
+        raise UnreachableError(
+            f"{requirement} could not be downloaded. A bundle is made where a package index can be reached. "
+            f"pip says: {said}"
+        )
     return next(iter(set(folder.glob("*.whl")) - before))
 
 
@@ -137,15 +145,18 @@ def build(folder: Path) -> None:
         # From a copy: a build folder in the repository would keep files that are gone, and put them into the wheel.
         sources = copy(SOURCES, Path(scratch) / "sources")
         options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder))
-        _pip("the wheel of kl-plugins could not be built (setuptools is needed)", "wheel", *options, str(sources))
+        said = _pip("wheel", *options, str(sources))
+    if said:
+        raise BundleError(f"the wheel of kl-plugins could not be built; setuptools is needed. pip says: {said}")
 
 
-def _pip(failure: str, *arguments: str) -> None:
-    command = (sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:])
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or "no output").splitlines()[-1].removeprefix("ERROR: ")
-        raise BundleError(f"{failure}. pip says: {last}")
+def _pip(command: str, *arguments: str) -> str:
+    """Run pip; the last line of its complaint, or nothing where it succeeded."""
+    called = (sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments)
+    done = subprocess.run(called, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    return (done.stderr.strip() or "nothing").splitlines()[-1].removeprefix("ERROR: ")
 
 
 def check_size(folder: Path, most: int = MOST) -> None:
