@@ -45,17 +45,23 @@ STEPS = (
         (("k1@advantage", "after normalisation, so beta keeps its meaning"),),
     ),
     Step(
-        ("3. Can your trainer compute an exact KL?", "It needs logits of the reference."),
+        (
+            "3. Fresh, or a few updates old?",
+            "Age of the data when they are trained on,",
+            "counted in updates of the policy.",
+        ),
         "yes",
-        (("exact@loss", "no sampling noise; runs the reference once more"),),
+        (
+            ("default", "fresh: the floor rarely acts; else watch kl/floor_frac"),
+            ("exact@loss", "no sampling noise; runs the reference once more"),
+        ),
     ),
     Step(
-        ("4. How old are the data?", "Updates between sampling a response", "and training on it."),
+        ("4. Asynchronous: can the KL be exact?", "It needs logits of the reference."),
         "",
         (
-            ("default", "fresh: weights are near 1, the floor rarely acts"),
-            ("default", "a few updates: watch kl/ess and kl/floor_frac"),
-            ("k2@loss/is:token/behaviour:sampler/floor:0.5", "asynchronous: divide by the engine's own log-probs"),
+            ("exact@loss", "if it can: no token noise, and no weight"),
+            ("k2@loss/is:token/behaviour:sampler/floor:0.5", "if not: divides by the engine's own log-probs"),
         ),
     ),
 )
