@@ -16,7 +16,7 @@ def test_json_has_every_part() -> None:
     result = run_cli("explain", "default", "--json")
     it = document(result)
     assert result.returncode == 0
-    assert it["spec"] == "k2@loss/is:token"
+    assert it["spec"] == "k2@loss/is:token/floor:0.5"
     assert it["target"] == "reverse_kl_token_behaviour"
     assert it["on_policy"].keys() == it["off_policy"].keys() == {"target", "text"}
     assert it["formulas"]["coefficient"].startswith("c_t = w_t u_t")

@@ -62,14 +62,14 @@ def test_a_checkpoint_restores_the_state_and_a_missing_one_is_said(caplog: pytes
 
 
 def test_a_run_resumes_under_its_own_spec(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    spec, other = KLSpec.parse("k2@loss/is:token"), KLSpec.parse("default")
+    spec, other = KLSpec.parse("k2@loss/is:token/floor:0.5"), KLSpec.parse("default")
     assert resumed(record(spec, {"beta": 1.0}), other) == {"beta": 1.0}  # one spec, written in two ways
     changed = KLSpec.parse("k3@loss")
-    with pytest.raises(SpecChangedError, match=r"under k2@loss/is:token.* with k3@loss.*KL_PLUGINS_ALLOW_SPEC_CHANGE"):
+    with pytest.raises(SpecChangedError, match=r"under k2@loss/is:token/floor:0.5.* with k3@loss.*KL_PLUGINS_ALLOW_SPEC_CHANGE"):
         resumed(record(spec), changed)
     monkeypatch.setenv("KL_PLUGINS_ALLOW_SPEC_CHANGE", "1")
     with caplog.at_level(logging.WARNING):
         assert resumed(record(spec), changed) is None
         assert resumed(None, changed) is None
-    assert "changes from k2@loss/is:token to k3@loss" in caplog.text
+    assert "changes from k2@loss/is:token/floor:0.5 to k3@loss" in caplog.text
     assert "written without kl-plugins" in caplog.text
