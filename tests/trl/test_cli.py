@@ -96,7 +96,7 @@ def test_plain_process(config_file):
         cwd=ROOT, env={**os.environ}, text=True, capture_output=True, timeout=LIMIT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "kl-plugins: k2@loss/is:token active in TRL" in done.stderr
+    assert "kl-plugins: k2@loss/is:token/floor:0.5 active in TRL" in done.stderr
 
 
 @pytest.mark.parametrize("launch", [torchrun, accelerate_launch])
