@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 COLOURS = {NONE: "#999999", TODAY: "#D55E00", UNWEIGHTED: "#000000"}
 CHOSEN = "#0072B2"
-WORST = -0.6
+WORST = -0.1
 """Values below are drawn at the left edge: how far below does not matter."""
 
 
@@ -41,20 +41,22 @@ def draw(path: Path, data: Mapping[str, Any]) -> None:
                            label=arm if count == 0 else None)  # fmt: skip
         upper.set_yscale("log")
         upper.set_ylim(0.2, 40)
-        upper.set(title=f"{delay} updates old" if delay else "fresh data", xlabel="optimizer step")
+        age = {0: "fresh data", 1: "data one update old"}.get(delay, f"data {delay} updates old")
+        upper.set(title=age, xlabel="optimizer step")
         for place, arm in enumerate(names):
             if arm in mine:
                 _runs(lower, place, mine[arm], colours.get(arm, "#56B4E9"))
-        lower.set_xlim(WORST - 0.05, 0.3)
+        lower.set_xlim(WORST - 0.02, 0.3)
         lower.set_ylim(len(names) - 0.5, -0.5)
         lower.set_yticks(range(len(names)), names if delay == delays[0] else [""] * len(names), fontsize=7)
-        lower.set_xlabel("E[R] - beta KL at the end")
+        lower.set_xlabel(f"E[R] - beta KL at the end\n(left edge: {WORST:g} or less)")
     panels[0][0].set_ylabel("KL to the reference, nats")
-    panels[1][0].plot([], [], "x", color="black", label="ran away")
+    panels[1][0].plot([], [], "x", color="black", label="KL above that of no KL term")
+    panels[1][0].plot([], [], "v", color="black", markerfacecolor="none", label="held, but reward lost")
     handles, labels = panels[0][0].get_legend_handles_labels()
     more = panels[1][0].get_legend_handles_labels()
-    figure.legend(handles + more[0], labels + more[1], loc="outside lower center", ncols=6, frameon=False)
-    figure.suptitle("One line or mark per run")
+    figure.legend(handles + more[0], labels + more[1], loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("KL over training, and what every run was worth: one line or mark per run")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.png")
     figure.savefig(partial, dpi=130)
@@ -63,7 +65,8 @@ def draw(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _runs(axes: Any, place: int, row: Mapping[str, Any], colour: str) -> None:
-    """What each run of an arm was worth; crosses where it ran away."""
+    """What each run of an arm was worth; crosses where it left, triangles where it only lost its reward."""
     for seed, value in zip(row["seeds"], row["objectives"], strict=True):
-        mark = "x" if seed in row["ran away"] else "o"
-        axes.plot(max(value, WORST), place, mark, color=colour, markersize=5, clip_on=False)
+        mark = "x" if seed in row["above"] else "v" if seed in row["lost"] else "o"
+        filled = "none" if mark == "v" else colour
+        axes.plot(max(value, WORST), place, mark, color=colour, markerfacecolor=filled, markersize=5, clip_on=False)

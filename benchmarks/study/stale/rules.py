@@ -180,9 +180,9 @@ def choose(known: Sequence[Outcome]) -> str:
 def second_choice(known: Sequence[Outcome]) -> str | None:
     """The candidate that is confirmed where none reaches any level; None where there is none.
 
-    **Added when the selection had shown that none does, before any run of the confirmation.** Of the candidates whose
-    KL was above that of no KL term in no run, those that lost their reward in the fewest runs; of these, the one with
-    the smallest bias. How far it falls short of the best arm is reported and decides nothing.
+    **Added when the selection had shown that none does, before any run of the confirmation was looked at.** Of the
+    candidates whose KL was above that of no KL term in no run, those that lost their reward in the fewest runs; of
+    these, the one with the smallest bias. How far it falls short of the best arm is reported and decides nothing.
     """
     above = {outcome.arm for outcome in known if outcome.above}
     lost = {arm: sum(o.lost for o in known if o.arm == arm) for arm in ELIGIBLE if arm not in above}
