@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
+.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf docs lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test-verl: .venv/complete  ## tests against veRL: real Ray workers and runs on t
 
 test-openrlhf: .venv/complete  ## tests against OpenRLHF: real Ray actors, runs with vLLM on the CPU (6 min on 2 cores)
 	$(call nox,openrlhf)
+
+docs: .venv/complete  ## build the documentation into out/site; fails on a broken link (1 min)
+	$(call nox,docs)
 
 lint: .venv/complete  ## ruff and mypy
 	$(call nox,lint)

@@ -114,6 +114,8 @@ OPENRLHF = Environment(
     build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
     prepare="from tests.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
 )
+# Reads the sources and imports none of them: no PyTorch.
+DOCS = Environment("docs", "", ROOT / "docs" / "requirements.txt", locked=True)
 # Peers of the kernel benchmark run single files of theirs, which need nothing that they depend on.
 BENCH_KERNEL = Environment(
     "bench-kernel",
@@ -130,6 +132,12 @@ def lint(session: nox.Session) -> None:
     CORE.ensure(session)
     for command in (["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], [".ci/typecheck.py"]):
         session.run(CORE.python, *command, external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a broken link or an unlisted page is an error; writes out/site."""
+    DOCS.run(session, "-m", "mkdocs", "build", "--strict")
 
 
 @nox.session

@@ -40,6 +40,28 @@ computes it again from joined sums, so that it does not depend on how tokens wer
 ``kl/exact`` is there only where exact values are given.
 """
 
+MEANINGS: dict[str, str] = {
+    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative",
+    "kl/exact": "mean of the full-vocabulary KL, nats; only under a spec with exact terms",
+    "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",
+    "kl/reverse_k1_is": "mean of k1 times the weight, nats",
+    "kl/log_ratio/mean": "mean of |u|, nats",
+    "kl/log_ratio/max": "largest |u|, nats",
+    "kl/coef/mean": "mean coefficient: what multiplies the gradient of a token's log-prob, or the penalty",
+    "kl/coef/std": "standard deviation of the coefficient",
+    "kl/coef/max": "largest absolute coefficient",
+    "kl/ess": "effective share of samples under the weight before a floor: 1 is fresh, near 0 is far from the policy",
+    "kl/weight/mean": "mean weight before a floor; 1 in expectation for an exact weight",
+    "kl/weight/max": "largest weight before a floor",
+    "kl/cap_frac": "share of tokens whose weight or coefficient cap, band or clip changed",
+    "kl/floor_frac": "share of tokens whose weight the floor raised",
+    "kl/dead_frac": "share of tokens without a gradient although policy and reference differ",
+    "kl/disagree": "|mean k1 - mean k3| over mean k3; 0 where the mean of k3 is below 1e-4 nats",
+    "kl/trust_region": "mean of rho - 1 - log rho, an estimate of KL(behaviour policy || policy), nats",
+    "kl/active": "1 where a term was computed",
+}
+"""What each key says, for readers of a log."""
+
 LEAST_KL = 1e-4
 """``kl/disagree`` is 0 where the mean of k3 is below this (nats): a relative difference of two noises says nothing."""
 

@@ -48,7 +48,7 @@ def kl_term(
 ) -> KLTerm:
     """Per-token KL regulariser whose gradient is exactly the spec's.
 
-    See arXiv 2510.01555 for why the coefficient counts and not the value; README, "Specs", for each formula.
+    See arXiv 2510.01555 for why the coefficient counts and not the value; ``docs/specs.md`` for each formula.
 
     Args:
         spec: a parsed ``@loss`` spec.

@@ -1,4 +1,4 @@
-"""What the options of a spec do, as data for ``kl-plugins explain`` and as the table in README."""
+"""What the options of a spec do, as data for ``kl-plugins explain`` and as a table in Markdown."""
 
 from __future__ import annotations
 

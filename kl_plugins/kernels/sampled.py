@@ -72,7 +72,7 @@ def score_terms(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> 
 def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None) -> SampledTerms:
     """Closed forms of a ``@loss`` spec.
 
-    See README, "Specs", for the coefficient of each horizon and correction.
+    See ``docs/specs.md`` for the coefficient of each horizon and correction.
 
     Args:
         spec: a parsed ``@loss`` spec.

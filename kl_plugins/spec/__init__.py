@@ -58,7 +58,7 @@ class KLSpec:
     def parse(cls, text: str) -> KLSpec:
         """Read a spec or the name of a preset.
 
-        See README, "Specs", for the grammar.
+        See ``docs/specs.md`` for the grammar.
 
         Args:
             text: ``<estimator>@<placement>[/<option>[:<value>]]...`` or a preset.

@@ -1,0 +1,69 @@
+"""Hooks of the documentation's build (``mkdocs.yml``): where sources are read from, links out of docs/, formulas.
+
+API pages are read from the sources, which are never imported, so the build needs no PyTorch. The three source folders
+are shown as the one package that they are installed as, like to mypy. MathJax is copied from an installed package, so
+a reader's browser asks no other server for anything.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import posixpath
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+TREE = ROOT / "build" / "docs"
+"""Where mkdocstrings finds the package; the same path is in ``mkdocs.yml``."""
+
+LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)\s*$", re.MULTILINE | re.DOTALL)
+MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
+
+
+def on_config(config: Any) -> Any:
+    """Show the sources as one package."""
+    sys.path.insert(0, str(ROOT / ".ci"))
+    from typecheck import link_tree
+
+    link_tree(TREE / "kl_plugins")
+    return config
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Point links to files outside docs/ at the repository, or, where its address is not known, show them as text."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def replaced(link: re.Match[str]) -> str:
+        target = link["target"]
+        path = (DOCS / folder / target).resolve()
+        if "://" in target or target.startswith("mailto:") or path.is_relative_to(DOCS) or not path.exists():
+            return link[0]
+        if config.repo_url:
+            return f"[{link['text']}]({config.repo_url.rstrip('/')}/blob/main/{path.relative_to(ROOT)})"
+        return f'<span class="repository" title="{path.relative_to(ROOT)}">{link["text"]}</span>'
+
+    pieces, end = [], 0
+    for fence in FENCE.finditer(markdown):
+        pieces += [LINK.sub(replaced, markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join(pieces) + LINK.sub(replaced, markdown[end:])
+
+
+def on_post_build(config: Any) -> None:
+    """Put MathJax and its fonts into the site."""
+    found = importlib.util.find_spec("mathjax")
+    if found is None or found.origin is None:
+        raise SystemExit("MathJax is not installed; run `make docs`, which makes the environment")
+    source, target = Path(found.origin).parent / "static" / "mathjax" / "es5", Path(config.site_dir) / "mathjax"
+    for name in MATHJAX:
+        origin, copy = source / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if origin.is_dir():
+            shutil.copytree(origin, copy, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(origin, copy)

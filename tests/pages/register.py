@@ -1,0 +1,34 @@
+"""All generated parts, by page."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.pages import migration, refusals, words
+from tests.pages.parts import Part
+
+HOSTS = ("trl", "verl", "openrlhf")
+
+PARTS = (
+    *(
+        Part("specs.md", function.__name__, function)
+        for function in (
+            words.estimators,
+            words.placements,
+            words.options,
+            words.corrections,
+            words.schedules,
+            words.presets,
+            words.targets,
+        )
+    ),
+    *(Part("migration.md", host, partial(migration.part, host)) for host in HOSTS),
+    Part("migration.md", "beta", migration.beta_part),
+    *(
+        Part(f"hosts/{host}.md", f"{when} refusals", partial(refusals.host_part, host, when))
+        for host in HOSTS
+        for when in ("early", "late")
+    ),
+    Part("hosts/compatibility.md", "shared refusals", refusals.shared_part),
+    Part("glossary.md", "metrics", words.metrics),
+)

@@ -1,0 +1,70 @@
+"""The words of a spec, and the metrics, as tables."""
+
+from __future__ import annotations
+
+from kl_plugins.cli.listing import build_catalogue
+from kl_plugins.explain.options import markdown_table
+from kl_plugins.metrics import MEANINGS, REDUCTIONS
+from kl_plugins.spec.target import TARGETS
+from tests.pages.parts import table
+
+KINDS = {
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "other_f": "another f-divergence",
+    "none": "none",
+}
+JOINED = {"mean": "mean over tokens", "max": "maximum", "pooled": "computed again from joined sums"}
+
+
+def estimators() -> str:
+    """Name, value, coefficient and divergence of each estimator that ships with kl-plugins."""
+    rows = [
+        (f"`{row['name']}`", f"`{row['value']}`", f"`{row['coefficient']}`", KINDS[row["kind"]], row["source"])
+        for row in build_catalogue()["estimators"]
+    ]
+    return table(("estimator", "value", "coefficient", "as a loss, the gradient of", "source"), rows)
+
+
+def placements() -> str:
+    """The three placements."""
+    rows = [(f"`@{row['name']}`", row["meaning"]) for row in build_catalogue()["placements"]]
+    return table(("placement", "meaning"), rows)
+
+
+def options() -> str:
+    """The options in canonical order."""
+    return markdown_table()
+
+
+def corrections() -> str:
+    """The values of ``is:``."""
+    rows = [(f"`is:{row['name']}`", row["meaning"]) for row in build_catalogue()["corrections"]]
+    return table(("weight", "meaning"), rows)
+
+
+def schedules() -> str:
+    """The values of ``beta:``."""
+    rows = [(f"`beta:{row['value']}`", row["meaning"]) for row in build_catalogue()["beta"]]
+    return table(("control of beta", "meaning"), rows)
+
+
+def presets() -> str:
+    """The presets with their specs and targets."""
+    rows = [
+        (f"`{row['name']}`", f"`{row['spec']}`", f"`{row['target']}`", row["note"])
+        for row in build_catalogue()["presets"]
+    ]
+    return table(("preset", "spec", "target", "where it comes from"), rows)
+
+
+def targets() -> str:
+    """Every target."""
+    return table(("target", "meaning"), [(f"`{name}`", meaning) for name, meaning in TARGETS.items()])
+
+
+def metrics() -> str:
+    """Every key under ``kl/``."""
+    rows = [(f"`{key}`", MEANINGS[key], JOINED[how]) for key, how in REDUCTIONS.items()]
+    rows.append(("`kl/beta`", "the coefficient that was applied", "mean over micro-batches"))
+    return table(("metric", "meaning", "over micro-batches, ranks and the logging window"), rows)
