@@ -81,7 +81,7 @@ def exact_kl(
 ) -> ExactKL:
     """KL(policy || reference) over the whole vocabulary, and the labels' log-probs.
 
-    See README, "Exact KL", for the form that is computed and its accuracy.
+    See ``docs/exact.md`` for the form that is computed and its accuracy.
 
     Args:
         logits: (..., V) of the policy, any float dtype, with their graph; read as float32 (float64 stays).

@@ -13,6 +13,7 @@ import pytest
 
 import kl_plugins
 from kl_plugins import metrics
+from kl_plugins.hosts import discover_hosts
 from tests.pages import migration, refusals
 from tests.pages.messages import messages_in
 from tests.pages.parts import DOCS, renewed_pages
@@ -120,6 +121,13 @@ def test_links_and_anchors_resolve(path: Path) -> None:
         assert file.exists(), f"{path.name}: {link} leads nowhere"
         if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{path.name}: {link}: no such heading"
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_matrix_names_every_tested_version(host: str) -> None:
+    found = discover_hosts().hosts[host]
+    text = (DOCS / "hosts" / "compatibility.md").read_text(encoding="utf-8")
+    assert all(version in text for version in found.tested)
 
 
 def test_every_page_is_in_the_navigation() -> None:
