@@ -1,6 +1,6 @@
 """The one table of spec options, in canonical order.
 
-Parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, the table in docs/specs.md and the specs that
+Parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, docs/specs.md and the specs that
 the tests draw all come from these rows. A new option is one row here and one attribute of
 :class:`~kl_plugins.spec.KLSpec`; what it computes stands elsewhere. What concerns several parts of a spec at once is in
 :mod:`kl_plugins.spec.rules` and :mod:`kl_plugins.spec.target`.
