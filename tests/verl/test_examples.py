@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -157,9 +158,11 @@ def started_cluster(environment: dict[str, str], second: bool) -> Iterator[str]:
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_ray_cluster(nodes, assets, data, tmp_path):
     # The cluster's nodes have this environment, and so have the job's processes.
-    environment = variables(tmp_path, **paths(assets, data, tmp_path))
+    # Newer Ray asks for a token where this user has one; the test's clusters have a token of their own.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = variables(tmp_path, **paths(assets, data, tmp_path), **token)
     with started_cluster(environment, second=nodes == 2) as address:
-        changes = {"ADDRESS": address, "NODES": str(nodes)}
+        changes = {"ADDRESS": address, "NODES": str(nodes), "MICRO": "2"}
         settings = [*for_the_cpu(), "ray_kwargs.ray_init.num_cpus=null", LOGGER]
         output = execute("ray_cluster.sh", tmp_path, settings, environment | changes)
     assert_trained(output, tmp_path, ranks=nodes)

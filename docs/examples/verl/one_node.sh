@@ -23,7 +23,7 @@ STEPS=${STEPS:-200}
 PROMPTS=${PROMPTS:-128}           # per step
 RESPONSES=${RESPONSES:-8}         # per prompt
 LENGTH=${LENGTH:-512}             # tokens of a response, at most
-MICRO=${MICRO:-8}                 # responses per GPU and forward pass
+MICRO=${MICRO:-8}                 # responses per GPU and forward pass; divides PROMPTS * RESPONSES / 2 / number of GPUs
 
 overrides=(
   # The KL, beside the policy loss: on, which one, how strongly. These are veRL's own keys.

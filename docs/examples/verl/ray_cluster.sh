@@ -5,6 +5,8 @@
 #   on every other node:  ray start --address=FIRST_NODE:6379
 #   anywhere:             ADDRESS=http://FIRST_NODE:8265 NODES=2 bash ray_cluster.sh
 #
+# Where the cluster asks for Ray's token, set RAY_AUTH_MODE=token here, and have the token in ~/.ray/auth_token.
+#
 # This folder travels to the nodes with the job, so that each has the reward function. Model, data and output are read
 # and written by all nodes: name the hub, or a folder that all of them share.
 set -euo pipefail
