@@ -22,6 +22,10 @@ TREE = ROOT / "build" / "docs"
 
 LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)\s*$", re.MULTILINE | re.DOTALL)
+ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):<code>(?:~(?:\w+\.)*)?")
+CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+LONG = re.compile(r"(?<![\w/=.:@&])[\w/=.:@+-]{16,}(?=[^<>]*<)")
+JOINT = re.compile(r"(?<=[/=_.])(?=\w{2})")
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
 
 
@@ -52,6 +56,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         pieces += [LINK.sub(replaced, markdown[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join(pieces) + LINK.sub(replaced, markdown[end:])
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Drop the roles of docstrings, and let a long setting in a table break at its joints and nowhere else."""
+    html = ROLE.sub("<code>", html)
+    return CELL.sub(lambda cell: LONG.sub(lambda word: JOINT.sub("<wbr>", word[0]), cell[0]), html)
 
 
 def on_post_build(config: Any) -> None:
