@@ -20,10 +20,15 @@ JOINED = {"mean": "mean over tokens", "max": "maximum", "pooled": "computed agai
 def estimators() -> str:
     """Name, value, coefficient and divergence of each estimator that ships with kl-plugins."""
     rows = [
-        (f"`{row['name']}`", f"`{row['value']}`", f"`{row['coefficient']}`", KINDS[row["kind"]], row["source"])
+        (_code(row["name"]), _code(row["value"]), _code(row["coefficient"]), KINDS[row["kind"]], row["source"])
         for row in build_catalogue()["estimators"]
     ]
     return table(("estimator", "value", "coefficient", "as a loss, the gradient of", "source"), rows)
+
+
+def _code(text: str) -> str:
+    # An escaped bar would show its backslash inside backticks.
+    return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def placements() -> str:
