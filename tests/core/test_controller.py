@@ -65,7 +65,8 @@ def test_a_run_resumes_under_its_own_spec(monkeypatch: pytest.MonkeyPatch, caplo
     spec, other = KLSpec.parse("k2@loss/is:token/floor:0.5"), KLSpec.parse("default")
     assert resumed(record(spec, {"beta": 1.0}), other) == {"beta": 1.0}  # one spec, written in two ways
     changed = KLSpec.parse("k3@loss")
-    with pytest.raises(SpecChangedError, match=r"under k2@loss/is:token/floor:0.5.* with k3@loss.*KL_PLUGINS_ALLOW_SPEC_CHANGE"):
+    said = r"under k2@loss/is:token/floor:0.5.* with k3@loss.*KL_PLUGINS_ALLOW_SPEC_CHANGE"
+    with pytest.raises(SpecChangedError, match=said):
         resumed(record(spec), changed)
     monkeypatch.setenv("KL_PLUGINS_ALLOW_SPEC_CHANGE", "1")
     with caplog.at_level(logging.WARNING):
