@@ -23,6 +23,11 @@ TREE = ROOT / "build" / "docs"
 LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)\s*$", re.MULTILINE | re.DOTALL)
 ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):<code>(?:~(?:\w+\.)*)?")
+TOGETHER = re.compile(
+    r"<b><code>(?:<[^>]+>)*(?P<first>\w+),(?:<[^>]+>)*</code></b>\s*"
+    r"\(<code>\(?(?P<others>(?:(?:<[^>]+>)*\w+(?:<[^>]+>)*(?:, )?)+)\)?(?:<[^>]+>)*</code>\)"
+)
+"""Arguments that share a line of a docstring: the parser takes the second and later names for a type."""
 CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 LONG = re.compile(r"(?<![\w/=.:@&])[\w/=.:@+-]{16,}(?=[^<>]*<)")
 JOINT = re.compile(r"(?<=[/=_.])(?=\w{2})")
@@ -61,7 +66,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """Drop the roles of docstrings, and let a long setting in a table break at its joints and nowhere else."""
     html = ROLE.sub("<code>", html)
+    html = TOGETHER.sub(_names, html)
     return CELL.sub(lambda cell: LONG.sub(lambda word: JOINT.sub("<wbr>", word[0]), cell[0]), html)
+
+
+def _names(found: re.Match[str]) -> str:
+    return f"<b><code>{found['first']}, {re.sub('<[^>]+>', '', found['others'])}</code></b>"
 
 
 def on_post_build(config: Any) -> None:
