@@ -109,7 +109,9 @@ def links(path: Path) -> Iterator[str]:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     text = re.sub(r"(?<!\[)`[^`\n]*`(?!\])", "", text)
     for found in LINK.finditer(text):
-        if found["target"] and "://" not in found["target"] and not found["target"].startswith("mailto:"):
+        # The hosting service resolves the last one, relative to the page that shows README.
+        elsewhere = ("mailto:", "../../actions/")
+        if found["target"] and "://" not in found["target"] and not found["target"].startswith(elsewhere):
             yield found["target"]
 
 
