@@ -23,7 +23,7 @@ Blocks = Callable[[Problem], Tensor]
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the gradient of one sequence drawn from the data policy; all relative to the exact sequence-KL gradient.
+    """Moments of the gradient of one sequence from the data policy, relative to the exact sequence-KL gradient.
 
     Attributes:
         variance: trace of the covariance over the squared norm.

@@ -14,7 +14,7 @@ VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 FIELD = "worker_process_setup_hook"
 
 PREFIX = "KL_PLUGINS_"
-"""Of our own environment variables; the workers, maybe on other nodes, get those of the launching process."""
+"""Prefix of our environment variables; workers on any node get those of the launching process."""
 
 OWN_HOOK = "KL_PLUGINS_OWN_SETUP_HOOK"
 """Environment variable: set to 1, the job's own hook is left alone, because it calls ours."""

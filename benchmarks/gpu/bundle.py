@@ -24,7 +24,7 @@ from benchmarks.llm import model, parts
 ROOT = Path(__file__).parents[2]
 MEBIBYTE = 2**20
 MOST = 50 * MEBIBYTE
-"""Of all wheels together."""
+"""The most bytes that all wheels together may have."""
 PART = 48 * MEBIBYTE
 PINS = (
     "trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19",  # the last three for TRL
@@ -78,7 +78,7 @@ class UnreachableError(BundleError):
 def make(
     folder: Path, python: str, *, source: Path | None = None, with_model: bool = True, also: Sequence[str] = ()
 ) -> Path:
-    """Make the bundle anew; one that is there is replaced once the new one is whole.
+    """Make a new bundle; one that is there is replaced once the new one is whole.
 
     Args:
         folder: of the bundle.

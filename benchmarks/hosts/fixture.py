@@ -112,7 +112,7 @@ def state_logits(model: Any, prompt: Tensor, response: Tensor) -> Tensor:
 
 
 def log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
-    """Of the responses' tokens, in the model's precision, with their graph."""
+    """Log-probs of the responses' tokens, in the model's precision, with their graph."""
     return [
         state_logits(model, p, r).log_softmax(-1).gather(-1, r[:, None])[:, 0]
         for p, r in zip(prompts, responses, strict=True)

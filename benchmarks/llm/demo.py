@@ -58,7 +58,7 @@ def demonstrate(
 
 
 def summary(runs: list[Run], settings: Settings, workers: int) -> dict[str, Any]:
-    """Of finished runs."""
+    """Summarise the finished runs."""
     records = {run.arm: run.record() or {} for run in runs}
     first = next(iter(records.values()))
     return {

@@ -85,7 +85,7 @@ def slug(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
+    """Return the version of every package that a result depends on."""
     return {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch", "accelerate")}
 
 

@@ -42,7 +42,7 @@ def order(arms: Sequence[str], delays: Sequence[int], seeds: int) -> Iterator[tu
 
 
 def summary(runs: Sequence[Run], settings: Settings, missing: Sequence[str]) -> dict[str, Any]:
-    """Of the runs that are there: ends by arm and delay, outcomes, whole curves without texts."""
+    """Summarise the finished runs: their ends by arm and delay, outcomes, and whole curves without texts."""
     found = [(run, record) for run in runs for record in [run.record()] if record is not None]
     records = {(run.arm, run.settings.delay or 0, run.seed): record for run, record in found}
     arms = list(dict.fromkeys(run.arm for run, _ in found))

@@ -32,7 +32,7 @@ WARM_UP = 2  # steps
 
 
 def arguments(arm: str, seed: int, settings: Settings, output: str) -> dict[str, Any]:
-    """Of TRL's `GRPOConfig`; the arm `trl` leaves everything about the KL as TRL has it."""
+    """Arguments of TRL's `GRPOConfig`; the arm `trl` leaves everything about the KL as TRL has it."""
     gpu = settings.device == "cuda"
     return {
         "output_dir": output,

@@ -94,7 +94,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """As the worker reads it."""
+        """Read the plan that :meth:`write` has written; the worker does."""
         data = json.loads(path.read_text())
         pairs = tuple(Pair(**pair) for pair in data.pop("pairs"))
         return cls(size=Size(**data.pop("size")), pairs=pairs, **data)

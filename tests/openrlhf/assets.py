@@ -51,7 +51,7 @@ def build(folder: Path) -> Path:
 
 
 def model_config(**settings):
-    """Of a tiny model for the tokenizer's vocabulary."""
+    """Config of a tiny model for the tokenizer's vocabulary."""
     from transformers import Qwen2Config
 
     # A head size of 32 is the smallest that vLLM's attention on the CPU takes.

@@ -53,7 +53,7 @@ def chat_model(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(chat_model: Path, tmp_path: Path) -> dict[str, str]:
-    """Of the cluster and of the example: its variables, and data from the examples' own program."""
+    """Environment variables for the cluster and the example, with data from the examples' own program."""
     program = [sys.executable, str(EXAMPLES / "data.py"), "--out", str(tmp_path / "data"), "--rows", "16"]
     subprocess.run(program, check=True, timeout=120)
     data = tmp_path / "data" / "openrlhf" / "train.jsonl"

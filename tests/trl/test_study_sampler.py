@@ -15,7 +15,7 @@ pytestmark = needs_rollouts
 
 
 def log_probs(policy, tokenizer, prompt_ids, completion_ids):
-    """Of each completion under a policy, by one pass over the whole sequence."""
+    """Log-probs of each completion under a policy, by one pass over the whole sequence."""
     found = []
     for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
         with torch.no_grad():

@@ -33,5 +33,5 @@ def distance(ours, theirs):
 
 
 def difference(one, other):
-    """Of two gradients by name."""
+    """Difference of two gradients, by name."""
     return {name: one[name] - other[name] for name in one}

@@ -71,7 +71,7 @@ def test_a_bf16_sampler_is_not_quite_the_worker(train):
 
 
 def log_ratios(batch):
-    """Of the sampler to the reference, one tensor per completion."""
+    """Log-ratios of sampler to reference, one tensor per completion."""
     pairs = zip(batch.log_probs["rollout_log_probs"], batch.log_probs["ref_log_prob"], strict=True)
     return [sampler - reference for sampler, reference in pairs]
 

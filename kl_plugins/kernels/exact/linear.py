@@ -43,7 +43,7 @@ def default_tile_bytes(hidden: Tensor, vocabulary: int) -> int:
 
 
 class Wanted(NamedTuple):
-    """Which gradients somebody waits for."""
+    """Which gradients to compute."""
 
     hidden: bool
     weight: bool
@@ -51,7 +51,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the hidden states (N, D), the head's weight (V, D) and its bias (V,); None where nobody waits."""
+    """Gradients of hidden states (N, D), the head's weight (V, D) and its bias (V,); None if not requested."""
 
     hidden: Tensor | None
     weight: Tensor | None

@@ -212,7 +212,7 @@ def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:
         "VECTOR": vector,
         "STAGES": FORWARD_STAGES if vector == 8 else FORWARD_STAGES_32,
         "num_warps": FORWARD_WARPS,
-        "enable_fp_fusion": True,  # said aloud: the default changes in Triton 3.10
+        "enable_fp_fusion": True,  # stated, because the default changes in Triton 3.10
     }
 
 
