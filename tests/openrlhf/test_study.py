@@ -12,7 +12,7 @@ from benchmarks.study.settings import Cell, Settings
 
 # Enough pre-training for rewards, without which an arm that has no KL would have no gradient.
 QUICK = Settings(steps=3, evaluate_every=3, pretrain_steps=150, prompts=4, generations=8, learning_rate=2e-2)
-WITHOUT = {"kl/ess", "kl/weight/max", "kl/coef/std"}  # of a run without a spec
+WITHOUT = {"kl/ess", "kl/weight/max", "kl/weight/mean", "kl/floor_frac", "kl/coef/std"}  # of a run without a spec
 
 
 @pytest.fixture(scope="module")
