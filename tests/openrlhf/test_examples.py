@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import examples
+from tests.examples import EXAMPLES
 from tests.openrlhf.ray_support import ENVIRONMENT, SEARCH_PATH, end_session, free_port, prepare_extensions
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 RECEIPT = r"kl-plugins: k2@loss/is:token/floor:0\.5 active in OpenRLHF \S+, rank (\d+) of (\d+)"
 TINY = {
     "GPUS": "1",
@@ -88,21 +89,9 @@ def started_cluster(environment: dict[str, str], *options: str) -> Iterator[tupl
 
 
 def execute(script: str, folder: Path, environment: dict[str, str]) -> str:
-    """Run a script of the examples until its end."""
-    output = folder / "output.txt"
-    with output.open("w") as stream:
-        process = subprocess.Popen(
-            ["bash", str(EXAMPLES / "openrlhf" / script), *FOR_THE_CPU], cwd=folder, env=environment,
-            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(900)
-        finally:
-            end_session(process.pid)
-            process.wait()
-    text = re.sub(r"\x1b\[[0-9;]*m", "", output.read_text(errors="replace"))
-    assert status == 0, text[-8000:]
-    return text
+    """Run a script of the examples for this host until its end."""
+    path = f"openrlhf/{script}"
+    return examples.execute(path, FOR_THE_CPU, folder, environment, seconds=900, end_session=end_session)
 
 
 def assert_trained(output: str, folder: Path) -> None:

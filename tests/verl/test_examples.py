@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import examples
+from tests.examples import EXAMPLES
 from tests.verl.main_ppo import SETTINGS, end_session
 from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 RECEIPT = r"kl-plugins: k2@loss/is:token/floor:0\.5 active in veRL \S+, rank (\d+) of (\d+) .*behaviour sampler"
 TINY = {
     "ENGINE": "transformers_cpu",
@@ -55,21 +56,9 @@ def variables(folder: Path, **changes: str) -> dict[str, str]:
 
 
 def execute(script: str, folder: Path, overrides: list[str], environment: dict[str, str]) -> str:
-    """Run a script of the examples until its end; everything that it started ends with it."""
-    output = folder / "output.txt"
-    with output.open("w") as stream:
-        process = subprocess.Popen(
-            ["bash", str(EXAMPLES / "verl" / script), *overrides], cwd=folder, env=environment,
-            stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(600)
-        finally:
-            end_session(process.pid)
-            process.wait()
-    text = re.sub(r"\x1b\[[0-9;]*m", "", output.read_text(errors="replace"))
-    assert status == 0, text[-6000:]
-    return text
+    """Run a script of the examples for this host until its end."""
+    path = f"verl/{script}"
+    return examples.execute(path, overrides, folder, environment, seconds=600, end_session=end_session)
 
 
 def assert_trained(output: str, folder: Path, ranks: int = 1) -> None:
@@ -110,14 +99,14 @@ def free_port() -> int:
 
 
 def wait_for_port(port: int, seconds: float = 120) -> None:
-    """Return as soon as somebody listens."""
+    """Return as soon as a process listens."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.5)
-    raise TimeoutError(f"nobody listens on port {port}")
+    raise TimeoutError(f"no process listens on port {port}")
 
 
 def test_one_node(assets, data, tmp_path):

@@ -21,7 +21,7 @@ from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_ke
 # Logits per step, and warps per program. All logits of a step are in registers: larger blocks leave room for fewer
 # programs on a multiprocessor, and spill in the end, which the ahead-of-time tests watch. Stages: steps whose logits
 # are loaded ahead, into shared memory. An H200 was fastest with these: 16-bit logits come in many rows, whose programs
-# hide each other's loads; 32-bit ones in tiles of some 500 rows, too few for that. See docs/results.md, "On a GPU".
+# hide each other's loads; 32-bit ones in tiles of some 500 rows, too few for that. See docs/gpu.md.
 FORWARD_BLOCK, FORWARD_WARPS, FORWARD_STAGES, FORWARD_STAGES_32 = 2048, 4, 1, 3
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 BACKWARD_BLOCK_32, BACKWARD_WARPS_32 = 4096, 8
