@@ -1,0 +1,86 @@
+"""Lists the functions of ours that carry a KL spec from the host's flag to the gradient, by watching a real run.
+
+A function is on the path if it is on the call stack when the spec's text is parsed or when the loss term is computed
+(the host's own functions in between are not ours), or if it hands the spec on: it returns or builds an object that
+holds the spec, such as a session or a micro-batch. Checks, receipts and metrics that only read the spec are not on it.
+
+:func:`start` and :func:`stop` travel by value into worker processes; so everything that they need is inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+LIMIT = 16
+"""Most functions that a spec may pass in one host."""
+
+
+def start(process: object = None) -> None:
+    """Begin to watch the calls of this thread."""
+    import sys
+
+    seen: list[str] = []
+
+    def name_of(frame):  # type: ignore[no-untyped-def]
+        module = frame.f_globals.get("__name__", "")
+        code = frame.f_code
+        if not module.startswith("kl_plugins.") or code.co_filename.startswith("<"):
+            return None
+        if code.co_name in ("<genexpr>", "<listcomp>", "<dictcomp>", "<lambda>", "<module>"):
+            return None
+        return f"{module.removeprefix('kl_plugins.')}:{getattr(code, 'co_qualname', code.co_name)}"
+
+    def on_stack(frame):  # type: ignore[no-untyped-def]
+        found = []
+        while frame is not None:
+            found.append(name_of(frame))
+            frame = frame.f_back
+        return reversed([name for name in found if name is not None])
+
+    def holds(value, depth):  # type: ignore[no-untyped-def]
+        kind = type(value)
+        if kind.__name__ == "KLSpec" and kind.__module__.startswith("kl_plugins."):
+            return True
+        if depth == 0:
+            return False
+        if isinstance(value, tuple) and len(value) < 10:
+            return any(holds(part, depth - 1) for part in value)
+        if kind.__module__.startswith("kl_plugins."):
+            parts = list(getattr(value, "__dict__", {}).values())
+            return any(holds(part, depth - 1) for part in parts)
+        return False
+
+    def note(names):  # type: ignore[no-untyped-def]
+        seen.extend(name for name in names if name not in seen)
+
+    def watch(frame, event, value):  # type: ignore[no-untyped-def]
+        if event == "call":
+            code, module = frame.f_code, frame.f_globals.get("__name__", "")
+            parsing = module == "kl_plugins.spec" and code.co_name == "parse"
+            if parsing or (module == "kl_plugins.term" and code.co_name == "kl_term"):
+                note(on_stack(frame))
+        elif event == "return":
+            name = name_of(frame)
+            if name is None or name.startswith(("spec", "term", "explain", "cli")):
+                return
+            made = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else value
+            if holds(made, 2):
+                note([name])
+
+    sys._kl_plugins_path = seen  # type: ignore[attr-defined]
+    sys.setprofile(watch)
+
+
+def stop(process: object = None) -> list[str]:
+    """End watching; the names of the functions on the path, in the order in which they were met."""
+    import sys
+
+    sys.setprofile(None)
+    found: list[str] = sys.__dict__.pop("_kl_plugins_path")
+    return found
+
+
+def listed(*parts: Iterable[str]) -> list[str]:
+    """The functions of several processes together, each once; the engine's hook objects count as one."""
+    names = [name for part in parts for name in part]
+    return list(dict.fromkeys("patches:Hook" if ".Hook." in name else name for name in names))

@@ -1,0 +1,21 @@
+"""How many functions of ours a spec passes in TRL, from the flag to the gradient."""
+
+from pathlib import Path
+
+from tests.contract import path
+from tests.trl import support
+
+
+def test_the_path_of_a_spec_is_short(model: str, tmp_path: Path) -> None:
+    from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
+
+    path.start()
+    try:
+        trainer = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token", max_steps=1)
+        trainer.train()
+    finally:
+        found = path.stop()
+    functions = path.listed(found)
+    print(f"\n{len(functions)} functions:", *functions, sep="\n  ")
+    assert functions[-1] == "term:kl_term"
+    assert len(functions) <= path.LIMIT
