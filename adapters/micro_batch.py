@@ -1,4 +1,8 @@
-"""What a host's loss knows of a micro-batch, carried to the KL function that it calls."""
+"""What a host is computing at the moment, for hooks in functions that do not get to know it by their arguments.
+
+A host's KL function gets two tensors and the text of a spec. Which micro-batch they belong to, it does not say. So the hook
+around the host's loss enters a :class:`LossBatch`, and the hook around the KL function finds it.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +10,77 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import OLD, SAMPLER, count_not_finite, finite_or, used
-from kl_plugins.spec import KLSpec
+from kl_plugins.adapters.session import Session
 from kl_plugins.term import kl_term
+
+Kind = TypeVar("Kind")
+
+_current: ContextVar[object] = ContextVar("kl_plugins_current", default=None)
+
+
+@contextmanager
+def entered(what: object) -> Iterator[None]:
+    """Within the block, :func:`current` finds the object."""
+    token = _current.set(what)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current(kind: type[Kind]) -> Kind | None:
+    """Return what was entered last, if it is of this kind, else None."""
+    found = _current.get()
+    return found if isinstance(found, kind) else None
+
+
+class KLSource:
+    """Something that can say what the host's KL function should return."""
+
+    def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
+        """Compute the (B, T) tensor that the host takes for its KL.
+
+        Args:
+            logp: (B, T) log-probs of the policy as the host passes them, nats.
+            ref_logp: (B, T) log-probs of the reference, nats.
+        """
+        raise NotImplementedError
 
 
 @dataclass
-class CarriedBatch:
-    """Tensors of one loss beside policy and reference log-probs; all (B, T).
+class LossBatch(KLSource):
+    """A micro-batch of a ``@loss`` spec: its tensors beside policy and reference log-probs; all (B, T).
 
     Attributes:
-        host: the host's name, for messages.
         loss: what the host calls the code that computes one loss, for messages.
-        spec: a ``@loss`` spec.
+        session: of the process; it takes over the results as soon as they are there.
         mask: response tokens that the host trains on.
-        old_logp: the trainer's log-probs at rollout time, nats.
+        old_logp: the trainer's log-probs at rollout time, nats, or None.
         sampler_logp: the sampler's, nats, or None.
-        exact: full-vocabulary KL of the states, nats, where the spec needs it.
         source: whose log-probs the importance weight divides by: ``sampler``, ``old``; anything else: no one's.
-        metrics: 0-d tensors, filled by :meth:`term`.
-        observed: policy and reference log-probs, filled by :meth:`term`.
-        not_finite: the counts of :func:`kl_plugins.adapters.log_probs.count_not_finite`, filled by :meth:`term`.
+        exact: full-vocabulary KL of the states, nats, where the spec needs it.
+        kl: the estimator's own values, detached, nats; filled by :meth:`term`.
+        metrics: 0-d tensors; filled by :meth:`term`.
     """
 
-    host: ClassVar[str]
-    loss: ClassVar[str]
+    loss: ClassVar[str] = "loss"
 
-    spec: KLSpec
+    session: Session
     mask: Tensor
-    old_logp: Tensor
+    old_logp: Tensor | None
     sampler_logp: Tensor | None
-    exact: Tensor | None = None
     source: str = "unused"
+    exact: Tensor | None = None
+    kl: Tensor | None = field(default=None, repr=False)
     metrics: dict[str, Tensor] | None = None
-    observed: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    not_finite: Tensor | None = field(default=None, repr=False)
 
     def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
-        """The (B, T) term that the host aggregates and multiplies by its coefficient.
+        """Compute the (B, T) term that the host aggregates and multiplies by its coefficient.
 
         Args:
             logp: policy log-probs with their graph, nats.
@@ -56,44 +89,36 @@ class CarriedBatch:
         Raises:
             RuntimeError: called twice in one loss.
         """
+        session, spec = self.session, self.session.spec
         if self.metrics is not None:
             raise RuntimeError(
-                f"kl-plugins: {self.host} asked for the KL of {self.spec} twice in one {self.loss}; that is not known"
+                f"kl-plugins: {session.host.title} asked for the KL of {spec} twice in one {self.loss}; that is not "
+                "known"
             )
-        behaviour = {"old": self.old_logp, "sampler": self.sampler_logp}
-        found = used(self.spec, self.source, policy=logp, reference=ref_logp, **behaviour)
-        self.not_finite = count_not_finite(found, self.mask)
+        given: dict[str, Any] = {"old": self.old_logp, "sampler": self.sampler_logp}
+        entering = used(spec, self.source, policy=logp, reference=ref_logp, **given)
         # A log-prob that only metrics use does not stop the run.
         own = logp.detach()
-        old = self.old_logp if OLD in found else finite_or(self.old_logp, own)
-        sampler = self.sampler_logp if SAMPLER in found else finite_or(self.sampler_logp, own if old is None else old)
-        term = kl_term(self.spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
-        self.metrics, self.observed = term.metrics, (own, ref_logp.detach())
+        old = self.old_logp if OLD in entering else finite_or(self.old_logp, own)
+        sampler = self.sampler_logp if SAMPLER in entering else finite_or(self.sampler_logp, own if old is None else old)
+        term = kl_term(spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
+        self.metrics, self.kl = term.metrics, term.loss.detach()
+        session.add(count_not_finite(entering, self.mask), own, ref_logp.detach(), self.mask)
         return term.loss
 
 
-_current: ContextVar[CarriedBatch | None] = ContextVar("kl_plugins_micro_batch", default=None)
-
-
 @contextmanager
-def carried(batch: CarriedBatch) -> Iterator[None]:
+def carried(batch: LossBatch) -> Iterator[None]:
     """Within the block, the hook around the host's KL function finds the batch.
 
     Raises:
         RuntimeError: the block ended without a KL.
     """
-    token = _current.set(batch)
-    try:
+    with entered(batch):
         yield
-    finally:
-        _current.reset(token)
     if batch.metrics is None:
+        host, spec = batch.session.host.title, batch.session.spec
         raise RuntimeError(
-            f"kl-plugins: {batch.host}'s {batch.loss} never asked for the KL of {batch.spec}; it takes a path that "
-            "kl-plugins does not know, and would train without the regulariser"
+            f"kl-plugins: {host}'s {batch.loss} never asked for the KL of {spec}; it takes a path that kl-plugins does "
+            "not know, and would train without the regulariser"
         )
-
-
-def current() -> CarriedBatch | None:
-    """The batch of the loss that is being computed, or None outside of one."""
-    return _current.get()

@@ -52,6 +52,7 @@ class Host:
         keys: placement -> where the spec goes in this host.
         module: dotted path of the :class:`HostModule`.
         aggregation: how this host turns per-token terms into one number, by the setting that decides it; one sentence.
+        title: how the host spells its own name (``TRL``).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Host:
     keys: Mapping[str, str] = field(hash=False)
     module: str
     aggregation: str = ""
+    title: str = ""
 
     def installed_version(self) -> str | None:
         """The installed version, or None where the host is absent. Does not import the host."""

@@ -12,6 +12,7 @@ COEFFICIENT_FLAG = "--algo.kl.init_coef"
 
 HOST = Host(
     name="openrlhf",
+    title="OpenRLHF",
     distribution="openrlhf",
     packages=("openrlhf",),
     supported=SUPPORTED,

@@ -8,6 +8,7 @@ SUPPORTED = ">=0.28,<1.17"
 
 HOST = Host(
     name="trl",
+    title="TRL",
     distribution="trl",
     packages=("trl",),
     supported=SUPPORTED,

@@ -16,6 +16,7 @@ SCORE_BETA = "algorithm.kl_ctrl.kl_coef"
 
 HOST = Host(
     name="verl",
+    title="veRL",
     distribution="verl",
     packages=("verl",),
     supported=SUPPORTED,

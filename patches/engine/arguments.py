@@ -1,4 +1,4 @@
-"""The arguments of a wrapped call by name, whatever way the host passes them."""
+"""The arguments of a wrapped call by name, whichever way the host passes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Function = Callable[..., Any]
 
 
 def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a function is called with, by name, defaults included; to read, not to call with.
+    """Return what a function is called with, by name, defaults included. The result is for reading, not for calling.
 
     Ray gives the methods of its actors a signature with parameters that the functions do not have.
 
@@ -27,7 +27,7 @@ def arguments(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any])
 def replaced(
     function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], **changes: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with other values for some arguments, and everything else passed as it was.
+    """Return the same call with other values for some arguments; everything else is passed as it was.
 
     Args:
         function: has no positional-only parameters.

@@ -1,7 +1,4 @@
-"""Generic patch engine: a patch is data plus one wrapper function; ``apply``, ``check`` and ``undo`` are here.
-
-It knows no host. ``kl_plugins.patches.<host>`` lists the patches, ``kl_plugins.adapters.<host>`` what they compute.
-"""
+"""A patch is data plus one wrapper function. This module applies patches, checks them and takes them out again."""
 
 from __future__ import annotations
 
@@ -9,16 +6,17 @@ import hashlib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import wrapt
-from packaging.specifiers import SpecifierSet
 
-from kl_plugins.patches.fingerprint import fingerprint
-from kl_plugins.patches.guards import check_source, check_version
+from kl_plugins.adapters.versions import UnsupportedHostError, check_version, install_or_allow, refuse
+from kl_plugins.hosts import Host
+from kl_plugins.patches.engine.fingerprint import fingerprint
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called as ``wrapper(wrapped, instance, args, kwargs)``; ``wrapped`` is bound."""
@@ -70,8 +68,8 @@ class Hook(_FunctionWrapper):
         self._self_patch = patch
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """The bound hook, or on the class the hook itself."""
-        # Looked up on its class a plain function is itself; Ray and pickle rely on it.
+        """Return the bound hook, or on the class the hook itself."""
+        # Looked up on its class, a plain function is itself. Ray and pickle rely on it.
         return self if instance is None else super().__get__(instance, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +80,7 @@ class Hook(_FunctionWrapper):
         return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # By reference, as the function it stands for: a process without kl-plugins then gets the host's own.
+        # Pickled by reference, like the function it stands for: a process without kl-plugins then gets the host's own.
         patch: Patch = self._self_patch
         return pkgutil.resolve_name, (f"{patch.module}:{patch.qualname}",)
 
@@ -92,84 +90,50 @@ class PatchSet:
     """The patches of one host, applied and undone together.
 
     Attributes:
-        distribution: the host's name on the package index.
-        supported: versions whose sources were checked.
+        host: the host, with the versions whose sources were checked.
         patches: what to wrap.
         owner: a subclass of the host's class to put the hooks on instead of the class itself; None = in place.
-        check_on_use: hooks go in unchecked, because they pass everything through until the plugin is used, and whoever
-            uses it calls :meth:`check` first. For hosts that import plugins in processes that may never use them.
+        check_on_use: hooks go in unchecked. They pass everything through until a spec is used, and whoever uses one
+            calls :meth:`check` first. For hosts that import plugins in processes that may never use them.
     """
 
-    distribution: str
-    supported: SpecifierSet
+    host: Host
     patches: Sequence[Patch]
     owner: type | None = None
     check_on_use: bool = False
     _applied: list[tuple[Patch, Any, Any, Hook]] = field(default_factory=list, init=False, repr=False)
-    _deferred: bool = field(default=False, init=False, repr=False)
 
     @property
     def active(self) -> bool:
         """Whether any hook is in."""
         return bool(self._applied)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Qualified names of the wrapped functions."""
-        return tuple(patch.qualname for patch in self.patches)
+    def apply(self, module: str | None = None) -> None:
+        """Check every patch, then put every hook in; nothing is changed unless all checks pass. Safe to call twice.
 
-    def apply(self) -> None:
-        """Check every guard, then put every hook in; nothing is changed unless all guards hold. Safe to call twice.
+        Args:
+            module: put in the hooks of this module alone; None: of all.
 
         Raises:
             UnsupportedHostError: unknown version or changed source.
             ModuleNotFoundError: the host is not installed.
+            AttributeError: a module lacks a function.
         """
-        self._apply(self.patches)
-
-    def apply_on_import(self) -> None:
-        """Put the hooks of each module in as soon as the host imports it; now, where it has been imported already.
-
-        The version is checked at once, sources on import.
-
-        Raises:
-            UnsupportedHostError: unknown version, or changed source of a module that is already imported.
-        """
-        if not self.check_on_use:
-            check_version(self.distribution, self.supported)
-        self._deferred = True
-        for module in dict.fromkeys(patch.module for patch in self.patches):
-            wrapt.register_post_import_hook(self._imported, module)
-
-    def apply_to(self, module: str) -> None:
-        """Put in the hooks of one module that has been imported. Safe to call twice.
-
-        Raises:
-            UnsupportedHostError: unknown version or changed source.
-            AttributeError: the module lacks a function.
-        """
-        self._apply([patch for patch in self.patches if patch.module == module])
-
-    def _imported(self, module: ModuleType) -> None:
-        if self._deferred:
-            self.apply_to(module.__name__)
-
-    def _apply(self, patches: Sequence[Patch]) -> None:
         done = {patch for patch, *_ in self._applied}
-        todo = [patch for patch in patches if patch not in done]
+        todo = [patch for patch in self.patches if patch not in done and module in (None, patch.module)]
         if todo and not self.check_on_use:
             self.check(todo)
         for patch in todo:
             owner = self.owner or patch.owner()
             own, original = vars(owner).get(patch.attribute, _MISSING), _original(owner, patch.attribute)
             if isinstance(own, Hook) and isinstance(owner, ModuleType):
-                own = original  # imported by name after that name was hooked at its home
+                own = original  # the name was imported after the function was hooked at its home
             hook = self._hook_of(original, patch) or Hook(original, patch)
             setattr(owner, patch.attribute, hook)
             self._applied.append((patch, owner, own, hook))
 
     def _hook_of(self, original: Callable[..., Any], patch: Patch) -> Hook | None:
-        # One hook for a function and for the names by which other modules imported it: pickle looks for identity.
+        # A function and the names by which other modules imported it share one hook, because pickle compares identity.
         hooks = (hook for other, _, _, hook in self._applied if other.wrapper is patch.wrapper)
         return next((hook for hook in hooks if hook.__wrapped__ is original), None)
 
@@ -177,9 +141,8 @@ class PatchSet:
         """Put the original objects back. Safe to call twice.
 
         Raises:
-            RuntimeError: somebody wrapped a hook again; undoing would remove theirs as well.
+            RuntimeError: another package wrapped a hook; undoing would remove its wrapper as well.
         """
-        self._deferred = False
         for patch, owner, _, hook in self._applied:
             if vars(owner).get(patch.attribute) is not hook:
                 raise RuntimeError(
@@ -199,19 +162,59 @@ class PatchSet:
         Raises:
             UnsupportedHostError: unknown version or changed source.
         """
-        version = check_version(self.distribution, self.supported)
+        version = check_version(self.host.distribution, self.host.supported)
         for patch in self.patches if patches is None else patches:
-            function = _original(self.owner or patch.owner(), patch.attribute)
-            name, host = f"{patch.module}.{patch.qualname}", f"{self.distribution} {version}"
-            check_source(name, function, patch.fingerprints, host, self.supported)
+            if not patch.fingerprints:
+                continue
+            try:
+                found = fingerprint(_original(self.owner or patch.owner(), patch.attribute))
+            except (OSError, TypeError) as error:
+                found = f"unreadable ({error})"
+            if found not in patch.fingerprints.values():
+                refuse(
+                    f"{patch.module}.{patch.qualname} of {self.host.distribution} {version} is not the code that "
+                    f"kl-plugins was checked with (fingerprint {found}); it was edited, or another package has "
+                    "replaced it",
+                    install_or_allow(self.host.supported),
+                )
 
-    def fingerprint(self, patches: Sequence[Patch] | None = None) -> str:
-        """Digest of all the sources that are wrapped, or of those of some patches, for receipts."""
+    def check_imported(self) -> None:
+        """Raise unless every hook on a module that this process has imported is in, on a checked host.
+
+        Raises:
+            UnsupportedHostError: unknown version, changed source, or a hook that is not in.
+        """
+        imported = [patch for patch in self.patches if patch.module in sys.modules]
+        self.check(imported)
+        for patch in imported:
+            if not isinstance(vars(patch.owner()).get(patch.attribute), Hook):
+                raise UnsupportedHostError(
+                    f"kl-plugins: {patch.module}.{patch.qualname} has no hook in this process: something replaced it, "
+                    "or kl-plugins was detached. A KL spec would have no effect there"
+                )
+
+    def summary(self, modules: Collection[str] = (), functions: Collection[str] = ()) -> tuple[tuple[str, ...], str]:
+        """Name the wrapped functions, and give one digest of their sources, for a receipt.
+
+        Args:
+            modules: only patches in these modules; empty: in all.
+            functions: only patches of these functions; empty: of all.
+
+        Returns:
+            Qualified names, each once, and the digest.
+        """
+        used = [
+            patch
+            for patch in self.patches
+            if (not modules or patch.module in modules)
+            and (not functions or patch.qualname in functions)
+            and patch.module in sys.modules  # other trainers' modules need not be there
+        ]
         digest = hashlib.sha256()
-        for patch in self.patches if patches is None else patches:
+        for patch in used:
             if patch.fingerprints:
                 digest.update(fingerprint(_original(self.owner or patch.owner(), patch.attribute)).encode())
-        return digest.hexdigest()
+        return tuple(dict.fromkeys(patch.qualname for patch in used)), digest.hexdigest()
 
 
 def hooked(owner: type, attribute: str) -> bool:
@@ -220,7 +223,7 @@ def hooked(owner: type, attribute: str) -> bool:
 
 
 def _original(owner: Any, attribute: str) -> Callable[..., Any]:
-    """The host's own function behind an attribute, looking through our hooks: a subclass must not hook twice."""
+    """Return the host's own function behind an attribute; our hooks are looked through, so that none is put in twice."""
     function = inspect.getattr_static(owner, attribute)
     while isinstance(function, Hook):
         function = function.__wrapped__
