@@ -1,7 +1,7 @@
 """What a host is computing at the moment, for hooks in functions that do not get to know it by their arguments.
 
-A host's KL function gets two tensors and the text of a spec. Which micro-batch they belong to, it does not say. So the hook
-around the host's loss enters a :class:`LossBatch`, and the hook around the KL function finds it.
+A host's KL function gets two tensors and the text of a spec. Which micro-batch they belong to, it does not say. So the
+hook around the host's loss enters a :class:`LossBatch`, and the hook around the KL function finds it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def kl_of(text: str, logp: Tensor, ref_logp: Tensor, host_title: str, places: st
     source = current(KLSource)
     if source is None:
         raise RuntimeError(
-            f"kl-plugins: {text} reached {host_title}'s KL function from a place that kl-plugins does not know; {places}"
+            f"kl-plugins: {text} reached {host_title}'s KL function from a place that kl-plugins does not know; "
+            f"{places}"
         )
     return source.term(logp, ref_logp)
 
@@ -121,7 +122,9 @@ class LossBatch(KLSource):
         # A log-prob that only metrics use does not stop the run.
         own = logp.detach()
         old = self.old_logp if OLD in entering else finite_or(self.old_logp, own)
-        sampler = self.sampler_logp if SAMPLER in entering else finite_or(self.sampler_logp, own if old is None else old)
+        sampler = (
+            self.sampler_logp if SAMPLER in entering else finite_or(self.sampler_logp, own if old is None else old)
+        )
         term = kl_term(spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
         self.metrics, self.kl = term.metrics, term.loss.detach()
         session.add(count_not_finite(entering, self.mask), own, ref_logp.detach(), self.mask)
