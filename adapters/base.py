@@ -1,8 +1,8 @@
 """The life cycle of a host, written once: attach, detach, diagnose, run, and the check of a run's settings.
 
-Each host subclasses :class:`HostAdapter` in ``adapters/<host>/__init__.py`` and fills in what really differs. This module
-holds the one import that goes from adapters to patches: :attr:`HostAdapter.hooks` loads ``kl_plugins.patches.<host>`` by
-name. Nothing here imports torch or a host.
+Each host subclasses :class:`HostAdapter` in ``adapters/<host>/__init__.py`` and fills in what really differs. This
+module holds the one import that goes from adapters to patches: :attr:`HostAdapter.hooks` loads
+``kl_plugins.patches.<host>`` by name. Nothing here imports torch or a host.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class HostAdapter:
         raise NotImplementedError
 
     def refusals(self, specs: Any, config: Any) -> Iterator[tuple[str, KLSpec, str]]:
-        """Give each contradiction: the setting up to the spec (``kl_loss_type=``), the spec, and what is wrong with it."""
+        """Give each contradiction: the setting up to the spec (``kl_loss_type=``), the spec, and the problem."""
         raise NotImplementedError
 
     def untested(self, config: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What happens with a host, or a part of a host, that kl-plugins was not checked with: an error, or a warning on demand."""
+"""Hosts, and parts of hosts, that kl-plugins was not checked with: an error, or a warning if the user allows it."""
 
 from __future__ import annotations
 

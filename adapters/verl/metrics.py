@@ -1,4 +1,4 @@
-"""The ``kl/`` metrics on veRL's own way to its trainer: sums and maxima, which the trainer turns into metrics."""
+"""The ``kl/`` metrics in veRL: workers send sums and maxima, and the trainer turns them into metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from kl_plugins.adapters.metrics import TOKENS, joined, sums_and_maxima
 
 SUM, MAX = "kl_plugins/sum/", "kl_plugins/max/"
-"""What stands before the keys on the way.
+"""Prefixes of the keys on the way.
 
 veRL joins mini-batches by names: the largest where a key contains "max", else the mean. A mean of sums is as good as
 their total, because only ratios of sums are reported.
@@ -21,7 +21,7 @@ their total, because only ratios of sums are reported.
 def worker_metrics(
     found: Mapping[str, Tensor], mask: Tensor, beta: float, make: Callable[[str, float], Any]
 ) -> dict[str, Any]:
-    """One micro-batch's sums and maxima in the form in which veRL carries them.
+    """Return one micro-batch's sums and maxima in the form in which veRL carries them.
 
     Args:
         found: 0-d tensors by key, the same keys on every rank.
@@ -73,5 +73,5 @@ def _largest(value: Any) -> float:
 
 
 def _joined(value: Any) -> Any:
-    """veRL's metric object, where it has not been turned into a number yet, knows how its values join."""
+    """Turn veRL's metric object into numbers, if it is still one; it knows how its values join."""
     return value.aggregate() if hasattr(value, "aggregate") else value

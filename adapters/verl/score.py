@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kl_plugins.adapters.log_probs import POLICY, count_not_finite, finite_or, require_finite
-from kl_plugins.adapters.log_probs import REFERENCE as OF_REFERENCE
-from kl_plugins.adapters.verl.beta import ScoreBeta
-from kl_plugins.adapters.verl.loss import MASK, OLD, SAMPLER
-from kl_plugins.metrics import penalty_metrics
-from kl_plugins.penalty import kl_penalty
+from kl_plugins.adapters import score
+from kl_plugins.adapters.log_probs import require_finite
+from kl_plugins.adapters.micro_batch import KLSource
+from kl_plugins.adapters.score import Penalty, penalty_of
+from kl_plugins.adapters.verl import SCORE_BETA
+from kl_plugins.adapters.verl.batch import MASK, OLD, REFERENCE, SAMPLER
+from kl_plugins.adapters.verl.config import estimator_of
 from kl_plugins.spec import KLSpec
-
-REFERENCE = "ref_log_prob"
-"""veRL's key of the reference's log-probs."""
 
 PENALTY = "kl_plugins_penalty"
 """Key of beta times the ``@advantage`` penalty (B, T) in veRL's batch, and of its controller in the batch's notes.
@@ -25,16 +22,33 @@ PENALTY = "kl_plugins_penalty"
 Both are there from where rewards are shaped to where advantages are final.
 """
 
-current: ContextVar[Tensor | None] = ContextVar("kl_plugins_verl_kl", default=None)
-"""What the hook around veRL's KL function hands out while rewards are shaped."""
+
+class ScoreController(score.ScoreController):
+    """Stands in for veRL's controller of the KL in the reward.
+
+    Attributes:
+        pending: an ``@advantage`` penalty was computed, and no advantages have taken it yet.
+    """
+
+    def __init__(self, spec: KLSpec, host: Any, adaptive: bool = False) -> None:
+        """Take over from veRL's controller.
+
+        Args:
+            spec: a score spec.
+            host: veRL's own controller object.
+            adaptive: whether that one changes its value, which then belongs into checkpoints.
+        """
+        super().__init__(spec, host, SCORE_BETA)
+        self.adaptive = adaptive
+        self.pending = False
 
 
 class NoSubtraction:
-    """Stands in for a controller whose product with the KL would be subtracted from the rewards: its beta is 0."""
+    """Stands in for a controller whose product with the KL veRL would subtract from the rewards: its beta is 0."""
 
     value = 0.0
 
-    def __init__(self, control: ScoreBeta) -> None:
+    def __init__(self, control: ScoreController) -> None:
         self._control = control
 
     def update(self, current_kl: float, n_steps: int) -> None:
@@ -42,51 +56,62 @@ class NoSubtraction:
         self._control.update(current_kl=current_kl, n_steps=n_steps)
 
 
-class Shaped(NamedTuple):
-    """What becomes of the KL of a rollout batch.
+@dataclass
+class Shaping(KLSource):
+    """The reward shaping of one rollout batch: what veRL's KL function should return in it.
 
     Attributes:
-        penalty: (B, T) per unit beta, nats.
-        kl: (B, T) nats, what veRL takes for the KL: it logs its mean, and its adaptive controller follows that.
-        metrics: 0-d tensors by key.
-    """
-
-    penalty: Tensor
-    kl: Tensor
-    metrics: dict[str, Tensor]
-
-
-def shape(control: ScoreBeta, batch: Any) -> Shaped:
-    """The penalty of a rollout batch; the controller observes its KL.
-
-    Args:
         control: of a score spec.
-        batch: veRL's padded batch: the trainer's log-probs, the reference's, the mask, and the sampler's if there.
-
-    Raises:
-        LogProbError: a log-prob of a response token is not finite.
+        found: the batch's penalty.
+        beta: the coefficient of this batch.
     """
-    spec, logp, ref, mask = control.spec, batch[OLD], batch[REFERENCE], batch[MASK].bool()
-    require_finite(count_not_finite({POLICY: logp, OF_REFERENCE: ref}, mask), spec)
-    control.controller.forget()
-    control.controller.observe(logp, ref, mask)
-    penalty = kl_penalty(spec, logp, ref, mask)
-    # An @advantage penalty holds the KL of later tokens as well: its mean is no KL per token.
-    own = replace(spec, horizon="token", future=None, gamma=1.0)
-    kl = penalty if spec.placement == "reward" else kl_penalty(own, logp, ref, mask)
-    sampler = batch[SAMPLER] if SAMPLER in batch.keys() else None  # noqa: SIM118  TensorDict has no plain `in`
-    return Shaped(penalty, kl, penalty_metrics(penalty, logp, ref, finite_or(sampler, logp), mask))
 
+    control: ScoreController
+    found: Penalty
+    beta: float
 
-def hand_on(data: Any, penalty: Tensor, control: ScoreBeta) -> None:
-    """Put an ``@advantage`` penalty, beta included, into veRL's batch; it is pending until the advantages have it."""
-    data.batch[PENALTY], data.meta_info[PENALTY] = penalty, control
-    control.pending = True
+    @classmethod
+    def of(cls, control: ScoreController, batch: Any) -> Shaping:
+        """Compute the penalty of a rollout batch; the controller observes its KL.
+
+        Args:
+            control: of a score spec.
+            batch: veRL's padded batch: the trainer's log-probs, the reference's, the mask, and the sampler's if there.
+
+        Raises:
+            LogProbError: a log-prob of a response token is not finite.
+        """
+        control.controller.forget()
+        sampler = batch[SAMPLER] if SAMPLER in batch.keys() else None  # noqa: SIM118  TensorDict has no plain `in`
+        found = penalty_of(control, batch[OLD], batch[REFERENCE], batch[MASK].bool(), sampler)
+        require_finite(found.not_finite, control.spec)
+        return cls(control, found, control.value)
+
+    def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
+        """Return the (B, T) KL of each token, in nats; it was computed from the same log-probs."""
+        return self.found.kl
+
+    def subtracted(self) -> Any:
+        """Return the controller that veRL should multiply the KL with: only ``@reward`` subtracts it from rewards."""
+        return self.control if self.control.spec.placement == "reward" else NoSubtraction(self.control)
+
+    def finish(self, data: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Put an ``@advantage`` penalty into veRL's batch, where it waits for the advantages; return all metrics.
+
+        Args:
+            data: veRL's ``DataProto``.
+            metrics: veRL's own.
+        """
+        if self.control.spec.placement == "advantage":
+            data.batch[PENALTY], data.meta_info[PENALTY] = self.beta * self.found.penalty, self.control
+            self.control.pending = True
+            metrics = {**metrics, "actor/reward_kl_penalty_coeff": self.beta}
+        return {**metrics, **{key: value.item() for key, value in self.found.metrics.items()}, "kl/beta": self.beta}
 
 
 def take_penalty(data: Any) -> Tensor | None:
-    """Take the ``@advantage`` penalty out of the batch; None where there is none, or an outer hook has taken it."""
-    control: ScoreBeta | None = data.meta_info.pop(PENALTY, None)
+    """Take the ``@advantage`` penalty out of the batch; None if there is none, or an outer hook has taken it."""
+    control: ScoreController | None = data.meta_info.pop(PENALTY, None)
     if control is None:
         return None
     penalty: Tensor = data.batch.pop(PENALTY)
@@ -94,9 +119,21 @@ def take_penalty(data: Any) -> Tensor | None:
     return penalty
 
 
+def subtract(data: Any, penalty: Tensor | None) -> None:
+    """Subtract a penalty, beta included, from final advantages, in place.
+
+    Args:
+        data: veRL's ``DataProto``.
+        penalty: (B, T) what :func:`take_penalty` gave before the advantages were computed.
+    """
+    if penalty is not None:
+        advantages = data.batch["advantages"]
+        data.batch["advantages"] = advantages - penalty.to(advantages)
+
+
 def site(spec: KLSpec, config: Any) -> str:
-    """What veRL does with a KL in the reward, for the receipt."""
-    estimator = str(getattr(config.algorithm.adv_estimator, "value", config.algorithm.adv_estimator))
+    """Say what veRL does with a KL in the reward, for the receipt."""
+    estimator = estimator_of(config.algorithm)
     if spec.placement == "advantage":
         return f"none: subtracted per token from {estimator} advantages after normalisation"
     if estimator == "gae":

@@ -129,9 +129,7 @@ class Sources:
         package = self.host.packages[0]
         spec = PathFinder.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(
-                f"kl-plugins: the package folder of {package} is not importable; reinstall it"
-            )
+            raise ModuleNotFoundError(f"kl-plugins: the package folder of {package} is not importable; reinstall it")
         return Path(next(iter(spec.submodule_search_locations)))
 
     def changed(self) -> Iterator[tuple[str, str | None]]:

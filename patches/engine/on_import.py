@@ -31,7 +31,7 @@ class ImportHooks:
 
     Attributes:
         host: the host.
-        folder: of the host's patches; holds ``hooks.py``, whose ``PATCHES`` is the table of hooks, and the fingerprints.
+        folder: of the host's patches; holds the fingerprints and ``hooks.py``, whose ``PATCHES`` is the table of hooks.
         modules: the host's modules that have hooks.
         early: hooks of further modules, for those that are imported where the table must not be: by module, what puts
             the hook in.

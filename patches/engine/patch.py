@@ -223,7 +223,7 @@ def hooked(owner: type, attribute: str) -> bool:
 
 
 def _original(owner: Any, attribute: str) -> Callable[..., Any]:
-    """Return the host's own function behind an attribute; our hooks are looked through, so that none is put in twice."""
+    """Return the host's own function behind an attribute, without our hooks, so that none is put in twice."""
     function = inspect.getattr_static(owner, attribute)
     while isinstance(function, Hook):
         function = function.__wrapped__

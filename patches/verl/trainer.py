@@ -1,29 +1,32 @@
-"""Hooks in veRL's trainers, the same for v0 and v1: checks, receipts, controllers, metrics, checkpoints."""
+"""Hooks in veRL's trainer process, the same for v0 and v1: checks, receipts, scores, metrics, checkpoints."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kl_plugins.adapters.checkpoints import record, resumed
+from kl_plugins.adapters import receipts
+from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.metrics import warn_if_floored
-from kl_plugins.adapters.verl import guards, metrics, score
-from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
-from kl_plugins.adapters.verl.settings import Specs, aggregation_caveats, aggregation_of, sampling_of, specs_of
-from kl_plugins.patches.arguments import Function, arguments
-from kl_plugins.receipts import Receipt
-from kl_plugins.spec import KLSpec
-from kl_plugins.spec.target import caveats_with_source
+from kl_plugins.adapters.micro_batch import entered
+from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, metrics, score
+from kl_plugins.adapters.verl.config import Specs, behaviour_source, sampling_of, spec_in, statement_of
+from kl_plugins.adapters.verl.refusals import check_sessions, check_trainer
+from kl_plugins.adapters.verl.score import ScoreController, Shaping
+from kl_plugins.adapters.verl.session import collect
+from kl_plugins.patches.engine.arguments import Function, arguments
+from kl_plugins.patches.verl import HOOKS
 
 ATTRIBUTE = "_kl_plugins"
-"""Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock veRL."""
+"""Attribute of a trainer that holds its session; a trainer without a spec has none and trains as veRL alone does."""
 
 STATE_FILE = "kl_plugins.json"
-"""The specs and the score controller's state, in the folder of a step's checkpoint."""
+"""File with the specs and the score controller's state, in the folder of a step's checkpoint."""
+
+SCORE_FUNCTIONS = ("kl_penalty", "apply_kl_penalty", "compute_advantage", "compute_advantage_for_multi_trajectories")
+"""Functions of veRL that a score spec works through."""
 
 
 @dataclass
@@ -31,54 +34,27 @@ class TrainerSession:
     """Specs and score controller of one trainer."""
 
     specs: Specs
-    score: ScoreBeta | None = None
+    score: ScoreController | None = None
 
 
 def session_of(trainer: Any) -> TrainerSession | None:
-    """The trainer's session, or None where it trains as stock veRL."""
+    """Return the trainer's session, or None where it trains as veRL alone does."""
     session: TrainerSession | None = vars(trainer).get(ATTRIBUTE)
     return session
-
-
-def checked(config: Any) -> Specs:
-    """The config's specs, after every check that needs no model and no Ray.
-
-    Raises:
-        KLSpecError: a text is not a valid spec.
-        ValueError: a spec and other settings contradict each other.
-        UnsupportedHostError: this veRL, or a part of it that the config picks, was not checked.
-    """
-    specs = specs_of(config)
-    if specs:
-        from kl_plugins.patches.verl import support
-
-        support.check_process()
-        support.check_sources()
-        guards.check_config(specs, config)
-        support.check_engine(config)
-    return specs
-
-
-def validate_config(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around veRL's own validation, in the launching process: a typo costs seconds."""
-    checked(arguments(wrapped, args, kwargs)["config"])
-    return wrapped(*args, **kwargs)
 
 
 def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around a trainer's ``__init__``: the checks once more, where the trainer runs; then its session."""
     config = arguments(wrapped, args, kwargs)["config"]
-    specs = checked(config)
+    specs = ADAPTER.checked(config)
     wrapped(*args, **kwargs)
     if not specs:
         return
-    from kl_plugins.patches.verl.support import check_trainer
-
     check_trainer(type(trainer))
     session = TrainerSession(specs)
     if specs.score is not None:
         adaptive = config.algorithm.kl_ctrl.type == "adaptive"
-        session.score = trainer.kl_ctrl_in_reward = ScoreBeta(specs.score, trainer.kl_ctrl_in_reward, adaptive)
+        session.score = trainer.kl_ctrl_in_reward = ScoreController(specs.score, trainer.kl_ctrl_in_reward, adaptive)
     setattr(trainer, ATTRIBUTE, session)
 
 
@@ -88,44 +64,41 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     session = session_of(trainer)
     if session is None:
         return result
-    # Imported here: it needs Ray, and a config must be checked without.
-    from kl_plugins.adapters.receipts import announce
-    from kl_plugins.adapters.verl.receipts import collect
-
+    config, actor = trainer.config, trainer.config.actor_rollout_ref.actor
     if session.specs.loss is not None:
-        source = guards.behaviour_source(session.specs.loss, trainer.config)
-        collect(trainer.actor_rollout_wg, session.specs.loss, source, sampling_of(trainer.config))
-    if session.specs.score is not None:
-        announce(_score_receipt(session.specs.score, trainer.config))
+        source = behaviour_source(session.specs.loss, config)
+        collect(trainer.actor_rollout_wg, session.specs.loss, source, sampling_of(config))
+    spec = session.specs.score
+    if spec is not None:
+        statement = statement_of(spec, actor, sampling=sampling_of(config), reward_site=score.site(spec, config))
+        receipts.announce(receipts.made(HOST, spec, statement, HOOKS.summary(functions=SCORE_FUNCTIONS)))
     return result
 
 
-def _score_receipt(spec: KLSpec, config: Any) -> Receipt:
-    from kl_plugins.patches.verl.targets import PATCHES
+def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around ``apply_kl_penalty(data, kl_ctrl, kl_penalty)``: the penalty, into rewards or towards advantages."""
+    named = arguments(wrapped, args, kwargs)
+    spec = spec_in(SCORE_KEY, named["kl_penalty"])
+    if spec is None:
+        return wrapped(*args, **kwargs)
+    control = named["kl_ctrl"]
+    if not isinstance(control, ScoreController):
+        raise RuntimeError(
+            f"kl-plugins: {spec} is used by a trainer that kl-plugins has not checked; use one of veRL's own PPO "
+            "trainers"
+        )
+    shaping = Shaping.of(control, named["data"].batch)
+    with entered(shaping):
+        data, found = wrapped(named["data"], shaping.subtracted(), named["kl_penalty"])
+    return data, shaping.finish(data, found)
 
-    names = ("kl_penalty", "apply_kl_penalty", "compute_advantage", "compute_advantage_for_multi_trajectories")
-    # The modules of other trainers need not be there.
-    used = [patch for patch in PATCHES.patches if patch.qualname in names and patch.module in sys.modules]
-    actor, sampling = config.actor_rollout_ref.actor, sampling_of(config)
-    return Receipt(
-        rank=0,
-        world_size=1,
-        host="veRL",
-        host_version=version("verl"),
-        patches=tuple(dict.fromkeys(patch.qualname for patch in used)),
-        fingerprint=PATCHES.fingerprint(used),
-        spec=str(spec),
-        target=spec.target,
-        behaviour="unused",
-        reward_site=score.site(spec, config),
-        aggregation=str(aggregation_of(actor, spec.placement)),
-        sampling=str(sampling),
-        caveats=(
-            *caveats_with_source(spec, "unused"),
-            *aggregation_caveats(actor, spec.placement),
-            *sampling.caveats(spec, "unused"),
-        ),
-    )
+
+def compute_advantage(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the functions that end in final advantages; the outermost of them subtracts the penalty."""
+    penalty = score.take_penalty(arguments(wrapped, args, kwargs)["data"])
+    data = wrapped(*args, **kwargs)
+    score.subtract(data, penalty)
+    return data
 
 
 def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,7 +108,7 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
         return wrapped(*args, **kwargs)
     named = arguments(wrapped, args, kwargs)
     for spec in filter(None, session.specs):
-        guards.check_sessions(spec, _keys(named["batch"]))
+        check_sessions(spec, _keys(named["batch"]))
     if session.score is not None and session.score.pending:
         raise RuntimeError(
             f"kl-plugins: the penalty of {session.specs.score} was computed, but never reached the advantages; this "
@@ -181,5 +154,5 @@ def load_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwar
         folder = Path(path or Path(settings.default_local_dir) / f"global_step_{step}")
         state = resumed(read_state(folder / STATE_FILE), session.specs.text)
         if session.score is not None:
-            session.score.restore(state)
+            session.score.restore(state, host_value=session.score.adaptive)
     return result

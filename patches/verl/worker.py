@@ -4,69 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kl_plugins.adapters.checkpoints import record, resumed
-from kl_plugins.adapters.micro_batch import carried
-from kl_plugins.adapters.verl.beta import read_state, write_state
-from kl_plugins.adapters.verl.exact import LOGITS, cost
-from kl_plugins.adapters.verl.loss import MicroBatch
-from kl_plugins.adapters.verl.session import Session, Total
-from kl_plugins.adapters.verl.settings import aggregation_caveats, aggregation_of, loss_spec
-from kl_plugins.patches.arguments import Function, arguments
-from kl_plugins.patches.patch import Hook
-from kl_plugins.patches.verl import exact
+import torch
+
+from kl_plugins.adapters import receipts
+from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
+from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, kl_of
+from kl_plugins.adapters.session import Total
+from kl_plugins.adapters.verl import HOST, batch
+from kl_plugins.adapters.verl.config import statement_of
+from kl_plugins.adapters.verl.exact import KEY, LOGITS, cost, packed_kl
+from kl_plugins.adapters.verl.session import Session, session_of
+from kl_plugins.patches.engine.arguments import Function, arguments
+from kl_plugins.patches.engine.patch import Hook
+from kl_plugins.patches.verl import HOOKS
 from kl_plugins.receipts import Receipt
-from kl_plugins.spec.target import caveats_with_source
+from kl_plugins.spec import KLSpec, looks_like_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ATTRIBUTE = "_kl_plugins"
-"""Attribute of a training worker that holds its session; absent on stock workers."""
+SHOW, ONLY, ENTROPY = "distillation_use_topk", "distillation_only", "calculate_entropy"
+"""veRL's switches: show the logits to the loss function; compute no log-probs; compute the entropy."""
 
-_active: ContextVar[Session | None] = ContextVar("kl_plugins_verl_session", default=None)
+PLACES = "a @loss spec works in veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
 
 
-def session_of(worker: Any) -> Session | None:
-    """The session of a worker's present loss function, or None where it trains as stock veRL."""
-    loss_fn = getattr(worker, "loss_fn", None)
-    config = getattr(loss_fn, "keywords", {}).get("config")
-    spec = loss_spec(config)
-    if config is None or spec is None:
-        return None
-    session: Session | None = vars(worker).get(ATTRIBUTE)
-    if session is None or session.loss_fn is not loss_fn:
-        session = Session.of(spec, loss_fn, config)
-        setattr(worker, ATTRIBUTE, session)
-    return session
+def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around ``kl_penalty(logprob, ref_logprob, kl_penalty)``: a spec gets its own term; native names pass through."""
+    named = arguments(wrapped, args, kwargs)
+    if not looks_like_spec(named["kl_penalty"]):
+        return wrapped(*args, **kwargs)
+    if current(KLSource) is None:
+        HOOKS.check_process()  # a missing hook is the most probable reason, and says more
+    return kl_of(named["kl_penalty"], named["logprob"], named["ref_logprob"], HOST.title, PLACES)
 
 
 def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``ppo_loss(config, model_output, data, dp_group)``: its batch is carried to the KL function."""
     if LOGITS in kwargs:  # the engine shows its logits; only asked to where a spec needs them
-        return exact.on_logits(_active.get(), **kwargs)
+        return _on_logits(current(Session), **kwargs)
     named = dict(arguments(wrapped, args, kwargs))
-    spec = loss_spec(named["config"])
-    if spec is None:
+    config = named["config"]
+    if not (config.use_kl_loss and looks_like_spec(config.kl_loss_type)):
         return wrapped(*args, **kwargs)
-    session = _active.get()
+    session = current(Session)
     if session is None:
         raise RuntimeError(
-            f"kl-plugins: veRL's PPO loss was called with {spec} outside of TrainingWorker.train_batch; this "
-            "engine or trainer is not one that kl-plugins was tested with"
+            f"kl-plugins: veRL's PPO loss was called with {config.kl_loss_type} outside of TrainingWorker.train_batch; "
+            "this engine or trainer is not one that kl-plugins was tested with"
         )
-    batch = MicroBatch.read(spec, named["data"], session.behaviour)
-    if spec.needs_exact:
-        batch.exact = exact.of_model_output(spec, named["model_output"], named["data"])
-    named["config"] = session.config_with_beta(named["config"])
-    with carried(batch):
+    micro_batch = batch.read(session, named["data"])
+    if session.spec.needs_exact:
+        micro_batch.exact = _of_model_output(session.spec, named["model_output"], named["data"])
+    named["config"] = session.config_with_beta(config)
+    with carried(micro_batch):
         loss, metrics = wrapped(**named)
-    metrics.update(session.finish(batch, _metric))
+    metrics.update(session.metrics(micro_batch, _metric))
     return loss, metrics
 
 
@@ -81,20 +78,15 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     session = session_of(worker)
     if session is None:
         return wrapped(*args, **kwargs)
-    session.require_confirmed()
+    session.require_confirmed("require_receipts(worker_group, spec)")
     session.start_step()
     total = partial(_total, worker.engine.get_data_parallel_group())
-    token = _active.set(session)
-    try:
-        with (
-            exact.showing_logits(session, arguments(wrapped, args, kwargs)["data"]),
-            _checked_steps(worker.engine, session, total),
-        ):
-            output = wrapped(*args, **kwargs)
-    finally:
-        _active.reset(token)
-    session.controller.step(total)
-    return output
+    with (
+        entered(session),
+        _showing_logits(session, arguments(wrapped, args, kwargs)["data"]),
+        _checked_steps(worker.engine, session, total),
+    ):
+        return wrapped(*args, **kwargs)
 
 
 @contextmanager
@@ -130,8 +122,6 @@ def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None
 
 
 def _total(group: Any, numbers: Tensor) -> Tensor:
-    import torch.distributed
-
     if group is not None:
         torch.distributed.all_reduce(numbers, group=group)
     return numbers
@@ -159,8 +149,87 @@ def _state_file(folder: str, worker: Any) -> Path:
     return Path(folder) / f"kl_plugins_rank_{worker.rank}.json"
 
 
+@contextmanager
+def _showing_logits(session: Session, data: Any) -> Iterator[None]:
+    """Within the block, the engine shows the logits of each micro-batch, and the reference model is ready.
+
+    veRL has this seam for a distillation loss.
+
+    Args:
+        session: the worker's; does nothing unless its spec has exact terms.
+        data: the mini-batch that the engine is going to train on.
+    """
+    if not session.spec.needs_exact:
+        yield
+        return
+    from verl.utils import tensordict_utils
+
+    tensordict_utils.assign_non_tensor(data, **{SHOW: True})
+    with session.reference.engine.eval_mode():
+        yield
+
+
+def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tensor) -> dict[str, Tensor]:
+    """Give the KL of each packed position; the engine calls the loss function with its logits for that.
+
+    Raises:
+        RuntimeError: the engine shows logits that no exact spec asked for.
+    """
+    if session is None or not session.spec.needs_exact:
+        raise RuntimeError("kl-plugins: veRL's engine showed its logits to a PPO loss that did not ask for them")
+    overwritten = _backward_overwrites(data)
+    found = packed_kl(
+        session.spec, shown[LOGITS], lambda: _reference_logits(session, data), data, session.behaviour, overwritten
+    )
+    return {KEY: found}
+
+
+def _of_model_output(spec: KLSpec, model_output: Any, data: Any) -> Tensor:
+    """Return the (B, T) KL of the states, from what :func:`_on_logits` gave the engine.
+
+    Raises:
+        RuntimeError: the engine never showed its logits.
+    """
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    if KEY not in model_output:
+        raise RuntimeError(
+            f"kl-plugins: veRL's engine never showed its logits, so {spec} could not be computed; this engine or its "
+            "settings (fused kernels) are not ones that exact terms know"
+        )
+    padded: Tensor = no_padding_2_padding(model_output[KEY], data)
+    return padded
+
+
+def _reference_logits(session: Session, data: Any) -> Tensor:
+    from verl.utils import tensordict_utils
+
+    caught: list[Tensor] = []
+
+    def catch(model_output: Any = None, data: Any = None, dp_group: Any = None, **shown: Tensor) -> Any:
+        if LOGITS in shown:
+            caught.append(shown[LOGITS])
+            return {}
+        return torch.zeros(()), {}
+
+    copied = data.copy()
+    tensordict_utils.assign_non_tensor(copied, **{SHOW: True, ONLY: True, ENTROPY: False})
+    with torch.no_grad():
+        session.reference.engine.forward_step(copied, loss_function=catch, forward_only=True)
+    return caught[0]
+
+
+def _backward_overwrites(data: Any) -> bool:
+    """Whether veRL's log-probs are differentiated in place: by flash-attention's cross entropy, without an entropy."""
+    from verl.utils import tensordict_utils, torch_functional
+
+    if tensordict_utils.get_non_tensor_data(data=data, key=ENTROPY, default=False):
+        return False
+    return bool(getattr(torch_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True))
+
+
 def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
-    """The receipt of a Ray worker, and with it the leave to train.
+    """Make the receipt of a Ray worker, and allow it to train.
 
     Args:
         process: the Ray actor's object: a training worker, or one that holds training workers.
@@ -171,12 +240,11 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         RuntimeError: the worker's loss would not go through the hooks, or holds another spec.
         UnsupportedHostError: this veRL is not one that was checked.
     """
-    from kl_plugins.patches.verl.support import check_process
-    from kl_plugins.patches.verl.targets import PATCHES
-
-    check_process()
-    worker, session = next(_sessions(process), (None, None))
-    if worker is None or session is None:
+    HOOKS.check_process()
+    # A role that has an inner actor trains through that one.
+    sessions = [session_of(getattr(role, "actor", None) or role) for role in _roles(process)]
+    session = next((found for found in sessions if found is not None), None)
+    if session is None:
         raise RuntimeError("its loss function holds no KL spec; was it started with another config?")
     if not isinstance(getattr(session.loss_fn, "func", None), Hook):
         raise RuntimeError(f"its loss function {session.loss_fn} is not veRL's hooked ppo_loss")
@@ -185,26 +253,13 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     if session.spec.needs_exact:
         session.reference = _reference(process)
     session.confirmed, session.behaviour = True, behaviour
-    actor = session.loss_fn.keywords["config"]
-    used = [patch for patch in PATCHES.patches if patch.module.startswith("verl.workers")]
-    return Receipt(
-        rank=int(process.rank),
-        world_size=int(process.world_size),
-        host="veRL",
-        host_version=version("verl"),
-        patches=tuple(dict.fromkeys(patch.qualname for patch in used)),
-        fingerprint=PATCHES.fingerprint(used),
-        spec=str(session.spec),
-        target=session.spec.target,
-        behaviour=behaviour,
-        cost=cost(session.spec),
-        aggregation=str(aggregation_of(actor, "loss")),
-        caveats=(*caveats_with_source(session.spec, behaviour), *aggregation_caveats(actor, "loss")),
-    )
+    statement = statement_of(session.spec, session.loss_fn.keywords["config"], behaviour, cost=cost(session.spec))
+    wrapped = HOOKS.summary(modules=[name for name in HOOKS.modules if name.startswith("verl.workers")])
+    return receipts.made(HOST, session.spec, statement, wrapped, int(process.rank), int(process.world_size))
 
 
 def _reference(process: Any) -> Any:
-    """The worker of this process that holds the reference model.
+    """Find the worker of this process that holds the reference model.
 
     Raises:
         RuntimeError: there is none, so its logits are out of reach.
@@ -224,12 +279,3 @@ def _roles(process: Any) -> list[Any]:
     for name in ("worker_dict", "fused_worker_dict"):  # roles that share one process
         held += list((getattr(process, name, None) or {}).values())
     return held
-
-
-def _sessions(process: Any) -> Iterator[tuple[Any, Session]]:
-    for role in _roles(process):
-        # A role that has an inner actor trains through that one.
-        worker = getattr(role, "actor", None) or role
-        session = session_of(worker)
-        if session is not None:
-            yield worker, session

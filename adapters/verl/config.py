@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from kl_plugins.adapters.verl.host import LOSS_KEY, SCORE_KEY
+from kl_plugins.adapters.base import parse
+from kl_plugins.adapters.receipts import Statement
+from kl_plugins.adapters.verl import LOSS_KEY, SCORE_KEY
 from kl_plugins.aggregation import Aggregation, Kind
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
@@ -30,7 +31,7 @@ WIDTH_CAVEAT = (
 
 
 class Specs(NamedTuple):
-    """What a veRL config asks for; None where the key holds one of veRL's own words."""
+    """The specs in a veRL config; None where the key holds one of veRL's own words."""
 
     loss: KLSpec | None
     score: KLSpec | None
@@ -40,35 +41,16 @@ class Specs(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Both in one text, for checkpoints."""
+        """Both specs in one text, for checkpoints."""
         return " and ".join(str(spec) for spec in self if spec is not None)
 
 
-parse = lru_cache(maxsize=64)(KLSpec.parse)
-"""A worker reads the same text for every micro-batch."""
-
-
-def specs_of(config: Any) -> Specs:
-    """The specs of a whole veRL config, each in the key where it belongs.
-
-    Args:
-        config: veRL's ``DictConfig``.
-
-    Raises:
-        KLSpecError: a text is not a valid spec.
-        ValueError: a spec in the wrong key; the message names the right one.
-    """
-    loss = spec_in(LOSS_KEY, config.actor_rollout_ref.actor.get("kl_loss_type"))
-    score = spec_in(SCORE_KEY, config.algorithm.get("kl_penalty"))
-    return Specs(loss, score)
-
-
 def spec_in(key: str, text: Any) -> KLSpec | None:
-    """The spec that a key holds, or None for one of veRL's own estimator names.
+    """Read the spec that a key holds; None for one of veRL's own estimator names.
 
     Raises:
         KLSpecError: the text is not a valid spec.
-        ValueError: the spec belongs into the other key.
+        ValueError: the spec belongs in the other key.
     """
     if not looks_like_spec(text):
         return None
@@ -79,15 +61,8 @@ def spec_in(key: str, text: Any) -> KLSpec | None:
     return spec
 
 
-def loss_spec(actor_config: Any) -> KLSpec | None:
-    """The ``@loss`` spec of an actor's dataclass config, as a worker has it; None for stock veRL."""
-    if not getattr(actor_config, "use_kl_loss", False):
-        return None
-    return spec_in(LOSS_KEY, getattr(actor_config, "kl_loss_type", None))
-
-
 def aggregation_of(actor: Any, placement: str) -> Aggregation:
-    """How veRL turns per-token terms into one number.
+    """Say how veRL turns per-token terms into one number.
 
     Args:
         actor: veRL's actor config, a dataclass in a worker or a ``DictConfig``.
@@ -107,10 +82,21 @@ def aggregation_of(actor: Any, placement: str) -> Aggregation:
     return Aggregation(KINDS[mode], setting)
 
 
-def aggregation_caveats(actor: Any, placement: str) -> tuple[str, ...]:
-    """What a reader of the target has to know about the aggregation; the arguments are those above."""
+def statement_of(
+    spec: KLSpec, actor: Any, behaviour: str = "unused", sampling: Sampling | None = None, **further: str
+) -> Statement:
+    """Collect what veRL's settings make of a spec, for receipts.
+
+    Args:
+        spec: what the user named.
+        actor: veRL's actor config, a dataclass in a worker or a ``DictConfig``.
+        behaviour: where the behaviour policy's log-probs come from.
+        sampling: how responses are sampled; None in a worker, which does not know.
+        **further: ``reward_site`` and ``cost`` of the statement.
+    """
     by_width = str(actor.loss_agg_mode) == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None
-    return (*aggregation_of(actor, placement).caveats, *((WIDTH_CAVEAT,) if by_width else ()))
+    caveats = (WIDTH_CAVEAT,) if by_width else ()
+    return Statement(aggregation_of(actor, spec.placement), behaviour, sampling, caveats, **further)
 
 
 def _means_of_sequences() -> tuple[str, ...]:
@@ -120,7 +106,7 @@ def _means_of_sequences() -> tuple[str, ...]:
 
 
 def logprobs_mode(config: Any) -> tuple[str, str]:
-    """The setting that says which log-probs the rollout engine reports, and its value in vLLM's words.
+    """Name the setting that says which log-probs the rollout engine reports, and its value in vLLM's words.
 
     Args:
         config: veRL's ``DictConfig``.
@@ -135,7 +121,7 @@ def logprobs_mode(config: Any) -> tuple[str, str]:
 
 
 def sampling_of(config: Any) -> Sampling:
-    """How veRL samples responses for training.
+    """Read how veRL samples responses for training.
 
     Args:
         config: veRL's ``DictConfig``.
@@ -151,3 +137,29 @@ def sampling_of(config: Any) -> Sampling:
         raw=mode != "processed_logprobs",
         logprobs_setting=setting,
     )
+
+
+def bypasses(config: Any) -> bool:
+    """Whether veRL takes the sampler's log-probs as the old ones instead of computing its own."""
+    correction = config.algorithm.get("rollout_correction", None)
+    return bool(correction and correction.get("bypass_mode", False))
+
+
+def behaviour_source(spec: KLSpec, config: Any) -> str:
+    """Say where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``.
+
+    Args:
+        spec: a ``@loss`` spec.
+        config: veRL's ``DictConfig``.
+    """
+    if not spec.needs_behaviour:
+        return "unused"
+    if bypasses(config):
+        return "sampler"  # under behaviour:old too, because old equals rollout then
+    sampled = bool(config.actor_rollout_ref.rollout.calculate_log_probs)
+    return "sampler" if sampled and spec.behaviour != "old" else "old"
+
+
+def estimator_of(algorithm: Any) -> str:
+    """Return the name of the advantage estimator, which veRL has as a text or as a member of an enumeration."""
+    return str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))

@@ -1,12 +1,13 @@
-"""Refusals: settings under which the regulariser would not be the one named, each with its reason."""
+"""Settings that are refused, because the regulariser would not be the one named, and parts that were not tested."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kl_plugins.adapters.verl.host import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
-from kl_plugins.adapters.verl.settings import Specs, logprobs_mode, sampling_of
+from kl_plugins.adapters.verl import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
+from kl_plugins.adapters.verl.config import Specs, behaviour_source, bypasses, estimator_of, logprobs_mode, sampling_of
+from kl_plugins.adapters.versions import refuse_untested
 from kl_plugins.sampling import PRODUCTS
 from kl_plugins.spec import KLSpec
 
@@ -24,7 +25,7 @@ REWARD_ESTIMATORS = (
     "optimal_token_baseline",
     "tir_optimal_token_baseline",
 )
-"""Estimators in whose advantages the rewards of every response, and so its KL, have their effect."""
+"""Estimators whose advantages depend on the rewards of every response, and so on its KL."""
 
 WITHOUT_KL = {
     "gdpo": "it normalises the components in algorithm.gdpo_reward_keys and never reads rewards that hold a KL",
@@ -39,25 +40,20 @@ PER_TOKEN_LOSSES = ("vanilla", "gspo", "gpg", "cispo")
 """Policy losses that are linear in each token's own advantage, up to clipping by its sign."""
 
 
-def check_config(specs: Specs, config: Any) -> None:
-    """Raise where the specs and the rest of the config contradict each other; before any model is loaded.
+def contradictions(specs: Specs, config: Any) -> Iterator[tuple[str, KLSpec, str]]:
+    """Give each contradiction between the specs and the rest of the config.
 
     Args:
-        specs: what :func:`kl_plugins.adapters.verl.settings.specs_of` found.
+        specs: what the config asks for.
         config: veRL's ``DictConfig``.
 
-    Raises:
-        ValueError: the first contradiction, with what to do.
+    Returns:
+        The setting up to the spec, the spec, and the problem with what to do about it.
     """
     if specs.loss is not None:
-        _raise_first(specs.loss, LOSS_KEY, _loss_contradictions(specs.loss, config))
+        yield from ((f"{LOSS_KEY}=", specs.loss, problem) for problem in _loss_contradictions(specs.loss, config))
     if specs.score is not None:
-        _raise_first(specs.score, SCORE_KEY, _score_contradictions(specs.score, config))
-
-
-def _raise_first(spec: KLSpec, key: str, problems: Iterator[str]) -> None:
-    for problem in problems:
-        raise ValueError(f"kl-plugins: {key}={spec} cannot be used here: {problem}")
+        yield from ((f"{SCORE_KEY}=", specs.score, problem) for problem in _score_contradictions(specs.score, config))
 
 
 def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
@@ -128,11 +124,6 @@ def _advantage_problems(algorithm: Any, actor: Any) -> Iterator[str]:
         )
 
 
-def estimator_of(algorithm: Any) -> str:
-    """The name of the advantage estimator, which veRL has as a text or as a member of an enumeration."""
-    return str(getattr(algorithm.adv_estimator, "value", algorithm.adv_estimator))
-
-
 def _sampling_problems(spec: KLSpec, config: Any) -> Iterator[str]:
     source, sampling = behaviour_source(spec, config), sampling_of(config)
     yield from sampling.problems(spec, source)
@@ -167,22 +158,6 @@ def _beta_problems(spec: KLSpec, key: str, value: float) -> Iterator[str]:
         yield f"{key} is 0, so nothing would be regularised; set it to the coefficient"
 
 
-def bypasses(config: Any) -> bool:
-    """Whether veRL takes the sampler's log-probs as the old ones instead of computing its own."""
-    correction = config.algorithm.get("rollout_correction", None)
-    return bool(correction and correction.get("bypass_mode", False))
-
-
-def behaviour_source(spec: KLSpec, config: Any) -> str:
-    """Where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
-    if not spec.needs_behaviour:
-        return "unused"
-    if bypasses(config):
-        return "sampler"  # also under behaviour:old, because old equals rollout then
-    sampled = bool(config.actor_rollout_ref.rollout.calculate_log_probs)
-    return "sampler" if sampled and spec.behaviour != "old" else "old"
-
-
 def check_sessions(spec: KLSpec, keys: Sequence[str]) -> None:
     """Raise where an agent loop gave several outputs in one session and the spec has terms that belong together.
 
@@ -206,3 +181,55 @@ def check_sessions(spec: KLSpec, keys: Sequence[str]) -> None:
         "the ends of outputs, and a KL in the reward would count in the last output alone. Use a spec whose terms "
         "belong to single tokens, such as k2@loss/is:token, or an agent loop with one output per session"
     )
+
+
+ENGINES = ("fsdp", "fsdp2")
+"""Training engines (``actor.strategy``) that share the engine the tests run."""
+
+TRAINERS = (
+    "verl.trainer.ppo.ray_trainer.RayPPOTrainer",
+    "verl.trainer.ppo.v1.trainer_sync.PPOTrainerSync",
+)
+"""Trainer classes that the tests run."""
+
+MODES = ("sync",)
+"""Values of ``trainer.v1.trainer_mode`` that the tests run."""
+
+
+def check_trainer(trainer: type) -> None:
+    """Raise for a trainer class that was not tested: it may bypass the hooks.
+
+    Raises:
+        UnsupportedHostError: the class, by name.
+    """
+    name = f"{trainer.__module__}.{trainer.__qualname__}"
+    if name not in TRAINERS:
+        refuse_untested(f"the trainer {name} was not tested with kl-plugins (tested: {', '.join(TRAINERS)})")
+
+
+def untested(config: Any) -> Iterator[str]:
+    """Name each part of veRL that the config picks and that the tests do not run.
+
+    Args:
+        config: veRL's ``DictConfig``.
+    """
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    if actor.strategy not in ENGINES:
+        yield (
+            f"the engine actor_rollout_ref.actor.strategy={actor.strategy} was not tested "
+            f"(tested: {', '.join(ENGINES)})"
+        )
+    if model.get("use_fused_kernels", False):
+        yield (
+            "actor_rollout_ref.model.use_fused_kernels=True computes log-probs in a kernel that was not tested; "
+            "set it to False"
+        )
+    if actor.get("use_prefix_grouper", False):
+        yield "actor_rollout_ref.actor.use_prefix_grouper=True was not tested; set it to False"
+    if actor.get("ulysses_sequence_parallel_size", 1) > 1:
+        yield "actor_rollout_ref.actor.ulysses_sequence_parallel_size > 1 was not tested; set it to 1"
+    if (config.get("distillation") or {}).get("enabled", False):
+        yield "distillation.enabled=True puts another loss around the PPO loss, which was not tested; set it to False"
+    trainer = config.trainer
+    if trainer.get("use_v1", False) and trainer.v1.trainer_mode not in MODES:
+        yield f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} was not tested (tested: {', '.join(MODES)})"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from packaging.specifiers import SpecifierSet
-
-from kl_plugins.adapters.verl.host import SUPPORTED
-from kl_plugins.patches.patch import Patch, PatchSet, Wrapper
-from kl_plugins.patches.verl import kl, trainer, worker
-from kl_plugins.patches.verl.fingerprints import FINGERPRINTS
+from kl_plugins.adapters.verl import HOST
+from kl_plugins.patches.engine.patch import Patch, PatchSet, Wrapper
+from kl_plugins.patches.verl import HOOKS, trainer, worker
 
 ALGORITHMS = "verl.trainer.ppo.core_algos"
 LOSSES = "verl.workers.utils.losses"
@@ -18,27 +15,26 @@ V1_UTILS = "verl.trainer.ppo.v1.utils"
 
 
 def _patch(home: str, qualname: str, wrapper: Wrapper, used_in: str = "") -> Patch:
-    """A hook on a function at its home, or on the name by which another module has imported it."""
-    return Patch(used_in or home, qualname, wrapper, FINGERPRINTS.get(f"{home}:{qualname}", {}))
+    """Make a hook on a function at its home, or on the name by which another module has imported it."""
+    return Patch(used_in or home, qualname, wrapper, HOOKS.sources.checked.get(f"{home}:{qualname}", {}))
 
 
 PATCHES = PatchSet(
-    "verl",
-    SpecifierSet(SUPPORTED),
+    HOST,
     (
-        _patch(ALGORITHMS, "kl_penalty", kl.kl_penalty),
-        _patch(ALGORITHMS, "kl_penalty", kl.kl_penalty, used_in=LOSSES),
+        _patch(ALGORITHMS, "kl_penalty", worker.kl_penalty),
+        _patch(ALGORITHMS, "kl_penalty", worker.kl_penalty, used_in=LOSSES),
         _patch(LOSSES, "ppo_loss", worker.ppo_loss),
         _patch(LOSSES, "ppo_loss", worker.ppo_loss, used_in=WORKERS),
         _patch(WORKERS, "TrainingWorker.train_batch", worker.train_batch),
         _patch(WORKERS, "TrainingWorker.save_checkpoint", worker.save_checkpoint),
         _patch(WORKERS, "TrainingWorker.load_checkpoint", worker.load_checkpoint),
-        _patch(TRAINER, "apply_kl_penalty", kl.apply_kl_penalty),
-        _patch(TRAINER, "apply_kl_penalty", kl.apply_kl_penalty, used_in=TRAINER_V1),
-        _patch(TRAINER, "compute_advantage", kl.compute_advantage),
-        _patch(TRAINER, "compute_advantage", kl.compute_advantage, used_in=V1_UTILS),
-        _patch(V1_UTILS, "compute_advantage_for_multi_trajectories", kl.compute_advantage),
-        _patch(V1_UTILS, "compute_advantage_for_multi_trajectories", kl.compute_advantage, used_in=TRAINER_V1),
+        _patch(TRAINER, "apply_kl_penalty", trainer.apply_kl_penalty),
+        _patch(TRAINER, "apply_kl_penalty", trainer.apply_kl_penalty, used_in=TRAINER_V1),
+        _patch(TRAINER, "compute_advantage", trainer.compute_advantage),
+        _patch(TRAINER, "compute_advantage", trainer.compute_advantage, used_in=V1_UTILS),
+        _patch(V1_UTILS, "compute_advantage_for_multi_trajectories", trainer.compute_advantage),
+        _patch(V1_UTILS, "compute_advantage_for_multi_trajectories", trainer.compute_advantage, used_in=TRAINER_V1),
         _patch(TRAINER, "RayPPOTrainer.__init__", trainer.init),
         _patch(TRAINER, "RayPPOTrainer.init_workers", trainer.init_workers),
         _patch(TRAINER, "RayPPOTrainer._update_actor", trainer.update_actor),
