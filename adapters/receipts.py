@@ -100,9 +100,7 @@ def timeout(default: float = DEFAULT_TIMEOUT) -> float:
     return float(os.environ.get(TIMEOUT_VARIABLE, default))
 
 
-def collect(
-    ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec, behaviour: str, remedy: str
-) -> list[Receipt]:
+def collect(ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec, behaviour: str, remedy: str) -> list[Receipt]:
     """Ask every worker for its receipt, and check them all.
 
     Args:

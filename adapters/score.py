@@ -66,7 +66,7 @@ class ScoreController:
             self.controller.step()
 
     def saved(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; it includes the host's coefficient, which its controller may have moved."""
+        """Return the state for a checkpoint, with the host's coefficient, which its controller may have moved."""
         return {**self.controller.saved(), "host_value": float(self.host.value)}
 
     def restore(self, saved: Mapping[str, Any] | None, host_value: bool) -> None:
