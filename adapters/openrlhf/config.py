@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
 from packaging.version import Version
 
-from kl_plugins.adapters.openrlhf.host import ESTIMATOR_FLAG, LOSS_FLAG
+from kl_plugins.adapters.base import parse
+from kl_plugins.adapters.openrlhf import ESTIMATOR_FLAG, LOSS_FLAG
+from kl_plugins.adapters.receipts import Statement
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
-from kl_plugins.spec.target import caveats_with_source
-
-parse = lru_cache(maxsize=64)(KLSpec.parse)
-"""A worker reads the same text for every micro-batch."""
 
 PROCESSED = "processed_logprobs"
 """The mode of vLLM in which its log-probs are those of the distribution that it samples from."""
@@ -41,7 +38,7 @@ AGENT_CAVEAT = "an agent of your own may sample with other settings, or return l
 
 
 def spec_of(args: Any) -> KLSpec | None:
-    """The spec that a run is asked for, or None for one of OpenRLHF's own estimators.
+    """Read the spec that a run is asked for; None for one of OpenRLHF's own estimators.
 
     Args:
         args: OpenRLHF's nested arguments.
@@ -68,7 +65,7 @@ def spec_of(args: Any) -> KLSpec | None:
 
 
 def corrects_policy_loss(args: Any) -> bool:
-    """Whether OpenRLHF's own importance sampling is on, so that it asks vLLM for log-probs."""
+    """Say whether OpenRLHF's own importance sampling is on, so that it asks vLLM for log-probs."""
     advantage = args.algo.advantage
     if hasattr(advantage, "is_correction_level"):  # since 0.11.2
         return bool(advantage.is_correction_level != "off")
@@ -76,13 +73,13 @@ def corrects_policy_loss(args: Any) -> bool:
 
 
 def needs_sampler(args: Any) -> bool:
-    """Whether the spec needs the sampler's log-probs where OpenRLHF itself would not ask for them."""
+    """Say whether the spec needs the sampler's log-probs where OpenRLHF itself would not ask for them."""
     spec = spec_of(args)
     return spec is not None and spec.behaviour == "sampler" and not corrects_policy_loss(args)
 
 
 def behaviour_source(spec: KLSpec, args: Any) -> str:
-    """Where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
+    """Say where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
     if not spec.needs_behaviour:
         return "unused"
     if spec.behaviour is not None:
@@ -91,12 +88,18 @@ def behaviour_source(spec: KLSpec, args: Any) -> str:
 
 
 def sampling_of(args: Any) -> Sampling:
-    """How responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
+    """Say how responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
     return Sampling(float(args.rollout.temperature), float(args.rollout.top_p), logprobs_setting=LOGPROBS_SETTING)
 
 
 def sampling_in(given: Mapping[str, Any]) -> Sampling:
-    """The same of the arguments that vLLM's ``SamplingParams`` is built with: a launcher of one's own may add some."""
+    """Say how responses are sampled under the arguments of vLLM's ``SamplingParams``.
+
+    A launcher that is not OpenRLHF's own may pass settings that are not among OpenRLHF's arguments.
+
+    Args:
+        given: the keyword arguments.
+    """
     return Sampling(
         temperature=float(given.get("temperature", 1.0)),
         top_p=float(given.get("top_p", 1.0)),
@@ -107,18 +110,11 @@ def sampling_in(given: Mapping[str, Any]) -> Sampling:
     )
 
 
-def require_weights(spec: KLSpec, args: Any, sampling: Sampling) -> None:
-    """Raise where a spec's weights would be wrong under these settings of generation.
-
-    Raises:
-        ValueError: why, and what to do.
-    """
-    for problem in sampling.problems(spec, behaviour_source(spec, args)):
-        raise ValueError(f"kl-plugins: {ESTIMATOR_FLAG} {spec} cannot be used here: {problem}")
-
-
 def aggregation_of(spec: KLSpec, args: Any) -> Aggregation:
-    """What OpenRLHF does with the terms of all tokens: its KL loss has its own way, a score goes the policy loss's."""
+    """Say what OpenRLHF does with the terms of all tokens.
+
+    OpenRLHF's KL loss has a rule of its own. A score becomes part of the advantages, so the policy loss's rule holds.
+    """
     if spec.placement == "loss":
         if Version(version("openrlhf")) < GLOBAL_MEAN_SINCE:
             return Aggregation("token mean", f"of each micro-batch: OpenRLHF's KL loss before {GLOBAL_MEAN_SINCE}")
@@ -131,15 +127,48 @@ def aggregation_of(spec: KLSpec, args: Any) -> Aggregation:
     return Aggregation("token mean" if mode == "token-mean" else "sequence mean", f"--actor.loss_agg_mode {mode}")
 
 
-def caveats_of(spec: KLSpec, args: Any) -> tuple[str, ...]:
-    """What bends the estimate although the target stays: of the spec, and of OpenRLHF's settings."""
-    source = behaviour_source(spec, args)
-    found = [*caveats_with_source(spec, source), *aggregation_of(spec, args).caveats]
+def statement_of(spec: KLSpec, args: Any) -> Statement:
+    """Say what OpenRLHF's settings make of a spec, for a receipt.
+
+    Args:
+        spec: what the user named.
+        args: OpenRLHF's nested arguments.
+    """
+    caveats = []
     if Version(version("openrlhf")) < GLOBAL_MEAN_SINCE:
-        found.append(MICRO_BATCH_CAVEAT)
+        caveats.append(MICRO_BATCH_CAVEAT)
     if spec.placement != "loss" and args.actor.policy_loss_type == "gspo":
-        found.append(GSPO_CAVEAT)
-    found += sampling_of(args).caveats(spec, source)
+        caveats.append(GSPO_CAVEAT)
     if getattr(args.train, "agent_func_path", None):
-        found.append(AGENT_CAVEAT)
-    return tuple(found)
+        caveats.append(AGENT_CAVEAT)
+    return Statement(
+        aggregation=aggregation_of(spec, args),
+        behaviour=behaviour_source(spec, args),
+        sampling=sampling_of(args),
+        caveats=tuple(caveats),
+        reward_site="" if spec.placement == "loss" else reward_site(spec, args),
+        cost=exact_cost(args) if spec.needs_exact else "",
+    )
+
+
+def exact_cost(args: Any) -> str:
+    """Say what exact terms add to OpenRLHF's own work."""
+    copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
+    return f"{copy}a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
+
+
+def reward_site(spec: KLSpec, args: Any) -> str:
+    """Say what OpenRLHF does with a KL in the reward."""
+    advantage = args.algo.advantage
+    whitening = "centring" if advantage.no_std_norm else "whitening"
+    if spec.placement == "advantage":
+        return f"none: subtracted per token from final {advantage.estimator} advantages"
+    if advantage.estimator == "gae":
+        return f"token rewards - beta * k_t, then GAE with the critic, then {whitening} over the batch"
+    if advantage.estimator == "reinforce":
+        return f"token rewards - beta * k_t, then discounted returns to go, then {whitening} over the batch"
+    after = f", then {whitening} over the batch" if advantage.estimator == "reinforce_baseline" else ""
+    return (
+        f"the {advantage.estimator} baseline comes from task rewards alone; then token rewards - beta * k_t, summed to "
+        f"returns to go{after}"
+    )

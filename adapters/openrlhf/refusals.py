@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from kl_plugins.adapters.openrlhf.host import COEFFICIENT_FLAG, ESTIMATOR_FLAG
-from kl_plugins.adapters.openrlhf.settings import behaviour_source, sampling_of, spec_of
+from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, ESTIMATOR_FLAG
+from kl_plugins.adapters.openrlhf.config import PROCESSED, behaviour_source, sampling_of
+from kl_plugins.adapters.receipts import timeout
+from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec
 
 ADVANTAGE_ESTIMATORS = ("group_norm", "rloo", "reinforce", "reinforce_baseline", "dr_grpo", "gae", "flash_reinforce")
 """Estimators whose advantages are per token and final, so that a per-token penalty may be subtracted from them."""
 
 
-def checked(args: Any) -> KLSpec | None:
-    """The arguments' spec after every check that needs no model and no Ray; None for OpenRLHF's own estimators.
+def contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
+    """Give each contradiction between a spec and the other arguments.
 
     Args:
+        spec: what the user named.
         args: OpenRLHF's nested arguments.
-
-    Raises:
-        KLSpecError: the text is not a valid spec.
-        ValueError: the spec and other settings contradict each other; the message says what to do.
     """
-    spec = spec_of(args)
-    if spec is not None:
-        for problem in _contradictions(spec, args):
-            raise ValueError(f"kl-plugins: {ESTIMATOR_FLAG} {spec} cannot be used here: {problem}")
-    return spec
-
-
-def _contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
     kl = args.algo.kl
     if kl.init_coef == 0:
         yield f"{COEFFICIENT_FLAG} is 0, so OpenRLHF loads no reference model; set it to the coefficient"
@@ -77,3 +69,58 @@ def _advantage_problems(args: Any) -> Iterator[str]:
             f"--actor.policy_loss_type {args.actor.policy_loss_type} multiplies every token's advantage with the ratio "
             "of the whole sequence, so a per-token penalty would not act on its own token; use ppo, or a @loss spec"
         )
+
+
+def untested(args: Any) -> Iterator[str]:
+    """Name the parts of OpenRLHF that the arguments pick and that the tests do not run.
+
+    Args:
+        args: OpenRLHF's nested arguments.
+    """
+    if args.ds.ring_attn_size > 1:
+        yield "--ds.ring_attn_size > 1 was not tested; set it to 1"
+    if args.ds.tensor_parallel_size > 1:
+        yield "--ds.tensor_parallel_size > 1 was not tested; set it to 1"
+    if args.data.max_images_per_prompt > 0:
+        yield "--data.max_images_per_prompt > 0 was not tested; set it to 0"
+
+
+def require_weights(spec: KLSpec, args: Any, sampling: Sampling) -> None:
+    """Raise where a spec's weights would be wrong under these settings of generation.
+
+    Args:
+        spec: what the user named.
+        args: OpenRLHF's nested arguments.
+        sampling: how responses are sampled.
+
+    Raises:
+        ValueError: why, and what to do.
+    """
+    for problem in sampling.problems(spec, behaviour_source(spec, args)):
+        raise ValueError(f"kl-plugins: {ESTIMATOR_FLAG} {spec} cannot be used here: {problem}")
+
+
+def require_processed(engines: Sequence[Any] | None, spec: KLSpec, args: Any) -> None:
+    """Raise where an engine reports log-probs that a weight must not divide by.
+
+    OpenRLHF's own program starts its engines in the right mode. Another launcher may not.
+
+    Args:
+        engines: handles of OpenRLHF's ``RolloutRayActor``; None where there are none.
+        spec: the ``@loss`` spec of the run.
+        args: OpenRLHF's nested arguments.
+
+    Raises:
+        ValueError: the spec's weights would be wrong.
+    """
+    if not engines or behaviour_source(spec, args) != "sampler":
+        return
+    import ray
+
+    # Defined here, so that it is pickled by value: an engine's process without kl-plugins can run it too.
+    def mode(engine: Any) -> Any:
+        return engine.kwargs.get("logprobs_mode")
+
+    modes = ray.get([engine.__ray_call__.remote(mode) for engine in engines], timeout=timeout())
+    if any(found != PROCESSED for found in modes):
+        require_weights(spec, args, replace(sampling_of(args), raw=True))
