@@ -25,8 +25,10 @@ RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 COMPILED = ROOT / ".nox" / f"inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
 RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED)}
 # Pytest in two processes, which take whole files, so that what the tests of a file share is made once.
-# tests/conftest.py puts the files into an order.
+# conftest.py puts the files into an order.
 TESTS = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+
+CORE_TESTS = ("tests/core", "tests/oracle", "tests/cli", "tests/packaging", "benchmarks/tests/core")
 
 nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf", "bench_smoke"]
 nox.options.default_venv_backend = "none"
@@ -112,7 +114,7 @@ OPENRLHF = Environment(
     locked=True,
     sources=("deepspeed==0.19.6",),
     build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
-    prepare="from tests.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
+    prepare="from tests.support.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
 )
 # Reads the sources and imports none of them: no PyTorch.
 DOCS = Environment("docs", "", ROOT / "docs" / "requirements.txt", locked=True)
@@ -143,13 +145,13 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def core(session: nox.Session) -> None:
     """Test everything that needs no host framework."""
-    CORE.run(session, *TESTS, "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
+    CORE.run(session, *TESTS, *CORE_TESTS)
 
 
 @nox.session
 def core_full(session: nox.Session) -> None:
     """Test the same, slow tests included."""
-    CORE.run(session, "-m", "pytest", "--full", "tests/core", "tests/oracle", "tests/cli", "tests/packaging")
+    CORE.run(session, "-m", "pytest", "--full", *CORE_TESTS)
 
 
 @nox.session
@@ -169,14 +171,14 @@ def install(session: nox.Session, host: str) -> None:
 @nox.session
 def trl(session: nox.Session) -> None:
     """Test the TRL adapter against the newest TRL."""
-    TRL.run(session, *TESTS, "tests/trl")
+    TRL.run(session, *TESTS, "tests/trl", "benchmarks/tests/trl")
 
 
 @nox.session
 @nox.parametrize("environment", [TRL, *TRL_OLDER], ids=["1.16", "1.0", "0.28"])
 def trl_full(session: nox.Session, environment: Environment) -> None:
     """Test the TRL adapter, slow tests included, against each TRL of the supported range."""
-    environment.run(session, "-m", "pytest", "--full", "tests/trl")
+    environment.run(session, "-m", "pytest", "--full", "tests/trl", "benchmarks/tests/trl")
 
 
 @nox.session
@@ -188,14 +190,14 @@ def trl_vllm(session: nox.Session) -> None:
 @nox.session
 def verl(session: nox.Session) -> None:
     """Test the veRL adapter: real workers, a real run on the CPU, two Ray nodes, veRL's own tests."""
-    VERL.run(session, *TESTS, "tests/verl")
+    VERL.run(session, *TESTS, "tests/verl", "benchmarks/tests/verl")
 
 
 @nox.session
 @nox.parametrize("environment", [VERL, *VERL_OLDER], ids=["0.9.1", "0.9.0", "0.8"])
 def verl_full(session: nox.Session, environment: Environment) -> None:
     """Test the veRL adapter, all real runs included, against each veRL of the supported range."""
-    environment.run(session, "-m", "pytest", "--full", "tests/verl")
+    environment.run(session, "-m", "pytest", "--full", "tests/verl", "benchmarks/tests/verl")
 
 
 @nox.session
@@ -207,13 +209,13 @@ def verl_vllm(session: nox.Session) -> None:
 @nox.session
 def openrlhf(session: nox.Session) -> None:
     """Test the OpenRLHF adapter: real actors, a real run with vLLM on the CPU, two Ray nodes, OpenRLHF's own tests."""
-    OPENRLHF.run(session, *TESTS, "tests/openrlhf")
+    OPENRLHF.run(session, *TESTS, "tests/openrlhf", "benchmarks/tests/openrlhf")
 
 
 @nox.session
 def openrlhf_full(session: nox.Session) -> None:
     """Test the OpenRLHF adapter, all real runs included."""
-    OPENRLHF.run(session, "-m", "pytest", "--full", "tests/openrlhf")
+    OPENRLHF.run(session, "-m", "pytest", "--full", "tests/openrlhf", "benchmarks/tests/openrlhf")
 
 
 @nox.session

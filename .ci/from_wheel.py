@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("kl_plugins", "adapters", "patches", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-NEEDED = ("tests", "benchmarks", "docs", "pyproject.toml", "README.md")
-TESTS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "tests/core")
+NEEDED = ("tests", "benchmarks", "docs", "conftest.py", "pyproject.toml", "README.md")
+TESTS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "tests/core", "benchmarks/tests/core")
 LOCATE = "import kl_plugins, kl_plugins.adapters, kl_plugins.patches; print(kl_plugins.__file__)"
 
 

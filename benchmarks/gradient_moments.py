@@ -1,6 +1,6 @@
 """Mean and variance of a KL spec's single-sequence gradient, exactly: no sampling anywhere.
 
-Sequences of small tabular policies are enumerated (`tests/oracle/enumeration.py`); the coefficients are what
+Sequences of small tabular policies are enumerated (`tests/support/oracle/enumeration.py`); the coefficients are what
 kl-plugins computes for them.
 """
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins import KLSpec
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import full_vocabulary_kl, penalty_for, reward_to_go, term_for
-from tests.oracle.targets import reverse_kl_of_sequences, target_gradient
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import full_vocabulary_kl, penalty_for, reward_to_go, term_for
+from tests.support.oracle.targets import reverse_kl_of_sequences, target_gradient
 
 Blocks = Callable[[Problem], Tensor]
 """(N, T, V) gradient of each sequence with respect to the logits of each state that it passes through."""

@@ -64,7 +64,7 @@ def verl() -> Iterator[Pair]:
 
 def openrlhf() -> Iterator[Pair]:
     """OpenRLHF's ``compute_approx_kl``, whose package imports flash-attn: on a CPU, the tests' stand-in."""
-    from tests.openrlhf.ray_support import CPU_HOST
+    from tests.support.openrlhf.ray_support import CPU_HOST
 
     sys.path.append(str(CPU_HOST))
     from openrlhf.models.utils import compute_approx_kl

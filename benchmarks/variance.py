@@ -30,7 +30,7 @@ from benchmarks.gradient_moments import (
 from benchmarks.reporting import machine, write_json
 from benchmarks.variance_plot import plot
 from kl_plugins import KLSpec
-from tests.oracle.enumeration import Problem
+from tests.support.oracle.enumeration import Problem
 
 VOCAB, LOGIT_SCALE, STALENESS = 3, 1.0, 0.3
 SETTINGS = ((4, 0.26), (6, 0.12), (6, 0.26))

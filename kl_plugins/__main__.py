@@ -1,4 +1,4 @@
-"""``python -m kl_plugins`` is the command line, so that ``torchrun -m kl_plugins run ...`` works."""
+"""Runs the command line for ``python -m kl_plugins``, so that ``torchrun -m kl_plugins run ...`` works."""
 
 from kl_plugins.cli.app import main
 

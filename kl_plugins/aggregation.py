@@ -1,7 +1,8 @@
-"""How a host turns per-token terms into one number, and what that does to the gradient that a spec estimates.
+"""The ways in which a host turns per-token terms into one loss, and their effect on the gradient of a spec.
 
-The target of a spec is a sum over response tokens. A host may divide that sum by a constant, which only rescales beta,
-or by each response's own length, which changes how much each response counts.
+The target of a spec is a sum over response tokens. A host may divide that sum by a constant, which only rescales beta.
+It may also divide the terms of each response by the length of that response, which changes the relative weights of the
+responses.
 """
 
 from __future__ import annotations
@@ -19,25 +20,26 @@ MEANINGS: dict[str, str] = {
         "beta is rescaled"
     ),
     "sequence mean": (
-        "terms are averaged over each response and then over responses, so a token counts 1/|y| of its response: short "
-        "responses count more than under the target"
+        "terms are averaged over each response and then over responses, so each token is weighted by 1/|y|, where |y| "
+        "is the length of its response: the tokens of short responses count more than under the target"
     ),
 }
-"""What each way of aggregation does to the target."""
+"""What each kind of aggregation computes, and its effect on the target of a spec."""
 
 SEQUENCE_MEAN_CAVEAT = (
-    "the host averages over each response first, so every response is weighted by 1/|y|: the result is not the "
-    "gradient of the stated target unless all responses have one length (21 to 23 % off in one enumeration)"
+    "the host averages over each response first, so each response y is weighted by 1/|y|, the inverse of its length: "
+    "the result is not the gradient of the stated target unless all responses have the same length (it was 21 to 23 % "
+    "off in one enumeration)"
 )
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What one host does with the terms of one run.
+    """How a host aggregates the per-token terms in one run.
 
     Attributes:
         kind: a key of :data:`MEANINGS`.
-        setting: the host's setting that decides it, with its value, for messages.
+        setting: the host's setting that determines ``kind``, with its value; shown in messages.
     """
 
     kind: Kind
@@ -48,5 +50,5 @@ class Aggregation:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What a reader of the target has to know beside it."""
+        """The differences between the aggregated gradient and the stated target; empty if there are none."""
         return (SEQUENCE_MEAN_CAVEAT,) if self.kind == "sequence mean" else ()

@@ -1,4 +1,7 @@
-"""Control of beta over the run: explicit state, one update per optimizer batch."""
+"""Controllers that change beta, the coefficient of the KL term, during a run.
+
+The state of a controller is a plain dict that the caller keeps. Each optimizer batch advances it once.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,52 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTIVE_ERROR_LIMIT = 0.2
-"""Ziegler et al. clip the relative error of the observed KL to this."""
+"""Limit of the relative error of the observed KL, as in arXiv 1909.08593 (Ziegler et al.), section 2.2."""
 
 LARGEST_BETA = 1e6
-"""A controller that pushes in vain stops here: the loss stays finite, and the log shows it."""
+"""Upper limit of beta under ``adaptive`` and ``dual``.
+
+A controller whose target cannot be reached would raise beta without end. With this limit the loss stays finite, and the
+log shows the value.
+"""
 
 LARGEST_OBSERVED = 10.0
-"""A token counts at most this many nats in the KL that a controller observes.
+"""Largest contribution of one token, in nats, to the KL that a controller observes.
 
-k3 grows like exp(-u), so without a limit one token of 100,000 with u = -20 would decide the next beta alone.
+The estimator k3 grows like exp(-u). Without a limit, a single token among 100,000 with u = -20 would determine the next
+beta.
 """
 
 State = dict[str, Any]
+"""State of a controller: ``kind``, ``numbers``, ``step`` and ``beta``, all of types that JSON can hold."""
 
 
 @dataclass(frozen=True)
 class BetaSchedule:
-    """The ``beta:`` option: a kind and its numbers (see :data:`kl_plugins.spec.schedules.SCHEDULES`)."""
+    """The value of a spec's ``beta:`` option.
+
+    Attributes:
+        kind: a key of :data:`kl_plugins.spec.schedules.SCHEDULES`.
+        numbers: the numbers of that schedule, in the order in which its form lists them.
+    """
 
     kind: str
     numbers: tuple[float, ...]
 
 
 def init(schedule: BetaSchedule | None, base_beta: float) -> State:
-    """Start a controller.
+    """Return the initial state of a controller.
 
-    See arXiv 1909.08593, section 2.2, for ``adaptive``; ``dual`` is dual ascent on the constraint KL <= target.
+    ``adaptive`` is the controller of arXiv 1909.08593, section 2.2. ``dual`` is dual ascent on the constraint
+    KL <= target.
 
     Args:
-        schedule: the spec's ``beta`` option; None keeps ``base_beta`` for ever.
-        base_beta: the host's own constant; where ``adaptive`` and ``dual`` start.
+        schedule: the ``beta`` option of the spec; None keeps ``base_beta`` during the whole run.
+        base_beta: the host's constant beta; ``adaptive`` and ``dual`` start from it.
 
     Returns:
-        A plain dict (JSON-safe, for the host's checkpoint) whose ``beta`` is the one to use now.
+        The state as a plain dict, which the host can write into its checkpoint as JSON. Its ``beta`` is the coefficient
+        of the first optimizer batch.
 
     Raises:
         ValueError: ``base_beta`` is negative or not finite, or ``adaptive`` would start from 0 and stay there.
@@ -58,15 +74,16 @@ def init(schedule: BetaSchedule | None, base_beta: float) -> State:
 
 
 def update(state: State, kl: float, n: int) -> State:
-    """Advance a controller by one optimizer batch.
+    """Return the state of a controller after one more optimizer batch.
 
     Args:
-        state: what :func:`init` or :func:`update` returned; it is not changed.
-        kl: observed KL to the reference per token, in nats: token-weighted global mean of min(k3, 10).
-        n: responses in the batch with at least one response token, over all ranks.
+        state: a state from :func:`init` or :func:`update`; it is not changed.
+        kl: observed KL to the reference per token, in nats: the mean of min(k3, 10) over the response tokens of all
+            ranks.
+        n: number of responses in the batch that have at least one response token, over all ranks.
 
     Returns:
-        The next state.
+        The next state; its ``beta`` is the coefficient of the next optimizer batch.
 
     Raises:
         ValueError: ``kl`` is not finite while beta depends on it, or ``n`` is negative.
@@ -85,7 +102,7 @@ def update(state: State, kl: float, n: int) -> State:
     elif kind == "adaptive":
         target, horizon = numbers
         error = min(max(kl / target - 1, -ADAPTIVE_ERROR_LIMIT), ADAPTIVE_ERROR_LIMIT)
-        # min: one batch larger than the horizon must not turn beta negative.
+        # Without the min, a batch that is larger than the horizon could make beta negative.
         beta = min(beta * (1 + error * min(n / horizon, 1.0)), LARGEST_BETA)
     elif kind == "dual":
         target, learning_rate = numbers
@@ -103,16 +120,18 @@ def _scheduled(kind: str, start: float, end: float, length: float, *, step: int)
 
 
 def observed_kl_sums(logp: Tensor, ref_logp: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What a host sums over ranks to observe the KL: sum of min(k3, 10) and number of tokens.
+    """Compute the two sums from which a host obtains the observed KL, after adding each of them over all ranks.
+
+    The observed KL is the first sum divided by the second one. :func:`update` takes it as ``kl``.
 
     Args:
-        logp: (B, T) log-probs of the policy, nats.
-        ref_logp: (B, T) log-probs of the reference, nats.
+        logp: (B, T) log-probs of the policy, nats, any float dtype.
+        ref_logp: (B, T) log-probs of the reference, nats, any float dtype.
         mask: (B, T), True on response tokens.
 
     Returns:
-        Two 0-d tensors (float32, or float64 for float64 input): sum over tokens of k3, each at most
-        :data:`LARGEST_OBSERVED` nats, and the number of tokens.
+        Two 0-d tensors (float32, or float64 for float64 input): the sum over response tokens of k3, limited to
+        :data:`LARGEST_OBSERVED` nats per token, and the number of response tokens.
     """
     from kl_plugins.estimators import k3_value
     from kl_plugins.numerics import Limits, masked_difference

@@ -1,8 +1,9 @@
-"""The one table of sampled KL estimators: each row's value and gradient coefficient.
+"""The table of sampled KL estimators; each row has a value and a gradient coefficient.
 
-Every function takes two views of the log-ratio ``u = logp - ref_logp`` (nats), elementwise:
-``u`` for linear and quadratic uses, ``x`` clamped to the spec's bound for uses inside an ``exp``;
-``delta = exp(-x)`` is ref/policy. Only tensor methods are used, so importing this module does not import torch.
+The functions of a row work elementwise and take the log-ratio ``u = logp - ref_logp`` (nats) twice. The first argument,
+``u``, is for linear and quadratic uses. The second one, ``x``, is clamped to the spec's bound and is for uses inside an
+``exp``, so that the result stays finite. ``delta = exp(-x)`` is the probability ratio reference/policy. The functions
+use tensor methods only, so importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,20 +27,24 @@ Kind = Literal["reverse_kl", "forward_kl", "other_f", "none"]
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row: a sampled estimator of a divergence between policy and reference.
+    """A sampled estimator of a divergence between policy and reference; one row of the table.
+
+    ``value`` and ``coefficient`` are functions of (u, x), two tensors of the same shape, and return a tensor of that
+    shape. The documentation of this module defines u, x and delta.
 
     Attributes:
-        name: the word in the spec.
-        value: k_t, in nats.
-        coefficient: what multiplies grad log pi(a_t|s_t) in the loss gradient.
-        kind: the divergence whose per-state gradient the coefficient has in expectation.
-        is_f_divergence: whether ``value`` is f(delta), so that it can serve as its own future term.
-        value_formula, coefficient_formula: for ``explain``.
-        source: where the row comes from.
-        restoring: whether the coefficient has the sign of u and is 0 at u = 0. Then any positive factor on it leaves
-            u = 0 the only point without a force; ``floor:`` needs that.
-        keeps_pull: whether the coefficient times the policy's probability p stays away from 0 as p goes to 0. Then an
-            importance weight leaves a pull on a token that the policy has all but dropped. None: not known.
+        name: the word that names the estimator in a spec.
+        value: gives k_t, the estimate of the divergence at each token, in nats.
+        coefficient: gives the factor of grad log pi(a_t|s_t) in the gradient of the loss.
+        kind: the divergence whose gradient, state by state, is the expectation of coefficient times grad log pi.
+        is_f_divergence: whether ``value`` is f(delta). If so, ``value`` also is the future term (``future:own``).
+        value_formula, coefficient_formula: the formulas that ``kl-plugins explain`` shows.
+        source: the paper or page that the row comes from.
+        restoring: whether the coefficient has the sign of u and is 0 at u = 0. If so, the gradient of the term vanishes
+            only at u = 0, also after multiplication by any positive weight. The option ``floor:`` requires this.
+        keeps_pull: whether the coefficient times the policy's probability p stays away from 0 as p goes to 0. If so,
+            a token that the policy has nearly dropped is still pulled back under an exact importance weight. None if
+            this is not known.
     """
 
     name: str
@@ -55,8 +60,19 @@ class Estimator:
 
 
 def k3_value(u: Tensor, x: Tensor) -> Tensor:
-    """Value of k3: delta - 1 - log delta >= 0. See Schulman 2020, "Approximating KL divergence"."""
-    # maximum: below -bound the linear part stops with the exponential one, so that the value stays >= 0.
+    """Value of the estimator k3, delta - 1 - log delta >= 0, in nats; elementwise.
+
+    See Schulman 2020, "Approximating KL divergence".
+
+    Args:
+        u: log-ratios, nats, any shape.
+        x: the same log-ratios, clamped for use inside an ``exp``.
+
+    Returns:
+        The values, in the shape and dtype of ``u``.
+    """
+    # Below -bound the exponential part is constant. The maximum makes the linear part constant there as well; otherwise
+    # the value would become negative.
     return ((-x).expm1() + u.maximum(x)).clamp_min(0.0)
 
 
@@ -164,7 +180,8 @@ _TABLE: dict[str, Estimator] = {
             restoring=True,
             keeps_pull=True,
         ),
-        # Only its future term and its sampled stand-in live here; the full-vocabulary value is passed in.
+        # This row has the sampled form of exact, for its future term and for @advantage. The value over the whole
+        # vocabulary is an argument of kl_term.
         Estimator(
             "exact",
             lambda u, x: u,
@@ -178,14 +195,13 @@ _TABLE: dict[str, Estimator] = {
 }
 
 BUILT_IN = tuple(_TABLE)
-"""Names that ship with kl-plugins; ``alpha-<a>`` comes on top."""
-
+"""Names of the rows that ship with kl-plugins; the family ``alpha-<a>`` is available in addition."""
 
 _ALPHAS: dict[str, Estimator] = {}
 
 
 def _alpha(a: float) -> Estimator:
-    # A dict rather than functools.cache: torch.compile traces through lookups, and warns at cached functions.
+    # A dict is used instead of functools.cache, because torch.compile traces dict look-ups and warns about caches.
     name = f"alpha-{format_number(a)}"
     if name not in _ALPHAS:
         _ALPHAS[name] = _alpha_row(name, a)
@@ -220,30 +236,36 @@ def register_estimator(
     restoring: bool = False,
     keeps_pull: bool | None = None,
 ) -> Estimator:
-    """Add one estimator row, so that ``name`` becomes a word of the KL spec.
+    """Register an estimator, so that specs can use ``name``.
 
-    See arXiv 2601.10201, Theorem 4.1, for the coefficient that follows from f.
+    Give either ``f``, or both ``value`` and ``coefficient``. With ``f``, value and coefficient follow from arXiv
+    2601.10201, Theorem 4.1. All functions work elementwise on tensors and use torch operations only.
 
     Args:
-        name: matches ``[a-z][a-z0-9.+_-]*`` and is not taken.
-        f: an f-divergence as a function of delta = ref/policy; value and coefficient follow from it.
-        value: k_t from (u, x), in nats; instead of ``f``.
-        coefficient: what multiplies grad log pi, from (u, x); instead of ``f``.
-        kind: the divergence whose gradient this is; ``other_f`` with ``f``, else ``none`` unless you say so.
-        value_formula: shown by ``kl-plugins explain``.
-        coefficient_formula: shown by ``kl-plugins explain``.
+        name: the word in a spec. It matches ``[a-z][a-z0-9.+_-]*``, does not begin with ``alpha-``, and is not
+            registered yet.
+        f: generator of an f-divergence, a convex function of delta = reference/policy with f(1) = 0.
+        value: function of (u, x) that gives the estimate k_t of each token, in nats. u is the log-ratio policy over
+            reference in nats; x is u, clamped to the spec's bound, for use inside an ``exp``. Both have shape (B, T),
+            and so has the result.
+        coefficient: function of (u, x) that gives the factor of grad log pi in the gradient of the loss, of shape
+            (B, T).
+        kind: the divergence whose gradient the coefficient gives in expectation: ``reverse_kl``, ``forward_kl``,
+            ``other_f`` or ``none``. The default is ``other_f`` with ``f``, and ``none`` otherwise.
+        value_formula: formula of the value, shown by ``kl-plugins explain``.
+        coefficient_formula: formula of the coefficient, shown by ``kl-plugins explain``.
         source: paper or page, shown by ``kl-plugins explain``.
-        restoring: the coefficient has the sign of u and is 0 at u = 0, which ``floor:`` needs. It is so for every f
-            that is strictly convex at 1, but this is not checked.
-        keeps_pull: exp(u) times the coefficient stays away from 0 as u goes to minus infinity; for ``kl-plugins
-            explain``.
+        restoring: whether the coefficient has the sign of u and is 0 at u = 0; the option ``floor:`` requires this.
+            It is true for every f that is strictly convex at 1, but it is not checked.
+        keeps_pull: whether exp(u) times the coefficient stays away from 0 as u goes to minus infinity. ``kl-plugins
+            explain`` uses it to describe the spec under stale data. None if this is not known.
 
     Returns:
         The new row.
 
     Raises:
-        ValueError: a bad or taken name, an unknown kind, or not exactly one of ``f`` and (``value`` and
-            ``coefficient``).
+        ValueError: The name is malformed or taken, the kind is unknown, or the arguments are not exactly one of ``f``
+            and the pair of ``value`` and ``coefficient``.
     """
     if not ESTIMATOR_NAME.fullmatch(name) or name.startswith("alpha-"):
         raise ValueError(f"estimator name {name!r} must match {ESTIMATOR_NAME.pattern} and not start with 'alpha-'")
@@ -275,7 +297,7 @@ def register_estimator(
 
 @cache
 def _load_entry_points() -> None:
-    # Each entry point names a callable without arguments that calls register_estimator.
+    # Each entry point names a callable that takes no arguments and calls register_estimator.
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()()
@@ -288,7 +310,19 @@ def _load_entry_points() -> None:
 
 
 def find_estimator(name: str) -> Estimator | None:
-    """The row called ``name`` (``alpha-<a>`` included), or None. Third-party entry points are loaded only on a miss."""
+    """Return the estimator called ``name``, or None if there is none.
+
+    Entry points of other packages are loaded only if the table has no row of that name.
+
+    Args:
+        name: the word in a spec; ``alpha-<a>`` is accepted for every a > 0.
+
+    Returns:
+        The row, or None.
+
+    Raises:
+        RuntimeError: The entry point of another package failed.
+    """
     if row := _TABLE.get(name) or _ALPHAS.get(name):
         return row
     if name.startswith("alpha-"):
@@ -299,6 +333,10 @@ def find_estimator(name: str) -> Estimator | None:
 
 
 def all_estimators() -> Iterator[Estimator]:
-    """Every registered row, built-in ones first."""
+    """Yield every registered estimator, the built-in ones first; the family ``alpha-<a>`` is not included.
+
+    Raises:
+        RuntimeError: The entry point of another package failed.
+    """
     _load_entry_points()
     yield from _TABLE.values()

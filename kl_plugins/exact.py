@@ -14,17 +14,12 @@ from kl_plugins.kernels.exact.arguments import (
     loss_weight,
     row_options,
 )
-from kl_plugins.kernels.exact.linear import LinearInputs, default_tile_bytes
-from kl_plugins.kernels.exact.linear_autograd import (
-    linear_loss,
-    linear_rows,
-    settings_of,
-    tensors_of,
-    wanted_gradients,
-)
+from kl_plugins.kernels.exact.autograd import named
+from kl_plugins.kernels.exact.linear import Gradients, LinearInputs, default_tile_bytes
+from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, wanted_gradients
 from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, Upstream
 from kl_plugins.kernels.exact.top_k import top_k
 from kl_plugins.numerics import Limits, masked_difference
 
@@ -230,9 +225,9 @@ def linear_kl(
         flat_rows(hidden),
         weight,
         bias,
-        flat_rows(ref_hidden),
-        ref_weight,
-        ref_bias,
+        flat_rows(ref_hidden.detach()),
+        ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach(),
         checked_labels(labels, mask, shape).reshape(-1),
         row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes),
         (operand_dtype(hidden, weight), operand_dtype(ref_hidden, ref_weight)),
@@ -241,11 +236,11 @@ def linear_kl(
     wanted = wanted_gradients(inputs)
     if kl_weight is None and logp_weight is None:
         rows_first = wanted.hidden and not (wanted.weight or wanted.bias or differentiable_logp)
-        found = linear_rows(*tensors_of(inputs), settings_of(inputs), rows_first)
-        kl, logp, ref_logp = (part.reshape(shape) for part in found[:3])
+        found, *_ = named(linear_rows(*inputs, rows_first), RowStatistics)
+        kl, logp, ref_logp = (part.reshape(shape) for part in (found.kl, found.logp, found.ref_logp))
         return ExactKL(kl, logp if differentiable_logp else logp.detach(), ref_logp)
-    weights = [loss_weight(kl_weight, shape, hidden), loss_weight(logp_weight, shape, hidden)]
-    loss, *rows = linear_loss(*tensors_of(inputs), settings_of(inputs), *weights, wanted)[:4]
+    weights = Upstream(loss_weight(kl_weight, shape, hidden), loss_weight(logp_weight, shape, hidden))
+    _, loss, *rows = named(linear_loss(*inputs, *weights, *wanted), Gradients)
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
 
 

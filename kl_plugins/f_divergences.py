@@ -1,7 +1,8 @@
-"""f-divergences D = E_policy[f(delta)], delta = ref/policy: closed forms that cancel elsewhere, and c from f alone.
+"""f-divergences D = E_policy[f(delta)] with delta = reference/policy: accurate closed forms, and estimators from f.
 
-See arXiv 2601.10201, Theorem 4.1: the coefficient of grad log policy is c = f - delta f', less its value at delta = 1.
-Arguments are the two views of the log-ratio that :mod:`kl_plugins.estimators` describes.
+By arXiv 2601.10201, Theorem 4.1, the coefficient of grad log policy is c(delta) = f(delta) - delta f'(delta). The code
+subtracts the constant c(1), which does not change the expected gradient. The arguments (u, x) of the functions are
+described in :mod:`kl_plugins.estimators`.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ Elementwise: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 def jsd_value(u: Tensor, x: Tensor) -> Tensor:
-    """f(delta) of the Jensen-Shannon divergence, (B, T), nats."""
-    # (1+delta)/2 * (y tanh y - log cosh y), y = x/2: the textbook form cancels near u = 0.
+    """f(delta) of the Jensen-Shannon divergence, in nats; elementwise."""
+    # The textbook form loses its digits by cancellation near u = 0. This form, with y = x/2, is
+    # (1+delta)/2 * (y tanh y - log cosh y).
     y = x / 2
     return ((-x).exp() + 1) / 2 * (y * y.tanh() - y.sinh().square().log1p() / 2).clamp_min(0.0)
 
 
 def alpha_value(a: float, u: Tensor, x: Tensor) -> Tensor:
-    """f(delta) of the alpha-divergence, a > 0, (B, T), nats."""
-    # (delta^a - a delta + a - 1) / (a (a - 1)), arranged so that neither a = 1 (forward KL) nor a -> 0 is a hole.
+    """f(delta) of the alpha-divergence with a > 0, in nats; elementwise."""
+    # The formula is (delta^a - a delta + a - 1) / (a (a - 1)). It is arranged so that it is accurate near a = 1, where
+    # it is the forward KL, and near a = 0.
     a = _held(a)
     if a < 0.5:
         return (((-a * x).expm1() / a - (-x).expm1()) / (a - 1)).clamp_min(0.0)
@@ -34,44 +37,45 @@ def alpha_value(a: float, u: Tensor, x: Tensor) -> Tensor:
 
 
 def alpha_coefficient(a: float, u: Tensor, x: Tensor) -> Tensor:
-    """Coefficient (1 - delta^a)/a of the alpha-divergence, (B, T)."""
+    """Coefficient (1 - delta^a)/a of the alpha-divergence; elementwise."""
     a = _held(a)
     return -(-a * x).expm1() / a
 
 
 def _held(a: float) -> float:
-    # Beyond these limits the divergence is its own limit to rounding, and float32 could not hold a.
+    # Beyond these limits the divergence equals its limit value to rounding, and float32 cannot represent a.
     return min(max(a, 1e-20), 1e30)
 
 
 def derive_from_f(f: Callable[[Tensor], Tensor]) -> tuple[Elementwise, Elementwise]:
-    """Value and coefficient of an f-divergence from f alone: c = f - delta f', less its value at delta = 1.
+    """Derive value and coefficient of an f-divergence from its generator f.
 
-    See arXiv 2601.10201, Theorem 4.1.
+    The coefficient is c(delta) - c(1) with c = f - delta f'; see arXiv 2601.10201, Theorem 4.1.
 
     Args:
-        f: convex, f(1) = 0, elementwise and differentiable in delta, written with torch operations.
+        f: elementwise function of delta = reference/policy, written with torch operations, convex and differentiable,
+            with f(1) = 0.
 
     Returns:
-        The ``value`` and ``coefficient`` functions of an :class:`Estimator`.
+        The ``value`` (nats) and ``coefficient`` functions of an :class:`~kl_plugins.estimators.Estimator`.
     """
 
     def value(u: Tensor, x: Tensor) -> Tensor:
-        # A convex f overflows upwards; inf - inf among its terms would say NaN.
+        # Where f overflows, it is +inf, because it is convex. The terms of f may give NaN there (inf - inf).
         return _unless_overflown(f((-x).exp()), x, math.inf)
 
     def coefficient(u: Tensor, x: Tensor) -> Tensor:
         from torch import ones_like, zeros_like
         from torch.func import vjp
 
-        def own(x: Tensor) -> Tensor:
-            # delta f'(delta) = -dF/dx for F(x) = f(exp(-x)).
+        def uncentred(x: Tensor) -> Tensor:
+            # With F(x) = f(exp(-x)), delta f'(delta) is -dF/dx.
             value_of_x, pull_back = vjp(lambda z: f((-z).exp()), x)[:2]
             result: Tensor = value_of_x + pull_back(ones_like(x))[0]
             return result
 
-        # f - delta f' grows with u, because f is convex: what overflows has the sign of u.
-        return _unless_overflown(own(x) - own(zeros_like(x)), x, x.sign() * math.inf)
+        # f is convex, so f - delta f' increases with u. Where it overflows, the result has the sign of u.
+        return _unless_overflown(uncentred(x) - uncentred(zeros_like(x)), x, x.sign() * math.inf)
 
     return value, coefficient
 

@@ -1,4 +1,4 @@
-"""What the command line knows of a host framework; hosts are found by entry point, never by name."""
+"""Descriptors of host frameworks, which the command line finds through entry points."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ Level = Literal["ok", "absent", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of ``kl-plugins doctor``: what was looked at, what was found, what to do about it."""
+    """One finding of ``kl-plugins doctor``.
+
+    Attributes:
+        level: ``ok``; ``absent`` for an optional part that is not installed; ``warning``; or ``fault``, which makes the
+            exit status of ``doctor`` 1.
+        subject: the part of the installation that was checked.
+        message: the result of the check.
+        remedy: what the user can do about it; empty if there is nothing to do.
+    """
 
     level: Level
     subject: str
@@ -24,35 +32,44 @@ class Finding:
 
 
 class HostModule(Protocol):
-    """What the module named by :attr:`Host.module` offers. Importing it must not import the host."""
+    """Interface of the module that :attr:`Host.module` names. Importing that module must not import the host."""
 
     def attach(self) -> None:
-        """Put the KL seams into the host; safe to call twice."""
+        """Put the hooks of kl-plugins into the host; a second call has no effect."""
 
     def detach(self) -> None:
-        """Restore the host's original objects; safe to call twice."""
+        """Restore the host's original objects; a second call has no effect."""
 
     def diagnose(self) -> Sequence[Finding]:
-        """Check version, fingerprints and backends without training anything."""
+        """Check the host's version, the fingerprints of the hooked functions and the backends, without training."""
 
     def run(self, module: str, argv: Sequence[str]) -> int:
-        """Run one of the host's programs under the plugin and return its exit status."""
+        """Run one of the host's programs with kl-plugins attached.
+
+        Args:
+            module: the name of the host, or a dotted module of one of its packages.
+            argv: the arguments of the program.
+
+        Returns:
+            The exit status of the program.
+        """
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host framework that kl-plugins attaches to. Cheap to import: strings only.
+    """A host framework that kl-plugins can attach to. It holds strings only, so it is fast to import.
 
     Attributes:
-        name: what the user calls it (``trl``).
+        name: the name that users write, for example ``trl``.
         distribution: its name on the package index.
-        packages: top-level import names; ``kl-plugins run`` picks the host by them.
+        packages: its top-level import names; ``kl-plugins run`` finds the host by them.
         supported: PEP 440 specifier of the versions whose sources were checked.
-        tested: versions that the test-suite runs.
-        keys: placement -> where the spec goes in this host.
+        tested: the versions with which the test suite runs.
+        keys: maps each placement to the setting of this host that takes the spec.
         module: dotted path of the :class:`HostModule`.
-        aggregation: how this host turns per-token terms into one number, by the setting that decides it; one sentence.
-        title: how the host spells its own name (``TRL``).
+        aggregation: one sentence on how this host turns per-token terms into one loss, and on the setting that
+            determines it.
+        title: how the host spells its own name, for example ``TRL``.
     """
 
     name: str
@@ -66,20 +83,27 @@ class Host:
     title: str = ""
 
     def installed_version(self) -> str | None:
-        """The installed version, or None where the host is absent. Does not import the host."""
+        """Return the installed version, or None if the host is not installed, without importing the host."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
             return None
 
     def load(self) -> HostModule:
-        """Import the adapter that knows this host."""
+        """Import and return the adapter of this host."""
         return cast(HostModule, importlib.import_module(self.module))
 
 
 @dataclass(frozen=True)
 class BrokenHost:
-    """An entry point that gives no usable host descriptor: name, what it points to, whose it is, what went wrong."""
+    """An entry point that gives no usable host descriptor.
+
+    Attributes:
+        name: name of the entry point.
+        value: the object that it points to, as ``module:attribute``.
+        distribution: the package that declares it.
+        error: type and message of the error that loading it raised.
+    """
 
     name: str
     value: str
@@ -91,14 +115,19 @@ class BrokenHost:
 
 
 class HostRegistry(NamedTuple):
-    """What the entry-point group holds; one broken package must not hide the others."""
+    """All entry points of the group. Broken ones are kept apart, so that they do not hide the others.
+
+    Attributes:
+        hosts: the usable descriptors, by name of their entry point.
+        broken: the entry points that could not be loaded.
+    """
 
     hosts: dict[str, Host]
     broken: tuple[BrokenHost, ...]
 
 
 def discover_hosts() -> HostRegistry:
-    """Load every host descriptor registered under the entry-point group, by name. Imports no host."""
+    """Load every host descriptor that is registered under the entry-point group, without importing any host."""
     hosts: dict[str, Host] = {}
     broken = []
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP)):
@@ -107,12 +136,12 @@ def discover_hosts() -> HostRegistry:
             if not isinstance(host, Host):
                 raise TypeError(f"it is a {type(host).__name__}, not a {Host.__qualname__}")
             hosts[point.name] = host
-        except Exception as error:  # whatever a third-party module raises belongs into the report
+        except Exception as error:  # a third-party module may raise anything; the report shows it
             owner = point.dist.name if point.dist else "unknown"
             broken.append(BrokenHost(point.name, point.value, owner, f"{type(error).__name__}: {error}"))
     return HostRegistry(hosts, tuple(broken))
 
 
 def installed_hosts() -> dict[str, Host]:
-    """Every usable host descriptor, by name; :func:`discover_hosts` also tells which ones are broken."""
+    """Return every usable host descriptor, by name; :func:`discover_hosts` returns the broken ones as well."""
     return discover_hosts().hosts

@@ -1,6 +1,6 @@
-"""Numeric policy: compute dtype, bounds before ``exp``, saturation, masking.
+"""Numerical rules of the package: compute dtype, bounds on arguments of ``exp``, saturation, and masking.
 
-Finite input never gives a non-finite output. Clamps act on detached values; no gradient passes through them.
+Finite input never gives a non-finite output. Clamps act on detached values, so they never change or stop a gradient.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 LINEAR_LIMIT = 1e4
-"""Linear and quadratic uses of a log-ratio saturate here (nats)."""
+"""Largest absolute log-ratio, in nats, in linear and quadratic uses; larger ones saturate."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds that apply to one computation.
+    """Bounds of one computation.
 
     Attributes:
-        bound: largest absolute argument of an ``exp``, nats.
-        largest: results saturate here, far enough below overflow that products and sums over tokens stay finite.
+        bound: largest absolute argument of an ``exp``, in nats.
+        largest: largest absolute result. It is far enough below overflow that products and sums over tokens stay
+            finite.
     """
 
     bound: float
@@ -28,59 +29,77 @@ class Limits:
 
     @classmethod
     def of(cls, dtype: torch.dtype, bound: float) -> Limits:
-        """Limits for a compute dtype; a user's bound is lowered to what the dtype can hold."""
+        """Return the limits for a compute dtype.
+
+        Args:
+            dtype: float32 or float64.
+            bound: the spec's bound, in nats. It is lowered to 60 for float32 and to 600 for float64, so that ``exp``
+                does not overflow.
+        """
         return cls(min(bound, 600.0), 1e250) if dtype == torch.float64 else cls(min(bound, 60.0), 1e30)
 
     def linear(self, u: Tensor) -> Tensor:
-        """A log-ratio for linear and quadratic uses."""
+        """Clamp log-ratios (nats, any shape) for linear and quadratic uses."""
         return u.clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
 
     def exponent(self, u: Tensor) -> Tensor:
-        """A log-ratio for uses inside an ``exp``."""
+        """Clamp log-ratios (nats, any shape) for uses inside an ``exp``."""
         return u.clamp(-self.bound, self.bound)
 
     def saturate(self, x: Tensor) -> Tensor:
-        """Bring overflow back into range; NaN stays NaN, to be seen."""
+        """Clamp results to the largest value; NaN stays NaN, so that it is not hidden."""
         return x.clamp(-self.largest, self.largest)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where any input is float64, float32 for 16- and 32-bit floats."""
+    """Return the dtype to compute in: float64 if any tensor is float64, otherwise float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def masked_difference(a: Tensor, b: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``a - b`` on response tokens, 0 elsewhere, whatever stands there.
+    """Compute ``a - b`` on response tokens, and 0 elsewhere, even if padding holds NaN or infinity.
 
     Args:
         a: (B, T) log-probs, nats, any float dtype.
         b: (B, T) log-probs, nats, any float dtype.
         mask: (B, T), True on response tokens.
-        dtype: compute dtype; default :func:`compute_dtype`.
+        dtype: the dtype to compute in; by default the result of :func:`compute_dtype`.
 
     Returns:
-        (B, T) log-ratio, nats, saturated at :data:`LINEAR_LIMIT`.
+        (B, T) log-ratio in that dtype, nats, clamped to +-:data:`LINEAR_LIMIT`.
     """
     dtype = dtype or compute_dtype(a, b)
     difference = a.to(dtype) - b.to(dtype)
-    # The clamp keeps sums over tokens finite even where two finite float32 numbers differ by more than float32 holds.
+    # The difference of two finite float32 numbers can overflow. The clamp keeps sums over tokens finite in that case.
     return difference.masked_fill(~mask.bool(), 0.0).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
 
 
 def masked_exact(exact: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Full-vocabulary KL values on response tokens, detached, saturated, 0 elsewhere; (B, T), nats."""
+    """Return exact KL values on response tokens, detached and saturated, and 0 elsewhere.
+
+    Args:
+        exact: (B, T) KL over the whole vocabulary at each token, nats, any float dtype.
+        mask: (B, T) bool, True on response tokens.
+        dtype: compute dtype.
+
+    Returns:
+        (B, T) in ``dtype``, nats.
+    """
     largest = Limits.of(dtype, LINEAR_LIMIT).largest
     return exact.detach().to(dtype).clamp(-largest, largest).masked_fill(~mask, 0.0)
 
 
 def held(number: float, dtype: torch.dtype) -> float:
-    """A number of the spec as ``dtype`` can hold it; torch refuses to compare or clamp with a larger one."""
+    """Limit a number of the spec to the largest finite number of ``dtype``.
+
+    torch raises an error if a tensor is compared with, or clamped to, a number that its dtype cannot hold.
+    """
     largest: float = torch.finfo(dtype).max
     return min(number, largest)
 
 
 def cast_saturating(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast to ``dtype``; what 16 bits cannot hold becomes the largest number they can."""
+    """Cast a tensor of any shape to ``dtype``; values outside the range of ``dtype`` become its largest or smallest."""
     if dtype == x.dtype or dtype == torch.float64:
         return x.to(dtype)
     info = torch.finfo(dtype)
@@ -88,11 +107,15 @@ def cast_saturating(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_shapes(mask: Tensor, **log_probs: Tensor | None) -> None:
-    """Raise unless every tensor is a float (B, T) like ``mask``.
+    """Check that every tensor of log-probs has a floating-point dtype and the shape (B, T) of the mask.
+
+    Args:
+        mask: (B, T), any dtype.
+        log_probs: tensors by the name that an error message shows; None is skipped.
 
     Raises:
-        ValueError: a shape differs or is not two-dimensional.
-        TypeError: a dtype is not floating point.
+        ValueError: The mask is not two-dimensional, or the shape of a tensor differs from that of the mask.
+        TypeError: The dtype of a tensor is not a floating-point one.
     """
     if mask.dim() != 2:
         raise ValueError(f"mask must be (B, T), not {tuple(mask.shape)}")

@@ -1,4 +1,4 @@
-"""Receipts: proof that a process runs the regulariser that the user named."""
+"""Receipts: each process states which regulariser it runs, so that a process without one is found before training."""
 
 from __future__ import annotations
 
@@ -19,30 +19,33 @@ COMPARED = (
     "aggregation",
     "sampling",
 )
-"""Fields in which the receipts of all ranks have to agree."""
+"""Fields that must be equal in the receipts of all ranks."""
 
 
 class MissingReceiptError(RuntimeError):
-    """A process that should be patched gave no receipt; the run must stop before its first update."""
+    """The receipts of a run are incomplete or contradictory; the run must stop before its first update."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What one process has patched and which gradient it will estimate.
+    """The functions that one process has patched, and the gradient that it will estimate.
 
     Attributes:
-        rank, world_size: position in the host's own worker group.
-        host, host_version: the framework it was put into.
+        rank, world_size: position and size in the host's own worker group.
+        host, host_version: name and version of the host framework.
         patches: qualified names of the wrapped functions.
-        fingerprint: digest of the wrapped sources.
-        spec: the canonical spec.
-        target: which gradient its expectation estimates.
-        behaviour: where the behaviour policy's log-probs come from (``sampler``, ``old``, ``current``, ``unused``).
-        aggregation: how this host turns per-token terms into one number.
-        sampling: how responses are sampled, and which log-probs the engine reports.
-        caveats: what bends the estimate although the target stays: of the spec, and of this host's settings.
-        reward_site: what this host does with a KL in reward, or empty.
-        cost: what the spec makes this host do beside its own work, or empty.
+        fingerprint: digest of the code of the wrapped functions.
+        spec: the canonical text of the spec.
+        target: name of the gradient that the spec estimates in expectation; a key of
+            :data:`kl_plugins.spec.target.TARGETS`.
+        behaviour: source of the behaviour policy's log-probs: ``sampler``, ``old``, ``current`` or ``unused``.
+        reward_site: what this host does with a KL in the reward; empty for other placements.
+        cost: work that the spec causes in this host in addition to the host's own; empty if there is none.
+        aggregation: how this host turns per-token terms into one loss.
+        sampling: how the host samples responses, and which log-probs the engine reports.
+        caveats: reasons in the spec or in this host's settings why the estimate deviates from the target.
+        pid: process id.
+        node: host name of the machine.
     """
 
     rank: int
@@ -63,7 +66,7 @@ class Receipt:
     node: str = field(default_factory=socket.gethostname)
 
     def line(self) -> str:
-        """One log line."""
+        """Return the receipt as one line for the log."""
         site = f", reward site: {self.reward_site}" if self.reward_site else ""
         cost = f", costs {self.cost}" if self.cost else ""
         aggregation = f", aggregation {self.aggregation}" if self.aggregation else ""
@@ -77,24 +80,25 @@ class Receipt:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for transport between processes."""
+        """Return the fields as plain data, which can be sent to another process."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Receipt:
-        """Rebuild what :meth:`to_dict` wrote."""
+        """Build a receipt from the result of :meth:`to_dict`."""
         return cls(**{**data, **{name: tuple(data.get(name, ())) for name in ("patches", "caveats")}})
 
 
 def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
-    """Raise unless every rank gave one receipt and all name the same regulariser.
+    """Check that every rank gave exactly one receipt, and that all receipts name the same regulariser.
 
     Args:
-        receipts: what arrived.
-        world_size: size of the host's own worker group.
+        receipts: the receipts that arrived, in any order.
+        world_size: number of ranks in the host's own worker group.
 
     Raises:
-        MissingReceiptError: a rank is missing, doubled, or runs something else.
+        MissingReceiptError: A rank gave no receipt, two processes have the same rank, or the receipts differ in one of
+            the fields :data:`COMPARED`.
     """
     by_rank = {receipt.rank: receipt for receipt in receipts}
     missing = sorted(set(range(world_size)) - set(by_rank))
@@ -102,15 +106,17 @@ def check_receipts(receipts: Sequence[Receipt], world_size: int) -> None:
         present = ", ".join(f"rank {r.rank} (pid {r.pid} on {r.node})" for r in by_rank.values()) or "none"
         raise MissingReceiptError(
             f"kl-plugins: no receipt from rank {', '.join(map(str, missing))} of {world_size}; present: {present}. "
-            "That process would train without the KL regulariser you named. "
+            "A process without a receipt would train without the KL regulariser that you named. "
             "Install kl-plugins there and attach it in every process, then start again."
         )
     if len(receipts) != world_size:
         raise MissingReceiptError(
-            f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim one rank."
+            f"kl-plugins: {len(receipts)} receipts for {world_size} ranks; two processes claim the same rank."
         )
     for name in COMPARED:
         seen = {getattr(receipt, name): receipt for receipt in receipts}
         if len(seen) > 1:
             found = "; ".join(f"rank {receipt.rank} on {receipt.node}: {value}" for value, receipt in seen.items())
-            raise MissingReceiptError(f"kl-plugins: ranks disagree on {name}: {found}. Make the installations equal.")
+            raise MissingReceiptError(
+                f"kl-plugins: ranks disagree on {name}: {found}. Use the same installation and settings on all nodes."
+            )

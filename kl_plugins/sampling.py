@@ -1,8 +1,9 @@
-"""How a host samples responses, as far as it decides what the sampler's log-probs mean.
+"""Settings of sampling, and their consequences for importance weights that divide by the sampler's log-probs.
 
-With top-p, top-k or min-p the engine samples from a truncated policy. Its log-probs are those of the truncated policy,
-log(p / S) with S the kept mass, or, in a raw mode, those of the policy that was never sampled. Both matter to an
-importance weight. Every host reads its own settings into a :class:`Sampling`; what follows from them is written here.
+With top-p, top-k or min-p the engine samples from a truncated policy. In processed mode it reports the log-probs of the
+truncated policy, log(p / S), where S is the kept probability mass. In raw mode it reports those of the full policy,
+which is not the one that it samples from. Both change the importance weight. The adapter of each host reads the host's
+settings into a :class:`Sampling`, and this module derives refusals and caveats from it.
 """
 
 from __future__ import annotations
@@ -15,37 +16,39 @@ from dataclasses import dataclass
 from kl_plugins.spec import KLSpec
 
 ALLOW_VARIABLE = "KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS"
-"""Set to 1, products of weights against a truncated sampler are allowed."""
+"""Environment variable; the value 1 allows products of weights against a truncated sampler."""
 
 PRODUCTS = ("prefix", "sequence", "decision")
-"""Corrections whose weight is a product over tokens."""
+"""Values of ``is:`` whose weight is a product over tokens."""
 
 EFFECT_SIZES = {"top_p 0.95": 0.10, "top_p 0.9": 0.15, "top_k 20": 0.09, "min_p 0.05": 0.24}
 """Relative error of the reverse-KL gradient under k2@loss/is:token, by setting.
 
-Exact expectation in one state with 200 tokens and logits of standard deviation 3, mean of 20 draws, weights against the
-truncated sampler; ``tests/oracle/test_truncated_sampling.py`` computes it.
+The numbers are exact expectations in one state with 200 tokens, with weights against the truncated sampler. They are
+means over 20 draws of logits with standard deviation 3. ``tests/oracle/test_truncated_sampling.py`` computes them.
 """
 
 EFFECTS = "relative error of the gradient in one state of 200 tokens: " + ", ".join(
     f"{100 * size:.0f} % at {name}" for name, size in EFFECT_SIZES.items()
 )
-"""How large the effect of truncation is, in words."""
+"""The numbers of :data:`EFFECT_SIZES` as text, for messages."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of generation that change the sampler's distribution; the defaults change nothing.
+    """The generation settings that change the distribution of the sampler; the defaults leave it unchanged.
 
     Attributes:
-        temperature: divides the logits. The trainer scores with the same temperature.
-        top_p: kept probability mass; 1 keeps all.
-        top_k: number of kept tokens; 0 or negative keeps all.
-        min_p: smallest kept probability, relative to the largest; 0 keeps all.
-        penalised: a repetition, presence or frequency penalty, or another logit processor, is in use.
-        raw: the engine reports log-probs of the plain model: before temperature, penalties and truncation.
-        unknown: the engine does not say which log-probs it reports; a weight is then refused where raw ones would be.
-        logprobs_setting: name of the host's setting that decides about ``raw``, for messages.
+        temperature: divisor of the logits. The trainer computes its log-probs with the same temperature.
+        top_p: kept probability mass; 1 keeps all tokens.
+        top_k: number of kept tokens; 0 or a negative number keeps all tokens.
+        min_p: smallest kept probability, relative to the largest; 0 keeps all tokens.
+        penalised: whether a repetition, presence or frequency penalty, or another logit processor, is in use.
+        raw: whether the engine reports the log-probs of the unmodified model, that is, before temperature, penalties
+            and truncation.
+        unknown: whether the engine does not say which log-probs it reports. Then the same specs are refused as for raw
+            log-probs.
+        logprobs_setting: name of the host's setting that determines ``raw``; shown in messages.
     """
 
     temperature: float = 1.0
@@ -59,7 +62,7 @@ class Sampling:
 
     @property
     def truncated(self) -> bool:
-        """Whether some tokens cannot be sampled."""
+        """Whether top-p, top-k or min-p excludes some tokens."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     def __str__(self) -> str:
@@ -72,11 +75,11 @@ class Sampling:
         return f"{', '.join(found)}, {mode}" if found else f"the whole distribution, {mode}"
 
     def problems(self, spec: KLSpec, source: str) -> Iterator[str]:
-        """Why a spec cannot be used with these settings; each is a sentence that says what to do.
+        """Yield the reasons why a spec cannot be used with these settings; each text says what the user can do.
 
         Args:
-            spec: what the user named.
-            source: whose log-probs its importance weight divides by (``sampler``, ``old``, ...).
+            spec: the spec of the run.
+            source: the policy whose log-probs the importance weight divides by (``sampler``, ``old``, ...).
         """
         if not spec.needs_behaviour or source != "sampler":
             return
@@ -98,39 +101,43 @@ class Sampling:
             )
         if self.truncated and spec.correction in PRODUCTS and os.environ.get(ALLOW_VARIABLE) != "1":
             yield (
-                f"is:{spec.correction} multiplies the weights of many tokens, and under truncated sampling ({self}) "
-                "each weight against the sampler holds the kept probability mass as a factor below 1, so the product "
-                "decays (0.99 ** 1000 = 4e-5) and the KL with it; sample the whole distribution (top_p 1, no top_k, no "
-                f"min_p), use is:token, or set {ALLOW_VARIABLE}=1 to go on all the same"
+                f"is:{spec.correction} multiplies the weights of many tokens; under truncated sampling ({self}) each "
+                "weight against the sampler contains the kept probability mass, a factor below 1, so the product and "
+                "the KL term shrink with the length of the response (0.99 ** 1000 = 4e-5); sample the whole "
+                f"distribution (top_p 1, no top_k, no min_p), use is:token, or set {ALLOW_VARIABLE}=1 to run the spec "
+                "nevertheless"
             )
 
     def caveats(self, spec: KLSpec, source: str) -> tuple[str, ...]:
-        """What a reader of the target has to know about these settings.
+        """Return how these settings make the estimate differ from the target; empty if they do not.
 
         Args:
-            spec: what the user named.
-            source: whose log-probs its importance weight divides by.
+            spec: the spec of the run.
+            source: the policy whose log-probs the importance weight divides by.
         """
         if not self.truncated:
             return ()
         if spec.needs_behaviour and source == "sampler":
-            text = "each weight against the truncated sampler holds the kept probability mass as a factor"
+            text = "each weight against the truncated sampler contains the kept probability mass as a factor"
         elif spec.needs_behaviour:
-            text = "the weight is that of a policy that was never sampled, because sampling was truncated"
+            text = "the weight divides by a policy that was never sampled from, because sampling was truncated"
         else:
-            text = "the data come from a truncated policy, and nothing corrects for that"
+            text = "the data come from a truncated policy, and no weight corrects for that"
         return (f"{text} ({EFFECTS})",)
 
 
 def read_text(text: str) -> Sampling:
-    """Read the settings of generation out of a config or command line of any host, by their names.
+    """Find the generation settings in a config or command line of any host, by their names.
 
-    ``top_p: 0.9`` in YAML, ``actor_rollout_ref.rollout.top_p=0.9`` as an override and ``--rollout.top_p 0.9`` as a flag
-    all count; settings of validation (a key that holds ``val``) do not, because no training data come from it. The
-    last of several values wins. What a run really uses is in its receipt.
+    The forms ``top_p: 0.9`` (YAML), ``actor_rollout_ref.rollout.top_p=0.9`` (an override) and ``--rollout.top_p 0.9``
+    (a flag) are recognised. A key that contains ``val`` is skipped, because validation gives no training data. If a
+    setting occurs several times, the last value is used. The receipt of a run shows the settings that the run uses.
 
     Args:
         text: the content of a file, or a command line.
+
+    Returns:
+        The settings; those that the text does not contain have their default values.
     """
     found: dict[str, str] = {}
     for key, value in _SETTING.findall(text):

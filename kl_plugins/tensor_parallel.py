@@ -1,4 +1,4 @@
-"""Exact KL where the vocabulary is sharded over a tensor-parallel group."""
+"""Exact KL from logits whose vocabulary dimension is sharded over a tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -31,31 +31,36 @@ def sharded_exact_kl(
     backend: str = "auto",
     max_tile_bytes: int | None = None,
 ) -> ExactKL:
-    """:func:`kl_plugins.exact_kl` of logits of which each rank holds some columns; called by all ranks of the group.
+    """Compute :func:`kl_plugins.exact_kl` from logits of which each rank holds some columns.
 
-    Communication is one MAX all-reduce of four numbers per token and one SUM all-reduce of five in the forward pass,
-    none in the backward pass. Rows whose label is an outlier (its log-ratio far beyond the square root of the KL) are
-    not computed again in float64, as :func:`kl_plugins.exact_kl` does, but keep what digits one pass leaves.
+    All ranks of the group call this function together. The forward pass communicates twice: one MAX all-reduce of four
+    numbers per token, and one SUM all-reduce of five numbers per token. The backward pass does not communicate.
+
+    A row is an outlier if the log-ratio of its label is far larger than the square root of its KL.
+    :func:`kl_plugins.exact_kl` computes such rows again in float64. This function does not, so its result has fewer
+    correct digits there.
 
     Args:
-        logits: (..., columns of this rank) of the policy, any float dtype, with their graph. Ranks may hold different
-            numbers of columns; policy and reference are cut alike.
-        ref_logits: the same columns of the reference.
-        labels: (...) int64 tokens of the whole vocabulary, the same on every rank; -100 leaves a position out.
-        vocab_start: token of this rank's first column.
-        group: the tensor-parallel group; None for all ranks.
-        mask: (...) True where a position counts, the same on every rank.
+        logits: (..., columns of this rank) logits of the policy, any float dtype, with their autograd graph. Ranks may
+            hold different numbers of columns; policy and reference must be split at the same columns.
+        ref_logits: (..., columns of this rank) logits of the reference, any float dtype.
+        labels: (...) int64 token ids in the whole vocabulary, the same on every rank; -100 excludes a position.
+        vocab_start: token id of this rank's first column.
+        group: the tensor-parallel group; None means all ranks.
+        mask: (...) True at the positions to compute, the same on every rank; None means all positions.
         temperature, softcap, ref_softcap, max_tile_bytes: as in :func:`kl_plugins.exact_kl`.
         backend: ``auto``, ``eager`` or ``triton``.
 
     Returns:
-        kl, logp, ref_logp, each (...), the same on every rank. Gradients reach this rank's logits, and are right where
-        every rank computes the same loss of them, as in tensor-parallel training.
+        kl, logp and ref_logp in nats, each of shape (...) and the same on every rank. Gradients flow to this rank's
+        logits. They are correct if every rank computes the same loss from these results, as in tensor-parallel
+        training.
 
     Raises:
-        ValueError: a shape, label or option that cannot be, or a label that no rank holds, or several.
-        TypeError: a dtype that cannot be.
-        BackendError: the backend asked for is unknown or cannot be used here.
+        ValueError: A shape, a label or an option is invalid, or the label of a position is in the columns of no rank or
+            of several ranks.
+        TypeError: A tensor has an invalid dtype.
+        BackendError: The requested backend is unknown or is not available here.
         RuntimeError: torch.distributed is not initialised.
     """
     check_floats(logits=logits, ref_logits=ref_logits)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
 
 os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
@@ -19,10 +19,10 @@ import ray
 
 from benchmarks.collectives import count
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
-from tests.openrlhf import assets
-from tests.openrlhf.command_line import ONE_STEP
-from tests.openrlhf.harness import Harness
-from tests.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
+from tests.support.openrlhf import assets
+from tests.support.openrlhf.command_line import ONE_STEP
+from tests.support.openrlhf.harness import Harness
+from tests.support.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
 
 
 def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import trl
 from benchmarks.collectives.count import Counter
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from kl_plugins.adapters import trl as adapter
-from tests.trl import support
+from tests.support.trl import trainers
 
 STEPS = 2
 SEQUENCES = 4
@@ -29,7 +29,7 @@ def counted(model: str, folder: Path, spec: str) -> dict[str, Any]:
     kinds = (adapter.GRPOTrainer, adapter.GRPOConfig) if spec else (trl.GRPOTrainer, trl.GRPOConfig)
     given = {"kl": spec} if spec else {"use_bias_correction_kl": False}
     torch.manual_seed(0)
-    trainer = support.build(
+    trainer = trainers.build(
         *kinds, model, folder, max_steps=STEPS, per_device_train_batch_size=SEQUENCES // MICRO_BATCHES,
         gradient_accumulation_steps=MICRO_BATCHES, num_generations=2, num_iterations=1, **given,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     """All arms."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     work = folder / f"trl-rank{rank}of{ranks}"
-    model = support.build_model(work / "model")
+    model = trainers.build_model(work / "model")
     found = {spec or NATIVE["trl"]: counted(model, work / "out", spec) for spec in ("", *SPECS["trl"])}
     if rank == 0:
         (folder / f"trl-{ranks}.json").write_text(json.dumps({"version": trl.__version__, "arms": found}))

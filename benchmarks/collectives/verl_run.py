@@ -13,8 +13,8 @@ import ray
 from benchmarks.collectives import count
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from benchmarks.hosts.verl_update import cluster
-from tests.verl import assets
-from tests.verl.workers import PROMPTS, Group, make_batch
+from tests.support.verl import assets
+from tests.support.verl.workers import PROMPTS, Group, make_batch
 
 
 class MicroBatches(Group):

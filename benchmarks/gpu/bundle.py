@@ -34,8 +34,8 @@ PINS = (
 MODEL = f"{model.PACKAGE}=={model.PACKAGE_VERSION}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SOURCES = ("kl_plugins", "adapters", "patches", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-# pyproject.toml holds pytest's options. kl_plugins/ is not among them: it would hide the installed package.
-TREE = ("benchmarks", "tests", "pyproject.toml")
+# conftest.py and pyproject.toml hold pytest's options. kl_plugins/ is not in it: it would hide the installed package.
+TREE = ("benchmarks", "tests", "conftest.py", "pyproject.toml")
 SCRIPTS = Path(__file__).parent / "calls"
 WIDTH = 112  # of README.txt
 SMALL = ("common.sh", "needed.py", "call-1.sh", "call-2.sh", "call-3.sh")

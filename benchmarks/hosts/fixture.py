@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.hosts.cases import FAR, NEAR
-from tests.openrlhf import assets
+from tests.support.openrlhf import assets
 
 GROUP = 2
 """Responses per prompt."""

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.hosts import openrlhf_watch
-from tests.openrlhf import harness
+from tests.support.openrlhf import harness
 
 
 def know_float32(host: harness.Harness) -> harness.Harness:

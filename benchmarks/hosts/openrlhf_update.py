@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
 
 os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
@@ -30,8 +30,8 @@ from benchmarks.hosts.cases import BETA, Case
 from benchmarks.hosts.fixture import Rollouts
 from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
 from benchmarks.hosts.records import Record, read_cases, save
-from tests.openrlhf import by_hand, harness, remote
-from tests.openrlhf.rollouts import Rollouts as HostRollouts
+from tests.support.openrlhf import by_hand, harness, remote
+from tests.support.openrlhf.rollouts import Rollouts as HostRollouts
 
 FLAGS = (
     *("--train.batch_size", "8", "--train.max_epochs", "1", "--train.micro_batch_size", "2"),

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
+from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
 
 os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
@@ -29,8 +29,8 @@ from benchmarks.hosts.fixture import GROUP, Rollouts
 from benchmarks.hosts.records import Record, read_cases, save
 from benchmarks.hosts.reference import pad
 from kl_plugins import KLSpec
-from tests.verl import remote
-from tests.verl.workers import Batch, Group
+from tests.support.verl import remote
+from tests.support.verl.workers import Batch, Group
 
 UNCLIPPED: dict[str, Any] = {"clip_ratio": 1e6, "clip_ratio_low": 1e6, "clip_ratio_high": 1e6, "clip_ratio_c": 1e9}
 

@@ -12,7 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
 
 os.environ.update(ENVIRONMENT)
 sys.path.append(str(CPU_HOST))
@@ -23,8 +23,8 @@ import torch
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
-from tests.openrlhf.harness import Harness
-from tests.openrlhf.rollouts import Rollouts
+from tests.support.openrlhf.harness import Harness
+from tests.support.openrlhf.rollouts import Rollouts
 
 
 def flags(pair: Pair, spec: bool, sequences: int) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.hosts.verl_update import cluster
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
-from tests.verl.workers import Batch, Group
+from tests.support.verl.workers import Batch, Group
 
 
 def batch_of(plan: Plan) -> Batch:

@@ -48,7 +48,7 @@ def build_model(size: Size, folder: Path) -> None:
     """Write ``model`` and ``reference`` with what OpenRLHF's command line wants to see."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from tests.openrlhf.assets import build
+    from tests.support.openrlhf.assets import build
 
     build(folder)  # its tokenizer, prompts and reward function
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

@@ -33,8 +33,8 @@ from benchmarks.demo.train import load
 from benchmarks.hosts import openrlhf_watch
 from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
 from kl_plugins.adapters.receipts import announce
-from tests.openrlhf.harness import Harness
-from tests.openrlhf.rollouts import Rollouts
+from tests.support.openrlhf.harness import Harness
+from tests.support.openrlhf.rollouts import Rollouts
 
 from .measure import LOGGED, Measure
 from .sampler import Drawn, LaggedSampler
@@ -52,7 +52,7 @@ NAMES = {"grad_norm": "actor_grad_norm", "clip_ratio/region_mean": "is_filter_ra
 @cache
 def actors() -> Harness:
     """Policy and reference actors of this process, in a Ray cluster that ends with it."""
-    from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
+    from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
 
     os.environ.update(ENVIRONMENT)
     sys.path.append(str(CPU_HOST))

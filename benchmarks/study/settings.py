@@ -85,7 +85,7 @@ def sources(host: str) -> str:
     here = Path(__file__).parent
     of_others = {file.stem for file in here.glob("*_host*.py") if not file.stem.startswith(host)}
     files = {file for file in here.glob("*.py") if file.stem not in of_others.union(UNHASHED)}
-    tested = here.parents[1] / "tests" / host
+    tested = here.parents[1] / "tests" / "support" / host
     files |= {tested / f"{stem}.py" for stem in TESTED.get(host, ())}
     if host == "openrlhf":
         files |= {here.parent / "hosts" / f"openrlhf_{stem}.py" for stem in ("float32", "watch")}

@@ -18,7 +18,7 @@ from .tasks import TASKS
 from .text import completion_tokens, tokenizer_of
 
 if TYPE_CHECKING:
-    from tests.verl.workers import Batch
+    from tests.support.verl.workers import Batch
 
 CLIPPED = "actor/pg_clipfrac"
 """veRL's name of what TRL calls `clip_ratio/region_mean`."""

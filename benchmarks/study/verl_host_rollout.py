@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins import KLSpec
-from tests.verl.workers import Batch
+from tests.support.verl.workers import Batch
 
 from .sampler import Drawn, completion_log_probs
 from .settings import Cell, Settings

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.verl import remote
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
-from tests.verl.workers import Group
+from tests.support.verl import remote
+from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
+from tests.support.verl.workers import Group
 
 from .settings import Settings
 

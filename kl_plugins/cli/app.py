@@ -1,7 +1,7 @@
-"""The commands and their arguments. What they need is imported inside, so that each answers at once.
+"""The commands of ``kl-plugins`` and their arguments.
 
-The parser is the standard library's: one that validates arguments with pydantic takes as long to import as everything
-else that ``explain`` does.
+Each command imports its modules when it runs, so that every command starts quickly. The parser is the one of the
+standard library for the same reason: importing a parser that uses pydantic takes as long as the rest of ``explain``.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from kl_plugins import __version__
 
 DESCRIPTION = "KL regularisers with the right gradient, for the RLHF framework you already run."
-EXPLAIN = """Say what a KL spec computes, which gradient it estimates on-policy and off-policy, what to know beside it,
-and where it goes in your framework. A spec that needs /allow:biased is explained without it."""
+EXPLAIN = """Say what a KL spec computes, which gradient it estimates on-policy and off-policy, which caveats it has,
+and which setting of your framework takes it. A spec that needs /allow:biased is explained without that option, too."""
 LIST = "List estimators, placements, presets, corrections, options, beta schedules and hosts."
-DOCTOR = """Check this installation: versions, backends, hosts and their sources, with a remedy for each finding.
-The exit status is 1 where something is at fault; a host that is merely absent is no fault."""
+DOCTOR = """Check this installation: versions, backends, hosts and their sources, with a remedy for each problem.
+The exit status is 1 if there is a fault. A host that is not installed is not a fault."""
 RUN = """Run a program of your framework under the plugin, for example: kl-plugins run trl grpo --config x.yaml
 --kl default. With several processes: torchrun --nproc_per_node 8 -m kl_plugins run trl grpo ..."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command line."""
+    """Build the parser of the command line."""
     parser = argparse.ArgumentParser("kl-plugins", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kl-plugins {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -33,18 +33,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = add("explain", "say which gradient a KL spec estimates, and why", EXPLAIN)
     explain.add_argument("spec", metavar="SPEC", help="a KL spec or preset, for example k2@loss/is:token")
-    others = [add("list", "list the words of the spec, presets and hosts", LIST)]
-    others.append(add("doctor", "check this installation; a remedy per finding", DOCTOR))
+    others = [add("list", "list the words of a spec, the presets and the hosts", LIST)]
+    others.append(add("doctor", "check this installation, with a remedy for each problem", DOCTOR))
     others[-1].add_argument(
         "--config",
         metavar="FILE",
-        help="also say what the sampling settings in this config, script or command line (- for standard input) mean",
+        help="also explain the sampling settings in this config, script or command line (- reads standard input)",
     )
     for command in (explain, *others):
-        command.add_argument("--json", action="store_true", help="print one JSON document, for a bad spec too")
+        command.add_argument("--json", action="store_true", help="print one JSON document, also for an invalid spec")
     run = add("run", "run a program of a framework under the plugin", RUN)
     run.add_argument("module", metavar="HOST|MODULE", help="a host (trl), or a module of one (a.b.c)")
-    run.add_argument("arguments", metavar="ARGS", nargs="*", help="the program's own, all that follows, --help too")
+    run.add_argument(
+        "arguments", metavar="ARGS", nargs="*", help="arguments of the program: everything that follows, also --help"
+    )
     return parser
 
 
@@ -52,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status.
 
     Args:
-        arguments: without the program's name; default ``sys.argv[1:]``.
+        arguments: the arguments without the name of the program; by default ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: always.
+        SystemExit: Always, with the exit status of the command.
     """
     sys.exit(_dispatch(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _dispatch(arguments: list[str]) -> int:
     if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
-        # Not parsed at all: every word from here on is the program's, "--" and "--help" included.
+        # The parser must not see these words: all of them, also "--" and "--help", are arguments of the program.
         from kl_plugins.cli.running import run_command
 
         return run_command(arguments[1], arguments[2:])

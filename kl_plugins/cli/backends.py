@@ -1,4 +1,4 @@
-"""Which computing paths ``kl-plugins doctor`` finds."""
+"""The findings of ``kl-plugins doctor`` about the backends that can compute the KL."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 def backend_findings() -> Iterator[Finding]:
-    """Findings on the eager and compiled paths; nothing is compiled."""
+    """Yield one finding per backend and device, and one per environment variable that selects a backend.
+
+    Nothing is compiled.
+    """
     try:
         import torch
 
         from kl_plugins.kernels import backend
-    except Exception:  # the torch finding tells the reason
+    except Exception:  # the finding about torch gives the reason
         yield Finding("fault", "eager", "not available without a working torch", "install torch")
         return
     yield Finding("ok", "eager", "available")
@@ -38,7 +41,9 @@ def _compiled(device: str, usable: bool, reason: str) -> Finding:
     if usable:
         return Finding("ok", f"compiled on {device}", reason)
     remedy = (
-        "install g++, for faster large batches; results are the same without" if device == "cpu" else "install triton"
+        "install g++ to make large batches faster; the results are the same without it"
+        if device == "cpu"
+        else "install triton"
     )
     return Finding("warning", f"compiled on {device}", f"{reason}; the eager path is used", remedy)
 
@@ -49,7 +54,7 @@ def _triton(needed: bool) -> Finding:
             return Finding(
                 "warning", "triton", "not installed, so nothing is compiled on the GPU", "pip install triton"
             )
-        return Finding("absent", "triton", "not installed", "nothing to do without a GPU")
+        return Finding("absent", "triton", "not installed", "nothing to do, because there is no GPU")
     try:
         return Finding("ok", "triton", version("triton"))
     except PackageNotFoundError:
@@ -65,7 +70,8 @@ def _exact(device: str) -> Finding:
             usable.append(name)
     if device != "cpu" and "triton" not in usable:
         reason = exact_backend_status("triton", device).reason
-        return Finding("warning", subject, f"{', '.join(usable)}; no Triton kernels: {reason}", "pip install triton")
+        message = f"{', '.join(usable)}; the Triton kernels are not available: {reason}"
+        return Finding("warning", subject, message, "pip install triton")
     return Finding("ok", subject, ", ".join(usable))
 
 
@@ -84,9 +90,9 @@ def _choice(
         return
     if asked not in known:
         yield Finding(
-            "fault", variable, f"{asked!r} is no backend", f"set it to one of {', '.join(known)}, or unset it"
+            "fault", variable, f"{asked!r} is not a backend", f"set it to one of {', '.join(known)}, or unset it"
         )
     elif asked not in ("auto", "eager") and not all(status(device).usable for device in devices):
-        yield Finding("fault", variable, f"{asked} is asked for, and cannot run on every device", "set it to auto")
+        yield Finding("fault", variable, f"{asked} is requested, but cannot run on every device", "set it to auto")
     else:
         yield Finding("ok", variable, asked)

@@ -1,4 +1,4 @@
-"""``kl-plugins doctor``: what is installed, whether it fits, and what to do where it does not."""
+"""``kl-plugins doctor``: checks what is installed and whether the versions fit, and proposes remedies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "fault": "bold r
 
 
 def doctor_command(as_json: bool, config: str | None = None) -> int:
-    """Check the installation.
+    """Check the installation and print the findings.
 
     Args:
-        as_json: print JSON.
-        config: file with the settings of a run, ``-`` for standard input, or None.
+        as_json: whether to print JSON instead of text.
+        config: a file with the settings of a run, whose sampling settings are explained; ``-`` reads standard input;
+            None explains none.
 
     Returns:
-        Exit status: 1 where something is at fault, 2 where the config cannot be read, else 0.
+        The exit status: 1 if there is a fault, 2 if the config cannot be read, otherwise 0.
     """
     try:
         text = None if config is None else sys.stdin.read() if config == "-" else Path(config).read_text("utf-8")
@@ -52,7 +53,7 @@ def doctor_command(as_json: bool, config: str | None = None) -> int:
     page.title(f"kl-plugins {__version__}")
     for name, findings in sections.items():
         page.section(name.capitalize(), (row for finding in findings for row in _rows(finding)), _STYLES)
-    page.paragraph(f"{faults} at fault, {warnings} to look at." if faults or warnings else "All is well.")
+    page.paragraph(f"Faults: {faults}. Warnings: {warnings}." if faults or warnings else "No problems found.")
     return status
 
 
@@ -74,14 +75,14 @@ def _own_finding() -> Finding:
     try:
         installed = version("kl-plugins")
     except PackageNotFoundError:
-        remedy = "run `pip install .` in the folder of its source"
+        remedy = "run `pip install .` in its source folder"
         return Finding("fault", "kl-plugins", "imported but not installed, so no host can be found", remedy)
     if installed != __version__:
         return Finding(
             "warning",
             "kl-plugins",
-            f"the installed metadata say {installed}, the imported code {__version__}",
-            "install it again, so that both are of one version",
+            f"the installed metadata have version {installed}, but the imported code has version {__version__}",
+            "install kl-plugins again, so that both have the same version",
         )
     return Finding("ok", "kl-plugins", __version__)
 
@@ -91,7 +92,7 @@ def _torch_finding() -> Finding:
 
     try:
         import torch
-    except Exception as error:  # a broken installation raises OSError as easily as ImportError
+    except Exception as error:  # a broken installation can raise other errors than ImportError, for example OSError
         return Finding("fault", "torch", f"cannot be imported: {error}", f'pip install "torch>={OLDEST_TORCH}"')
     if Version(torch.__version__).release < Version(OLDEST_TORCH).release:
         remedy = f'pip install "torch>={OLDEST_TORCH}"'
@@ -122,7 +123,7 @@ def _host_findings() -> Iterator[Finding]:
         else:
             own = list(_diagnosis(host))
             general = version_finding(host, installed)
-            # A host that judges its own version says it better, and once is enough.
+            # Some adapters check the version of their host themselves, and say more. Then only their finding is shown.
             yield from own if any(finding.subject == general.subject for finding in own) else [general, *own]
 
 
@@ -134,15 +135,15 @@ def _sampling_findings(text: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "truncated sampling",
-            f"{sampling}: the sampler is not the policy that the trainer scores; {EFFECTS}",
-            f"sample the whole distribution (top_p 1, no top_k, no min_p); is:{', is:'.join(PRODUCTS)} against the "
-            "sampler are refused here",
+            f"{sampling}: the sampler's distribution is not the policy whose log-probs the trainer computes; {EFFECTS}",
+            f"sample the whole distribution (top_p 1, no top_k, no min_p); with these settings a run refuses "
+            f"is:{', is:'.join(PRODUCTS)} against the sampler",
         )
     if sampling.raw and (sampling.truncated or sampling.penalised or sampling.temperature != 1):
         yield Finding(
             "warning",
             "raw log-probs",
-            "the engine reports log-probs of another distribution than the one that it samples from",
+            "the engine reports the log-probs of a distribution that is not the one that it samples from",
             "set logprobs_mode to processed_logprobs, or use behaviour:old in the spec",
         )
     if not sampling.truncated and not sampling.raw:
@@ -150,7 +151,12 @@ def _sampling_findings(text: str) -> Iterator[Finding]:
 
 
 def version_finding(host: Host, installed: str) -> Finding:
-    """Whether the installed version of a host is supported, and whether it is one of those tested."""
+    """Return a finding on whether the installed version of a host is supported and tested.
+
+    Args:
+        host: the descriptor of the host.
+        installed: the installed version.
+    """
     from packaging.specifiers import SpecifierSet
 
     subject = f"{host.name} {installed}"
@@ -158,7 +164,7 @@ def version_finding(host: Host, installed: str) -> Finding:
         return Finding("fault", subject, f"outside the supported range {host.supported}", install_remedy(host))
     if installed in host.tested:
         return Finding("ok", subject, "supported and tested")
-    return Finding("ok", subject, f"supported; the tests run {', '.join(host.tested)}")
+    return Finding("ok", subject, f"supported; tested versions are {', '.join(host.tested)}")
 
 
 def _diagnosis(host: Host) -> Iterator[Finding]:
@@ -166,6 +172,6 @@ def _diagnosis(host: Host) -> Iterator[Finding]:
     try:
         adapter: HostModule = host.load()
         yield from adapter.diagnose()
-    except Exception as error:  # shown, not raised: doctor is what people run when things are broken
+    except Exception as error:  # doctor must also work with a broken installation, so it shows the error
         message = f"{host.module} fails: {type(error).__name__}: {error}"
         yield Finding("fault", subject, message, "install kl-plugins again, or report this with the lines above")

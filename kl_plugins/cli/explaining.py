@@ -1,4 +1,4 @@
-"""``kl-plugins explain``."""
+"""``kl-plugins explain``: prints the explanation of a spec."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def explain_command(text: str, as_json: bool) -> int:
-    """Explain a spec.
+    """Explain a spec and print the result.
 
     Args:
-        text: what the user wrote.
-        as_json: print JSON.
+        text: the spec or preset as the user wrote it.
+        as_json: whether to print JSON instead of text.
 
     Returns:
-        Exit status: 0, 2 for a bad spec, 1 where a third-party estimator package is broken.
+        The exit status: 0, or 2 for an invalid spec, or 1 if a third-party package of estimators is broken.
     """
     registry = discover_hosts()
     try:
@@ -41,13 +41,16 @@ def _print(it: Explanation, registry: HostRegistry) -> None:
     page = Page()
     page.title(it.spec)
     if it.needs_allow_biased:
-        page.paragraph("A run refuses this spec unless /allow:biased is added: it estimates no divergence.", "yellow")
+        page.paragraph(
+            "A run refuses this spec unless /allow:biased is added, because its gradient is that of no divergence.",
+            "yellow",
+        )
     for note in it.notes:
         page.paragraph(note)
     page.section("What is computed", it.formulas.items())
     page.section("Which gradient it estimates", _gradient(it))
     page.section("Caveats", (("-", caveat) for caveat in it.caveats))
-    page.section("What the host's aggregation does to it", [*it.aggregation.items(), *it.host_aggregation.items()])
+    page.section("How the host's aggregation changes it", [*it.aggregation.items(), *it.host_aggregation.items()])
     page.section("What it needs", _needs(it))
     page.section(
         "Options in effect",
@@ -71,7 +74,7 @@ def _needs(it: Explanation) -> Iterator[Row]:
         "of the policy and of the reference" + (", and of the behaviour policy" if it.needs_behaviour else ""),
     )
     if not it.needs_behaviour:
-        yield "", "behaviour log-probs are not needed"
+        yield "", "the behaviour policy's log-probs are not needed"
     if it.needs_exact:
         yield "exact", "the full-vocabulary KL of every state"
 

@@ -1,4 +1,4 @@
-"""``kl-plugins list``."""
+"""``kl-plugins list``: prints the words of a spec, the presets and the hosts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from kl_plugins.spec.schedules import SCHEDULES
 
 
 def list_command(as_json: bool) -> int:
-    """List every word of the KL spec and every host.
+    """Print every word that a KL spec can contain, and every host.
 
     Args:
-        as_json: print JSON.
+        as_json: whether to print JSON instead of text.
 
     Returns:
-        Exit status: 0, or 1 where a third-party estimator package is broken.
+        The exit status: 0, or 1 if a third-party package of estimators is broken.
     """
     try:
         catalogue = build_catalogue()
@@ -34,7 +34,14 @@ def list_command(as_json: bool) -> int:
 
 
 def build_catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Everything there is to list, as plain data."""
+    """Collect all that ``kl-plugins list`` prints.
+
+    Returns:
+        The rows of each section as plain data, by name of the section.
+
+    Raises:
+        RuntimeError: A third-party package of estimators is broken.
+    """
     rows = [
         {
             "name": row.name,

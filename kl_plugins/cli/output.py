@@ -1,4 +1,4 @@
-"""Printing: paragraphs beside labels, made for narrow terminals and pipes; JSON; errors."""
+"""Output of the command line: labelled paragraphs that fit narrow terminals and pipes, JSON, and errors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NARROWEST_TEXT = 44
-"""Text with fewer columns than this beside its label goes below it."""
+"""Number of columns that text needs to stand beside its label; with fewer columns it is printed below the label."""
 
 Row = tuple[str, str]
+"""A label and its text."""
 
 
 def print_json(document: object, status: int = 0) -> int:
@@ -25,12 +26,12 @@ def print_json(document: object, status: int = 0) -> int:
 
 
 def fail(message: str, as_json: bool, status: int, **details: Any) -> int:
-    """Report an error: text on standard error, or JSON on standard output.
+    """Report an error, as text on standard error or as JSON on standard output.
 
     Args:
-        message: what is wrong and what to do.
-        as_json: the user asked for JSON.
-        status: exit status to return.
+        message: the problem and its remedy.
+        as_json: whether to print JSON instead of text.
+        status: the exit status to return.
         details: further keys of the JSON object.
 
     Returns:
@@ -43,7 +44,12 @@ def fail(message: str, as_json: bool, status: int, **details: Any) -> int:
 
 
 def fail_spec(error: KLSpecError, as_json: bool) -> int:
-    """Report a bad spec; exit status 2, as for any usage error."""
+    """Report an invalid spec and return the exit status 2, which stands for any usage error.
+
+    Args:
+        error: the error that parsing the spec raised.
+        as_json: whether to print JSON instead of text.
+    """
     return fail(
         str(error),
         as_json,
@@ -58,7 +64,7 @@ def fail_spec(error: KLSpecError, as_json: bool) -> int:
 
 
 class Page:
-    """Sections of labelled paragraphs on standard output; colours only on a terminal."""
+    """Prints sections of labelled paragraphs on standard output, with colours if that is a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -66,21 +72,21 @@ class Page:
         self._console: Console = Console(highlight=False, markup=False, emoji=False)
 
     def title(self, text: str) -> None:
-        """One line that says what the page is about."""
+        """Print the title of the page."""
         self._wrapped(text, "bold")
 
     def paragraph(self, text: str, style: str = "") -> None:
-        """A paragraph of its own, after an empty line."""
+        """Print an empty line and a paragraph without a label."""
         self._console.print()
         self._wrapped(text, style)
 
     def section(self, heading: str, rows: Iterable[Row], styles: dict[str, str] | None = None) -> None:
-        """A heading and its labelled paragraphs; nothing where there are none.
+        """Print a heading and its labelled paragraphs, or nothing if there are no paragraphs.
 
         Args:
-            heading: may be empty.
-            rows: label and text; an empty label continues the one above.
-            styles: label -> rich style of that label.
+            heading: the heading; an empty one is left out.
+            rows: labels and texts; a row with an empty label continues the row above it.
+            styles: maps a label to its rich style.
         """
         rows = list(rows)
         if not rows:
@@ -100,10 +106,10 @@ class Page:
                 self._wrapped(text, start=("    ", ""))
 
     def _wrapped(self, text: str, style: str = "", start: tuple[str, str] = ("", "")) -> None:
-        """Wrap text behind a start (and its style), with a hanging indent."""
+        """Print wrapped text after a start (a text and its style), with a hanging indent."""
         from rich.text import Text
 
-        # Own lines rather than a table: a table pads each line with blanks, which a pipe would keep.
+        # rich's tables pad each line with blanks, which a pipe would keep. This code therefore prints single lines.
         head, head_style = start
         width = max(self._console.width - len(head), 1)
         for line in Text(text, style=style).wrap(self._console, width):

@@ -1,4 +1,4 @@
-"""``kl-plugins run``: finds the host of a program and hands its arguments over untouched."""
+"""``kl-plugins run``: finds the host of a program and passes the arguments on unchanged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kl_plugins.spec.errors import nearest_word
 
 
 def run_command(module: str, arguments: Sequence[str]) -> int:
-    """Run a host's program under the plugin.
+    """Run a program of a host with kl-plugins attached.
 
     Args:
         module: the name of a host, or a dotted module of one of its packages.
-        arguments: passed through untouched.
+        arguments: the arguments of the program; they are passed on unchanged.
 
     Returns:
-        The host's exit status; 2 where there is no such host, 1 where its adapter is broken.
+        The exit status of the program; 2 if the host is unknown or not installed; 1 if its adapter is broken.
     """
     registry = discover_hosts()
     host = find_host(module, registry)
@@ -31,18 +31,23 @@ def run_command(module: str, arguments: Sequence[str]) -> int:
     except ImportError as error:
         return fail(
             f"kl-plugins: the adapter of {host.name} ({host.module}) cannot be imported: {error}. "
-            "kl-plugins doctor says more.",
+            "Run kl-plugins doctor for details.",
             False,
             1,
         )
     try:
         return adapter.run(module, list(arguments))
-    except KLSpecError as error:  # the user's text is at fault, a traceback would only hide the message
+    except KLSpecError as error:  # the error is in the user's text, and a traceback would only hide the message
         return fail_spec(error, as_json=False)
 
 
 def find_host(module: str, registry: HostRegistry) -> Host | None:
-    """The host called ``module``, or the one that owns the top-level package of that dotted path."""
+    """Return the host that is called ``module`` or owns its top-level package, or None if there is none.
+
+    Args:
+        module: the name of a host, or the dotted path of a module.
+        registry: the hosts to choose from.
+    """
     package = module.partition(".")[0]
     for name, host in registry.hosts.items():
         if module == name or package in host.packages:
@@ -51,13 +56,13 @@ def find_host(module: str, registry: HostRegistry) -> Host | None:
 
 
 def install_remedy(host: Host) -> str:
-    """How to install a version of the host that is supported."""
+    """Return the command that installs a supported version of the host."""
     return f'pip install "{host.distribution}{host.supported}"'
 
 
 def _unknown(module: str, registry: HostRegistry) -> str:
     names = {name: ", ".join(host.packages) for name, host in registry.hosts.items()}
-    lines = [f"kl-plugins: no host is called {module!r} or owns that module"]
+    lines = [f"kl-plugins: no host has the name {module!r} or contains that module"]
     known = "; ".join(f"{name} (packages: {packages})" for name, packages in names.items())
     lines.append(f"  hosts: {known or 'none registered'}")
     lines += [f"  broken: {host}" for host in registry.broken]

@@ -1,1 +1,1 @@
-"""Kernels: how the closed forms are computed, apart from what they mean."""
+"""Kernels: the code that computes the closed forms on a device. Their meaning is documented in the other modules."""

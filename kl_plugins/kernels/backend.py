@@ -1,4 +1,4 @@
-"""Choice between the eager and the compiled path, and what the exact kernels' backends have in common with it."""
+"""Choice between eager and compiled computation of the sampled terms, and functions that the exact kernels share."""
 
 from __future__ import annotations
 
@@ -19,35 +19,48 @@ BACKENDS = ("auto", "eager", "compiled")
 ENVIRONMENT_VARIABLE = "KL_PLUGINS_BACKEND"
 
 COMPILE_ABOVE = 65_536
-"""Elements per call from which the terms are compiled.
+"""Number of elements in a call from which on the ``auto`` backend compiles the terms.
 
-``python -m benchmarks.sampled_terms`` finds the compiled path no slower at any size on a CPU, but below this it saves a
-few milliseconds a call, which short runs do not earn back: compiling takes seconds, in every process.
+On a CPU, ``python -m benchmarks.sampled_terms`` finds that compiled code is not slower at any size. Below this number
+it saves only a few milliseconds per call, while compilation takes seconds in every process, so short runs would lose
+time.
 """
 
-
 RECOMPILE_LIMIT = 64
+"""Number of versions of one function that torch may compile in a process."""
 
 
 class BackendStatus(NamedTuple):
-    """Whether the compiled path (or another backend) can be used on a device, and why."""
+    """Availability of a backend on a device.
+
+    Attributes:
+        compiled: whether the compiled path, or another backend, can be used.
+        reason: why it can or cannot be used.
+    """
 
     compiled: bool
     reason: str
 
     @property
     def usable(self) -> bool:
-        """``compiled``, for backends of other names."""
+        """The same as ``compiled``; a clearer name for backends other than the compiled path."""
         return self.compiled
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and is not there."""
+    """A requested backend is unknown or not available."""
 
 
 @cache
 def backend_status(device_type: str = "cpu") -> BackendStatus:
-    """Look for what ``torch.compile`` needs on a device, without compiling anything."""
+    """Check whether ``torch.compile`` has the compiler that it needs on a device, without compiling anything.
+
+    Args:
+        device_type: ``cpu``, ``cuda``, ...
+
+    Returns:
+        Whether code can be compiled, and the reason.
+    """
     if device_type == "cpu":
         asked = os.environ.get("CXX")
         found = shutil.which(asked) if asked else shutil.which("g++") or shutil.which("clang++")
@@ -60,10 +73,14 @@ def backend_status(device_type: str = "cpu") -> BackendStatus:
 
 
 def asked_by_environment(variable: str, known: tuple[str, ...]) -> str:
-    """The backend that an environment variable names, ``auto`` where it is not set.
+    """Return the backend that an environment variable names, or ``auto`` if the variable is not set.
+
+    Args:
+        variable: name of the environment variable.
+        known: the valid values.
 
     Raises:
-        BackendError: it names an unknown one.
+        BackendError: The variable names an unknown backend.
     """
     asked = os.environ.get(variable, "auto")
     if asked not in known:
@@ -72,17 +89,18 @@ def asked_by_environment(variable: str, known: tuple[str, ...]) -> str:
 
 
 def chosen_backend(elements: int, device_type: str) -> str:
-    """``eager`` or ``compiled`` for a call of this size.
+    """Choose the backend for one call.
 
     Args:
-        elements: number of tokens, padding included.
+        elements: number of tokens in the call, including padding.
         device_type: ``cpu``, ``cuda``, ...
 
     Returns:
-        The backend's name.
+        ``eager`` or ``compiled``.
 
     Raises:
-        BackendError: the environment variable names an unknown backend, or ``compiled`` where it cannot run.
+        BackendError: The environment variable names an unknown backend, or it names ``compiled`` and nothing can be
+            compiled on this device.
     """
     asked = asked_by_environment(ENVIRONMENT_VARIABLE, BACKENDS)
     if asked == "eager" or torch.compiler.is_compiling():  # an outer torch.compile inlines the eager code
@@ -96,13 +114,16 @@ def chosen_backend(elements: int, device_type: str) -> str:
         raise BackendError(
             f"{ENVIRONMENT_VARIABLE}=compiled on {device_type}: {status.reason}. Install it, or use auto."
         )
-    say_once(f"kl-plugins: eager path on {device_type}: {status.reason}; results are the same, large batches slower")
+    say_once(
+        f"kl-plugins: eager path on {device_type}: {status.reason}; the results are the same, but large batches are "
+        "slower"
+    )
     return "eager"
 
 
 @cache
 def say_once(message: str) -> None:
-    """Log a warning the first time that it is given in this process."""
+    """Log a warning once per process; later calls with the same text do nothing."""
     logger.warning(message)
 
 
@@ -115,9 +136,20 @@ _failed: set[Callable[..., Any]] = set()
 
 
 def run(function: Callable[..., Any], *args: Any, like: Tensor) -> Any:
-    """Call a pure tensor function on the backend that suits the size of ``like``.
+    """Call a pure tensor function on the backend that suits the size and the device of ``like``.
 
-    A compiler that is present but broken costs one warning and the eager path, never the run.
+    If the compiler is present but fails, the call logs one warning and uses the eager path, so that the run continues.
+
+    Args:
+        function: the function to call.
+        args: its arguments.
+        like: tensor whose number of elements and device determine the backend.
+
+    Returns:
+        The result of the function.
+
+    Raises:
+        BackendError: The environment variable names a backend that is unknown or not available here.
     """
     if chosen_backend(like.numel(), like.device.type) == "eager":
         return function(*args)
@@ -127,22 +159,30 @@ def run(function: Callable[..., Any], *args: Any, like: Tensor) -> Any:
 def run_compiled(
     function: Callable[..., Any], *args: Any, forced: bool, instead: Callable[..., Any] | None = None
 ) -> Any:
-    """Call a tensor function compiled, or ``instead`` (default: the function itself) where compiling it fails.
+    """Call the compiled form of a tensor function, or call ``instead`` if compilation fails.
 
     Args:
-        function: compiled once per process and kept.
-        forced: let the compiler's error out instead.
+        function: the function; its compiled form is kept for later calls.
+        args: its arguments.
+        forced: whether to raise the compiler's error instead of calling ``instead``.
+        instead: the function to call if compilation fails; by default ``function`` itself, not compiled.
+
+    Returns:
+        The result of the function that was called.
+
+    Raises:
+        RuntimeError: Compilation failed and ``forced`` is true.
     """
     instead = instead or function
     if function in _failed and not forced:
         return instead(*args)
     try:
-        # One program per dtype and per kind of option; a process that uses many is not at fault.
+        # Each dtype and each kind of option needs its own program. torch's default limit is too low for that.
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return _compiled(function)(*args)
-    except RuntimeError as error:  # dynamo's and inductor's errors derive from it
+    except RuntimeError as error:  # the base class of the errors of dynamo and inductor
         if forced:
             raise
-        _failed.add(function)  # trying again would cost seconds at every step
+        _failed.add(function)  # a new attempt would cost seconds at every step
         say_once(f"kl-plugins: eager path: torch.compile failed ({type(error).__name__}: {str(error)[:300]})")
         return instead(*args)

@@ -1,7 +1,7 @@
-"""Value, coefficient and weight of the sampled terms in one differentiable function.
+"""Value, coefficient and weight of the sampled terms, and one differentiable function that combines them.
 
-The backward pass knows the closed-form coefficient, so nothing but that coefficient (and the mask) is kept,
-and no clamp of a value can reach the gradient.
+The backward pass multiplies by the closed-form coefficient. Autograd therefore keeps only that coefficient and the mask
+(and the weight if there is an exact term), and clamps of the value do not change the gradient.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from kl_plugins.spec import KLSpec
 
 
 class SampledTerms(NamedTuple):
-    """Per-token results in the compute dtype, all (B, T) and 0 (or False) outside the mask.
+    """Results for each token, all of shape (B, T) and 0 or False outside the mask.
 
-    ``altered`` says where cap, band or clip acted; ``unraised`` is the weight before a floor, None without one.
+    Attributes:
+        value: value of the term, nats, in the compute dtype.
+        coefficient: factor of grad log pi(a_t|s_t), in the compute dtype.
+        weight: importance weight, in the compute dtype.
+        altered: bool, True where the options cap, band or clip changed the weight or the coefficient.
+        unraised: the weight before a floor was applied; None without a floor.
     """
 
     value: Tensor
@@ -33,26 +38,31 @@ class SampledTerms(NamedTuple):
 
 
 def row_of(spec: KLSpec) -> Estimator:
-    """The table row that a parsed spec names."""
+    """Return the estimator that a parsed spec names.
+
+    Raises:
+        LookupError: The estimator is not registered in this process.
+    """
     row = find_estimator(spec.estimator)
     if row is None:
         raise LookupError(
-            f"estimator {spec.estimator!r} is not registered in this process; import the module that does"
+            f"estimator {spec.estimator!r} is not registered in this process; import the module that registers it"
         )
     return row
 
 
 def score_terms(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Value of the own term and of the future term for each token, nats, 0 outside the mask.
+    """Compute the values of the estimator and of the future term at each token.
 
     Args:
-        spec: names estimator, ``future`` and ``bound``.
+        spec: a parsed spec; its estimator, ``future`` and ``bound`` are used.
         u: (B, T) log(policy/reference), nats, 0 outside the mask.
         mask: (B, T) bool.
-        exact: (B, T) full-vocabulary KL, or None.
+        exact: (B, T) KL over the whole vocabulary, nats, or None.
 
     Returns:
-        value_t and future_t (zeros without a future term).
+        value_t and future_t, both (B, T), in nats, in the dtype of ``u`` and 0 outside the mask. future_t is 0
+        everywhere if the spec has no future term.
     """
     limits = Limits.of(u.dtype, spec.bound)
     linear, exponent = limits.linear(u), limits.exponent(u)
@@ -70,25 +80,26 @@ def score_terms(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> 
 
 
 def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None) -> SampledTerms:
-    """Closed forms of a ``@loss`` spec.
+    """Compute value, coefficient and weight of a ``@loss`` spec by their closed forms.
 
-    See ``docs/specs.md`` for the coefficient of each horizon and correction.
+    ``docs/specs.md`` has the coefficient of each horizon and correction.
 
     Args:
         spec: a parsed ``@loss`` spec.
         u: (B, T) log(policy/reference), nats, 0 outside the mask.
         log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
         mask: (B, T) bool.
-        exact: (B, T) full-vocabulary KL, nats, 0 outside the mask, or None.
+        exact: (B, T) KL over the whole vocabulary, nats, 0 outside the mask, or None.
 
     Returns:
-        Value, coefficient, weight, where cap, band or clip acted, and the weight before a floor.
+        The results at each token, in the dtype of ``u``. For an ``exact`` spec with ``exact`` given, the coefficient
+        has only the future part; the gradient of the term itself flows through ``exact``.
     """
     limits = Limits.of(u.dtype, spec.bound)
     value, future = score_terms(spec, u, mask, exact)
     exact_own = spec.estimator == "exact"
     if exact_own and exact is not None:
-        # Its own gradient flows through ``exact`` itself, so the score coefficient holds the future part only.
+        # The gradient of this term flows through ``exact``, so the score coefficient has only the future part.
         value, own = limits.saturate(exact.to(u.dtype)).masked_fill(~mask, 0.0), u * 0.0
     else:
         own = limits.saturate(row_of(spec).coefficient(limits.linear(u), limits.exponent(u)))
@@ -109,9 +120,10 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
 
 
 class SampledLoss(torch.autograd.Function):
-    """loss = value + coefficient * (logp - sg(logp)) + weight * (exact - sg(exact)), by closed forms.
+    """Autograd function for value + coefficient * (logp - sg(logp)) + weight * (exact - sg(exact)).
 
-    One function rather than the sum: in 16 bits a large weight would swallow the value and overflow the gradient.
+    sg stops the gradient. The sum is not written with tensor operations, because in a 16-bit dtype a large weight would
+    round the value away and make the gradient overflow.
     """
 
     generate_vmap_rule = True
@@ -120,38 +132,49 @@ class SampledLoss(torch.autograd.Function):
     def forward(
         logp: Tensor, exact: Tensor | None, value: Tensor, coefficient: Tensor, weight: Tensor, mask: Tensor
     ) -> Tensor:
-        """Return the value, in the dtype of ``logp``."""
-        # Never the input itself: the host may scale its loss in place.
+        """Return the value (B, T), nats, in the dtype of ``logp``."""
+        # The result is a copy, because the host may scale its loss in place.
         return value.clone() if value.dtype == logp.dtype else cast_saturating(value, logp.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the coefficient and the mask; the weight only where an exact term needs it."""
+        """Keep the coefficient and the mask for the backward pass, and the weight if there is an exact term."""
         logp, exact, _, coefficient, weight, mask = inputs
         ctx.logp_dtype, ctx.exact_dtype = logp.dtype, None if exact is None else exact.dtype
         ctx.save_for_backward(coefficient, None if exact is None else weight, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        """Multiply by the coefficient (the weight for ``exact``) on response tokens; 0 elsewhere."""
+        """Multiply the gradient by the coefficient for ``logp`` and by the weight for ``exact``; 0 outside the mask."""
         coefficient, weight, mask = ctx.saved_tensors
         to_exact = None if weight is None else _flow(grad, weight, mask, ctx.exact_dtype)
         return _flow(grad, coefficient, mask, ctx.logp_dtype), to_exact, None, None, None, None
 
 
 def _flow(grad: Tensor, factor: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    # masked_fill, not a product: an upstream NaN at padding must not come back as NaN * 0.
+    # The mask is applied by masked_fill, because a product with 0 would keep a NaN that arrives at padding.
     return cast_saturating((grad.to(factor.dtype) * factor).masked_fill(~mask, 0.0), dtype)
 
 
 sampled_loss: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor], Tensor] = SampledLoss.apply
-""":class:`SampledLoss` as the function it is: (logp, exact or None, value, coefficient, weight, mask) -> loss."""
+"""Applies :class:`SampledLoss` to (logp, exact or None, value, coefficient, weight, mask); returns the loss (B, T)."""
 
 
 def log_ratios(
     logp: Tensor, ref_logp: Tensor, behaviour_logp: Tensor | None, mask: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Log-ratios u = logp - ref_logp and log rho = logp - behaviour_logp, nats, detached, 0 outside the mask."""
+    """Compute the log-ratios u = logp - ref_logp and log rho = logp - behaviour_logp.
+
+    Args:
+        logp: (B, T) log-probs of the policy, nats, any float dtype.
+        ref_logp: (B, T) log-probs of the reference, nats, any float dtype.
+        behaviour_logp: (B, T) log-probs of the behaviour policy, nats, any float dtype; None means log rho = 0.
+        mask: (B, T), True on response tokens.
+        dtype: the dtype to compute in.
+
+    Returns:
+        u and log rho, both (B, T) in ``dtype``, nats, detached and 0 outside the mask.
+    """
     u = masked_difference(logp.detach(), ref_logp.detach(), mask, dtype)
     if behaviour_logp is None:
         return u, u * 0.0

@@ -52,7 +52,7 @@ def test_a_broken_host_entry_point_is_a_fault_beside_the_others(register) -> Non
     assert any(subject.startswith("trl") for subject in found)
     text = run_cli("doctor", env=env)
     assert text.returncode == 1
-    assert "1 at fault" in text.stdout
+    assert "Faults: 1." in text.stdout
     assert "-> repair or uninstall third-party-broken" in words(text.stdout)
 
 
@@ -125,7 +125,7 @@ def test_without_a_compiler_the_eager_path_is_named() -> None:
     ("version", "level", "message"),
     [
         ("1.5.0", "ok", "supported and tested"),
-        ("1.6.0", "ok", "supported; the tests run 1.5.0"),
+        ("1.6.0", "ok", "supported; tested versions are 1.5.0"),
         ("1.7.0rc1", "ok", "supported"),
         ("2.0", "fault", "outside the supported range"),
         ("0.9", "fault", "outside the supported range"),

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from kl_plugins.explain import explain
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import loss_gradient, penalty_for, reward_to_go, score_gradient
-from tests.oracle.problems import MARGIN, TOLERANCE, problems
-from tests.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
-from tests.oracle.targets import all_targets, relative_error, target_gradient
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import loss_gradient, penalty_for, reward_to_go, score_gradient
+from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
+from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
+from tests.support.oracle.targets import all_targets, relative_error, target_gradient
 
 PROBLEMS = problems()[:2]
 

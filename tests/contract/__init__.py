@@ -1,6 +1,6 @@
-"""One contract for all hosts: the table of situations, what is checked in each, and what a host's driver has to offer.
+"""The contract that all hosts fulfil: what users see in each situation, with one check per situation.
 
-``table.py`` is the specification, ``checks.py`` runs its rows, and ``driver.py`` says what each host gives them. Every
-host runs the rows in its own ``tests/<host>/test_contract.py``. ``docs/faults.md`` is generated from the table by
-``python -m tests.contract.document``.
+``table.py`` lists the situations, ``checks.py`` checks them, and ``driver.py`` defines the interface through which the
+checks use a host. Each host runs all rows in its own ``tests/<host>/test_contract.py``. The command
+``python -m tests.contract.document`` generates ``docs/faults.md`` from the table.
 """

@@ -1,4 +1,4 @@
-"""What is checked in each situation, for any host."""
+"""The checks of the contract, one per situation, written for any host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BY_OLD = "k2@loss/is:token/behaviour:old"
 
 
 def _stopped(outcome: Outcome, *words: str) -> None:
-    """All ranks have stopped, with one message that holds the words, and nothing was updated."""
+    """Check that all ranks stopped with the same message, that it contains the words, and that nothing was updated."""
     first = outcome.errors[0]
     assert first is not None, outcome
     for word in (*words, "kl-plugins"):
@@ -30,7 +30,10 @@ def _stopped(outcome: Outcome, *words: str) -> None:
 
 
 def _message(error: str) -> str:
-    """The text from our own name on: hosts put where an error came from before it, and their advice behind it."""
+    """Return the first line of an error from the name of kl-plugins on.
+
+    Hosts put the origin of an error before this text, and their own advice after it.
+    """
     return error[error.index("kl-plugins") :].split("\n")[0]
 
 
@@ -44,7 +47,7 @@ def _went_on(outcome: Outcome) -> None:
 
 
 def not_finite(whose: str, spec: str) -> Callable[[Driver], None]:
-    """NaN, +inf and -inf stop the update, also where a controller would have observed them."""
+    """Make a check that NaN, +inf and -inf stop the update, also under a controller that would observe them."""
 
     def check(driver: Driver) -> None:
         cases = [*((spec, value) for value in NOT_FINITE), (f"{spec}/beta:dual-0.1-0.01", math.nan)]
@@ -56,7 +59,7 @@ def not_finite(whose: str, spec: str) -> Callable[[Driver], None]:
 
 
 def not_finite_on_one_rank(driver: Driver) -> None:
-    """The other rank has nothing wrong, and stops with the same words all the same."""
+    """Check that a rank with valid data stops with the same message as the rank that has the fault."""
     for fault, spec in (
         (Fault("sampler", math.nan, rank=1), BY_SAMPLER),
         (Fault("policy", math.nan, rank=0), "k2@loss"),
@@ -68,21 +71,24 @@ def not_finite_on_one_rank(driver: Driver) -> None:
 
 
 def not_finite_and_unused(driver: Driver) -> None:
-    """What no weight divides by feeds metrics alone; these stay finite, and the gradient is that of sound data."""
+    """Check that log-probs which only metrics use do not stop the run.
+
+    The metrics stay finite, and the gradient is the one of data without the fault.
+    """
     sound = driver.update(Request("k2@loss"))
     for whose, value in itertools.product(("sampler", "old"), NOT_FINITE):
         if driver.host == "openrlhf" and whose == "old" and math.isnan(value):
-            continue  # it makes OpenRLHF's own policy loss NaN; infinities do not, because their log-ratio is clamped
+            continue  # this NaN makes OpenRLHF's own policy loss NaN; it clamps the log-ratio, so infinities do not
         outcome = driver.update(Request("k2@loss", Fault(whose, value)))
         if driver.host == "trl" and whose == "old" and value != math.inf:
-            outcome = replace(outcome, gradient=None)  # TRL's own policy loss divides by it, with or without kl-plugins
+            outcome = replace(outcome, gradient=None)  # TRL's own policy loss also divides by this log-prob
         _went_on(outcome)
         if sound.gradient is not None and outcome.gradient is not None and whose == "sampler":
             torch.testing.assert_close(outcome.gradient, sound.gradient, rtol=1e-5, atol=1e-7)
 
 
 def not_finite_in_scores(driver: Driver) -> None:
-    """A penalty that has no value stops the run before the advantages are used."""
+    """Check that a penalty which is not finite stops the run before the advantages are used."""
     for whose in ("policy", "reference"):
         outcome = driver.score("k1@advantage", Fault(whose, math.nan))
         _stopped(outcome, whose, "not finite")
@@ -90,9 +96,9 @@ def not_finite_in_scores(driver: Driver) -> None:
 
 
 def empty_mask(driver: Driver) -> None:
-    """No response token at all: no KL, no error."""
+    """Check that a batch without response tokens has a KL of 0 and raises no error."""
     outcome = driver.update(Request("k2@loss/is:token", empty=(0,)))
-    if driver.host == "openrlhf":  # alone it divides its metrics by the tokens of a micro-batch, and ends as well
+    if driver.host == "openrlhf":  # it divides its metrics by the number of tokens, with or without kl-plugins
         alone = driver.update(Request(None, empty=(0,)))
         assert outcome.errors == alone.errors == ("float division by zero",)
         return
@@ -102,7 +108,7 @@ def empty_mask(driver: Driver) -> None:
 
 
 def empty_rank(driver: Driver) -> None:
-    """The other rank's tokens count, and only they."""
+    """Check that the metrics come only from the tokens of the rank that has some."""
     outcome = driver.update(Request("k2@loss/is:token", empty=(1,), ranks=2))
     _went_on(outcome)
     assert outcome.metrics[-1]["kl/value"] > 0
@@ -110,7 +116,7 @@ def empty_rank(driver: Driver) -> None:
 
 
 def split(driver: Driver) -> None:
-    """One process, two processes, and several micro-batches log the same numbers for the same batch."""
+    """Check that one process, two processes and several micro-batches log the same numbers for the same batch."""
     spec = "k2@loss/is:token"
     whole = driver.update(Request(spec)).metrics[-1]
     assert set(REDUCTIONS) - {"kl/exact"} <= set(whole)
@@ -123,7 +129,7 @@ def split(driver: Driver) -> None:
 
 
 def changed_beta(driver: Driver) -> None:
-    """The coefficient that a user sets during the run is the one that is used, and the one that is logged."""
+    """Check that a coefficient which is set during the run is used and logged."""
     outcome = driver.update(Request("k2@loss", betas=(0.5, 0.25)))
     _went_on(outcome)
     assert [metrics["kl/beta"] for metrics in outcome.metrics] == [0.5, 0.25]
@@ -134,13 +140,13 @@ def changed_beta(driver: Driver) -> None:
 
 
 def changed_beta_under_a_schedule(driver: Driver) -> None:
-    """Two controls of one coefficient: the run stops instead of ignoring one of them."""
+    """Check that the run stops if the user and the spec both control the coefficient."""
     outcome = driver.update(Request("k2@loss/beta:linear-0.5-0-10", betas=(0.5, 0.25)))
     _stopped(outcome, "changed from 0.5 to 0.25", "beta:linear")
 
 
 def resume(driver: Driver) -> None:
-    """The controller goes on where the checkpoint left it."""
+    """Check that the controller of beta continues from the state in the checkpoint."""
     spec = "k2@loss/beta:linear-0.5-0-10"
     resumed = driver.resume(spec, spec)
     assert resumed.error is None
@@ -149,7 +155,7 @@ def resume(driver: Driver) -> None:
 
 
 def resume_under_another_spec(driver: Driver) -> None:
-    """The regulariser does not change in the middle of a run unless the user says so."""
+    """Check that the spec cannot change in the middle of a run unless the user allows it."""
     resumed = driver.resume("k2@loss", "k3@loss")
     assert resumed.error is not None
     for words in ("k2@loss", "k3@loss", "KL_PLUGINS_ALLOW_SPEC_CHANGE"):
@@ -158,13 +164,13 @@ def resume_under_another_spec(driver: Driver) -> None:
 
 
 def truncated_sampling(driver: Driver) -> None:
-    """Receipts show it; products of weights against the sampler are refused, others are not."""
+    """Check that receipts show truncation, and that only products of weights against the sampler are refused."""
     for sampled, words in (
         (Sampled(top_p=0.9), "top_p 0.9"),
         (Sampled(top_k=20), "top_k 20"),
     ):
         if driver.host == "openrlhf" and sampled.top_k:
-            continue  # it has no such setting; tests/openrlhf/test_sampler.py passes it as a launcher of one's own may
+            continue  # OpenRLHF has no such setting; tests/openrlhf/test_sampler.py tests it with a custom launcher
         receipt = driver.receipt("k2@loss/is:token", sampled=sampled)
         assert words in receipt.sampling
         assert words in receipt.line()
@@ -180,7 +186,7 @@ def truncated_sampling(driver: Driver) -> None:
 
 
 def raw_log_probs(driver: Driver) -> None:
-    """Log-probs of another distribution than the one that was sampled from are no denominator."""
+    """Check that raw log-probs are refused as the denominator of a weight if the sampler's distribution differs."""
     raw = Sampled(temperature=0.7, raw=True)
     refusal = driver.refusal(BY_SAMPLER, sampled=raw)
     assert "raw" in refusal
@@ -190,7 +196,7 @@ def raw_log_probs(driver: Driver) -> None:
 
 
 def behaviour_old_is_said(driver: Driver) -> None:
-    """The caveat is there whether old log-probs were asked for or taken by default."""
+    """Check that the caveat appears whether the spec requests old log-probs or they are used by default."""
     for spec, sampler in ((BY_OLD, True), ("k2@loss/is:token", False)):
         receipt = driver.receipt(spec, sampler=sampler)
         assert receipt.behaviour in ("old", "current")
@@ -200,21 +206,21 @@ def behaviour_old_is_said(driver: Driver) -> None:
 
 
 def aggregation_is_said(driver: Driver) -> None:
-    """The receipt says how per-token terms become one number."""
+    """Check that the receipt says how the host aggregates per-token terms."""
     receipt = driver.receipt("k2@loss")
     assert receipt.aggregation.startswith(("token sum", "token mean", "sequence mean", "constant"))
     assert receipt.aggregation in receipt.line()
 
 
 def wrong_key(driver: Driver) -> None:
-    """The right place is named."""
+    """Check that the error about a spec in a wrong setting names the right one."""
     refusal = driver.refusal("k1@reward" if driver.host != "trl" else "k2@loss", wrong_key=True)
     assert "kl-plugins" in refusal
     assert driver.key in refusal
 
 
 def unused(driver: Driver) -> None:
-    """Bit by bit what the host does alone."""
+    """Check that an attached but unused kl-plugins changes no bit of the gradient and of the metrics."""
     stock, attached = driver.unused()
     assert stock.errors == attached.errors == (None,) * len(stock.errors)
     assert stock.gradient is not None
@@ -224,7 +230,7 @@ def unused(driver: Driver) -> None:
 
 
 def whole_program(driver: Driver) -> None:
-    """The program ends with our message, and the checkpoint from before is there."""
+    """Check that the host's program ends with the message of kl-plugins, and that the earlier checkpoint exists."""
     program = driver.program()
     assert program.status != 0
     assert "not finite" in program.output

@@ -1,4 +1,4 @@
-"""Writes ``docs/faults.md`` from the table: ``python -m tests.contract.document``."""
+"""Generates ``docs/faults.md`` from the table of the contract; run it by ``python -m tests.contract.document``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ This page is generated from the table in `tests/contract/table.py`; change it th
 `python -m tests.contract.document`. Every row is a test that runs on the real update function of TRL, veRL and OpenRLHF
 (`tests/<host>/test_contract.py`), and the row about a whole program runs the host's own program.
 
-Terms. The *policy* is the model in training. The *reference* is the model that the KL is measured to. The *sampler* is
-the engine that generated the responses, and *old* is the trainer's own policy at that time. The *weight* is the
-importance weight policy/sampler or policy/old that options such as `is:token` put on the KL term. A *receipt* is the
-line that every process logs before the first update. *kl-plugins stops* means that an error ends the run: in the
-process itself, or through Ray in the trainer.
+These terms are used. The *policy* is the model in training. The *reference* is the model to which the KL is measured.
+The *sampler* is the engine that generated the responses. The *old policy* is the trainer's own policy at that time. The
+*weight* is the importance weight policy/sampler or policy/old, which options such as `is:token` put on the KL term. A
+*receipt* is the line that every process logs before the first update. If a run *stops*, an error ends it, either in the
+process itself or through Ray in the trainer.
 
 | situation | what you see | what is kept |
 |---|---|---|
@@ -26,7 +26,7 @@ process itself, or through Ray in the trainer.
 
 
 def page() -> str:
-    """The text of the page."""
+    """Return the text of the page."""
     return HEAD + "".join(f"| {row.happens} | {row.sees} | {row.kept} |\n" for row in ROWS)
 
 

@@ -1,4 +1,4 @@
-"""What the contract asks of a host: a few calls that run the host's real code and say what came of it."""
+"""The interface between the contract and a host: calls that run the host's real code and return what happened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from kl_plugins.receipts import Receipt
 
 BETA = 0.5
-"""The host's coefficient, unless a request says otherwise."""
+"""The host's coefficient of the KL term, unless a request has another one."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Fault:
     """One response token whose log-prob is not finite.
 
     Attributes:
-        whose: ``policy``, ``reference``, ``old`` or ``sampler``. The policy's comes out of its model in training, the
-            others are in the host's batch.
-        value: NaN or an infinity. A policy's is put into the logits, where +inf becomes a NaN log-prob.
-        rank: on which rank.
+        whose: ``policy``, ``reference``, ``old`` or ``sampler``. The log-prob of the policy comes from its model during
+            training. The others are part of the host's batch.
+        value: NaN or an infinity. For the policy it is written into the logits, where +inf gives a NaN log-prob.
+        rank: the rank whose data contain the token.
     """
 
     whose: str
@@ -37,13 +37,14 @@ class Request:
     ``advantages`` says otherwise, and log-probs of policy, old policy, sampler and reference that all differ.
 
     Attributes:
-        spec: in the host's own setting. None: the host's own KL (its k3, or what comes closest).
-        fault: put into the last step.
-        empty: ranks all of whose response tokens are masked.
-        ranks: data-parallel processes; each holds its share of the batch, with another number of response tokens.
+        spec: value of the host's own KL setting. None uses the host's own KL term: k3, or the closest one that it has.
+        fault: a fault in the data of the last step.
+        empty: the ranks on which all response tokens are masked.
+        ranks: number of data-parallel processes. Each has its share of the batch, and the shares have different numbers
+            of response tokens.
         micro_batches: number of micro-batches per rank and optimizer step.
-        betas: the host's coefficient in each optimizer step; the number of steps is the length.
-        sampler: the batch has the sampler's log-probs, and the host's settings say so.
+        betas: the host's coefficient in each optimizer step; there are as many steps as coefficients.
+        sampler: whether the batch has the sampler's log-probs and the host's settings request them.
     """
 
     spec: str | None
@@ -57,13 +58,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a request led to.
+    """The result of a request.
 
     Attributes:
-        errors: by rank, the text of the error that stopped it; None where nothing did.
-        changed: the last update changed at least one parameter.
-        metrics: the ``kl/`` metrics that the host logged, by step (rank 0's).
-        gradient: of the last step, flattened, float32, in one fixed order; None where it stopped.
+        errors: for each rank, the text of the error that stopped it, or None if it did not stop.
+        changed: whether the last update changed at least one parameter.
+        metrics: for each step, the ``kl/`` metrics that rank 0 of the host logged.
+        gradient: gradient of the last step, flattened in a fixed order, float32; None if the run stopped.
     """
 
     errors: tuple[str | None, ...]
@@ -74,7 +75,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Settings of generation, in words that every host's driver translates into its own."""
+    """Generation settings under common names; the driver of each host translates them into the host's settings."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -85,13 +86,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What resuming from a checkpoint led to.
+    """The result of resuming from a checkpoint.
 
     Attributes:
-        error: text of the error that stopped it, or None.
-        saved: the beta that was due when the checkpoint was written.
-        beta: the beta of the first update after it; None where it stopped.
-        intact: the checkpoint is still there, and its weights are unchanged.
+        error: text of the error that stopped the resumed run, or None if it did not stop.
+        saved: the next beta at the time when the checkpoint was written.
+        beta: the beta of the first update after resuming; None if the run stopped.
+        intact: whether the checkpoint still exists and its weights are unchanged.
     """
 
     error: str | None
@@ -102,12 +103,12 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Program:
-    """A whole run of the host's own program.
+    """The result of a complete run of the host's own program.
 
     Attributes:
-        status: its exit status.
-        output: all that it printed.
-        checkpoints: names of the checkpoints that it left.
+        status: the exit status.
+        output: the standard output and standard error.
+        checkpoints: names of the checkpoints that exist afterwards.
     """
 
     status: int
@@ -116,13 +117,13 @@ class Program:
 
 
 class Driver(Protocol):
-    """One host."""
+    """The calls that the checks need from a host; each host implements them in ``tests/<host>/contract_driver.py``."""
 
     host: str
     """``trl``, ``verl`` or ``openrlhf``."""
 
     key: str
-    """What the error about a spec in the wrong key has to name: the right key or place."""
+    """Name of the right setting or place, which the error about a spec in a wrong setting must contain."""
 
     def update(self, request: Request) -> Outcome:
         """Run a ``@loss`` spec through the host's update function."""
@@ -130,30 +131,31 @@ class Driver(Protocol):
     def score(self, spec: str, fault: Fault | None = None) -> Outcome:
         """Run a ``@reward`` or ``@advantage`` spec from the host's rollout data to the advantages.
 
-        ``changed`` says whether the host would go on to the update; ``metrics`` holds the ``kl/`` metrics.
+        In the result, ``changed`` says whether the host would continue with the update, and ``metrics`` has the ``kl/``
+        metrics.
         """
 
     def refusal(self, spec: str, *, sampled: Sampled = Sampled(), sampler: bool = True, wrong_key: bool = False) -> str:
-        """The error by which the host's configuration is refused, before a model is loaded; empty where it is not.
+        """Return the error that refuses a configuration before a model is loaded, or an empty text if there is none.
 
         Args:
-            spec: goes into the host's own setting.
-            sampled: settings of generation.
-            sampler: the host's settings ask the engine for its log-probs.
-            wrong_key: put the spec into a key, or beside a setting, where it cannot work.
+            spec: value of the host's own KL setting.
+            sampled: generation settings.
+            sampler: whether the host's settings request the engine's log-probs.
+            wrong_key: whether to put the spec into a setting, or to combine it with one, where it cannot work.
         """
 
     def receipt(self, spec: str, *, sampled: Sampled = Sampled(), sampler: bool = True) -> Receipt:
-        """The receipt of a run under these settings."""
+        """Return the receipt of a run with these settings; the arguments are those of :meth:`refusal`."""
 
     def resume(self, before: str, after: str) -> Resumed:
-        """Train some steps under one spec, write a checkpoint, and resume from it under another or the same."""
+        """Train some steps under the spec ``before``, write a checkpoint, and resume it under the spec ``after``."""
 
     def unused(self) -> tuple[Outcome, Outcome]:
-        """The host's own KL for one step: without kl-plugins in the process, and with it attached and unused."""
+        """Run one step with the host's own KL, first without kl-plugins in the process, then attached but unused."""
 
     def program(self) -> Program:
-        """The host's own program on a spec with a weight by the sampler's log-probs, one of which is NaN.
+        """Run the host's own program under a spec whose weight divides by the sampler's log-probs; one of them is NaN.
 
-        It happens after at least one good update, and after a checkpoint of that was written.
+        The NaN occurs after at least one successful update, and after a checkpoint of that update was written.
         """

@@ -1,10 +1,11 @@
-"""Lists the functions of ours that carry a KL spec from the host's flag to the gradient, by watching a real run.
+"""Lists the functions of kl-plugins that carry a KL spec from the host's flag to the gradient, by watching a real run.
 
-A function is on the path if it is on the call stack when the spec's text is parsed or when the loss term is computed
-(the host's own functions in between are not ours), or if it hands the spec on: it returns or builds an object that
-holds the spec, such as a session or a micro-batch. Checks, receipts and metrics that only read the spec are not on it.
+A function is on the path if it is on the call stack while the text of the spec is parsed or the loss term is computed.
+Functions of the host are not counted. A function also is on the path if it passes the spec on, that is, if it returns
+or builds an object that holds the spec, such as a session or a micro-batch. Checks, receipts and metrics, which only
+read the spec, are not on the path.
 
-:func:`start` and :func:`stop` travel by value into worker processes; so everything that they need is inside them.
+:func:`start` and :func:`stop` are sent to worker processes by value, so they contain everything that they need.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 LIMIT = 16
-"""Most functions that a spec may pass in one host."""
+"""Largest number of functions through which a spec may pass in one host."""
 
 
 def start(process: object = None) -> None:
-    """Begin to watch the calls of this thread."""
+    """Begin to watch the calls of this thread.
+
+    Args:
+        process: not used; workers that run this function pass themselves.
+    """
     import sys
 
     seen: list[str] = []
@@ -72,7 +77,11 @@ def start(process: object = None) -> None:
 
 
 def stop(process: object = None) -> list[str]:
-    """End watching; the names of the functions on the path, in the order in which they were met."""
+    """Stop watching and return the names of the functions on the path, in the order in which they were found.
+
+    Args:
+        process: not used; workers that run this function pass themselves.
+    """
     import sys
 
     sys.setprofile(None)
@@ -81,6 +90,6 @@ def stop(process: object = None) -> list[str]:
 
 
 def listed(*parts: Iterable[str]) -> list[str]:
-    """The functions of several processes together, each once; the engine's hook objects count as one."""
+    """Join the functions of several processes, each name once; all hook objects of the engine count as one function."""
     names = [name for part in parts for name in part]
     return list(dict.fromkeys("patches:Hook" if ".Hook." in name else name for name in names))

@@ -1,4 +1,4 @@
-"""The contract: what a user sees in each situation, and what is kept. Every host keeps every row."""
+"""The table of the contract: what a user sees in each situation, and what is kept. It holds for every host."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Row:
     """One situation.
 
     Attributes:
-        name: short, for the test's id.
-        happens: the situation.
+        name: short name, used in the id of the test.
+        happens: description of the situation.
         sees: what the user sees.
-        kept: what is kept.
-        check: shows it for one host.
-        full: slow, so that only ``make test-full`` runs it.
+        kept: what stays unchanged or can still be used.
+        check: function that checks the row for one host.
+        full: whether the check is slow; ``make test-full`` runs it, ``make test`` does not.
     """
 
     name: str
@@ -34,7 +34,10 @@ class Row:
     full: bool = False
 
 
-_STOPS = "All ranks stop before the update, with one message: whose log-probs, on how many tokens, and what to do."
+_STOPS = (
+    "All ranks stop before the update with the same message. It says whose log-probs are not finite, on how many "
+    "tokens, and what to do."
+)
 _KEPT = "The weights from before the update, and every checkpoint."
 
 ROWS = (
@@ -69,56 +72,56 @@ ROWS = (
     Row(
         "one_rank_not_finite",
         "Only one of two ranks has a log-prob that is not finite.",
-        _STOPS + " No rank waits for another.",
+        _STOPS + " No rank is left waiting for another one.",
         _KEPT,
         checks.not_finite_on_one_rank,
     ),
     Row(
         "unused_not_finite",
-        "A log-prob of sampler or old policy is not finite, and no weight divides by it.",
-        "The run goes on. Metrics take the old log-prob, or the policy's own, in its place.",
-        "The gradient, which does not depend on it.",
+        "A log-prob of the sampler or of the old policy is not finite, and no weight divides by it.",
+        "The run continues. The metrics use the old log-prob, or that of the policy, instead.",
+        "The gradient, which does not depend on this log-prob.",
         checks.not_finite_and_unused,
     ),
     Row(
         "score_not_finite",
-        "Under @reward or @advantage, a log-prob of policy or reference is not finite at rollout.",
-        "The run stops before the advantages are used, with the same message.",
+        "Under @reward or @advantage, a log-prob of the policy or of the reference is not finite during the rollout.",
+        "The run stops with the same message before the advantages are used.",
         _KEPT,
         checks.not_finite_in_scores,
     ),
     Row(
         "empty_mask",
-        "A batch has no response token at all.",
-        "The run goes on; the KL of the batch is 0. OpenRLHF divides by the number of tokens, and ends as it does "
-        "alone.",
+        "A batch has no response tokens.",
+        "The run continues, and the KL of the batch is 0. OpenRLHF divides by the number of tokens and stops with an "
+        "error, as it does without kl-plugins.",
         "Everything.",
         checks.empty_mask,
     ),
     Row(
         "empty_rank",
-        "One of two ranks has no response token.",
-        "The run goes on; metrics are those of the other rank's tokens.",
+        "One of two ranks has no response tokens.",
+        "The run continues. The metrics are those of the tokens on the other rank.",
         "Everything.",
         checks.empty_rank,
     ),
     Row(
         "split",
         "Ranks hold different numbers of tokens, or a batch is split into micro-batches.",
-        "The same kl/ metrics as for the whole batch in one process.",
+        "The kl/ metrics are the same as for the whole batch in one process.",
         "Everything.",
         checks.split,
     ),
     Row(
         "changed_beta",
-        "The host's coefficient is changed during the run.",
+        "The host's KL coefficient is changed during the run.",
         "The new coefficient is used from then on, and kl/beta shows it.",
         "Everything.",
         checks.changed_beta,
     ),
     Row(
         "changed_beta_under_a_schedule",
-        "The host's coefficient is changed during a run whose spec has a beta: option.",
+        "The host's KL coefficient is changed during a run whose spec has a beta: option.",
         "All ranks stop before the update and say that two settings control beta.",
         _KEPT,
         checks.changed_beta_under_a_schedule,
@@ -126,70 +129,71 @@ ROWS = (
     Row(
         "resume",
         "A run is resumed from a checkpoint.",
-        "The beta controller goes on where it was.",
+        "The controller of beta continues from its saved state.",
         "The controller's state.",
         checks.resume,
     ),
     Row(
         "resume_under_another_spec",
-        "A run is resumed under another spec than that of its checkpoint.",
-        "An error that names both specs. KL_PLUGINS_ALLOW_SPEC_CHANGE=1 allows the change.",
+        "A run is resumed under a spec that differs from the spec of its checkpoint.",
+        "An error names both specs. The setting KL_PLUGINS_ALLOW_SPEC_CHANGE=1 allows the change.",
         "The checkpoint.",
         checks.resume_under_another_spec,
     ),
     Row(
         "truncated_sampling",
         "Responses are sampled with top-p or top-k.",
-        "The receipt shows the settings and the size of the effect. A spec whose weight is a product over tokens is "
-        "refused before a model is loaded; KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS=1 allows it.",
+        "The receipt shows the settings and the size of their effect. A spec whose weight is a product over tokens is "
+        "refused before a model is loaded. The setting KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS=1 allows it.",
         "Nothing has started.",
         checks.truncated_sampling,
     ),
     Row(
         "raw_log_probs",
         "The engine reports raw log-probs while it samples with a temperature, and the weight divides by them.",
-        "An error before a model is loaded that names the setting.",
+        "An error names the setting before a model is loaded.",
         "Nothing has started.",
         checks.raw_log_probs,
     ),
     Row(
         "behaviour_old",
-        "The weight divides by old log-probs, because the spec says so or because there are no others.",
-        "The receipt says in which case that is exact.",
+        "The weight divides by the old policy's log-probs, because the spec requires them or because the sampler's are "
+        "missing.",
+        "The receipt says under which condition the weight is exact.",
         "Everything.",
         checks.behaviour_old_is_said,
     ),
     Row(
         "aggregation",
-        "The host adds up, or averages, the terms of all tokens.",
-        "The receipt says how.",
+        "The host adds up or averages the terms of all tokens.",
+        "The receipt says which of them it does.",
         "Everything.",
         checks.aggregation_is_said,
     ),
     Row(
         "wrong_key",
-        "A spec stands in a setting where it cannot work.",
-        "An error before a model is loaded that names the right place.",
+        "A spec is in a setting where it cannot work.",
+        "An error names the right setting before a model is loaded.",
         "Nothing has started.",
         checks.wrong_key,
     ),
     Row(
         "unused",
         "kl-plugins is installed and attached, and no spec is set.",
-        "Nothing.",
-        "The host's own computation, bit by bit.",
+        "The output is that of the host alone.",
+        "The results of the host, bit by bit.",
         checks.unused,
     ),
     Row(
         "whole_program",
         "The host's own program runs, and after some updates a log-prob of the sampler is NaN.",
-        "The program ends with a status that is not 0 and with the message above.",
-        "The checkpoint from before.",
+        "The program ends with the message of the first row and with an exit status other than 0.",
+        "The checkpoint that was written before.",
         checks.whole_program,
     ),
 )
 
 
 def rows() -> list[object]:
-    """The rows as pytest parameters, for ``@pytest.mark.parametrize("row", rows())``; slow ones are marked ``full``."""
+    """Return the rows as parameters for ``@pytest.mark.parametrize("row", rows())``; slow rows are marked ``full``."""
     return [pytest.param(row, id=row.name, marks=[pytest.mark.full] if row.full else []) for row in ROWS]

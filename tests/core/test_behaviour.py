@@ -9,8 +9,8 @@ import torch
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.numerics import cast_saturating
-from tests.core.specs import SAMPLED
-from tests.core.tensors import batch
+from tests.support.core.specs import SAMPLED
+from tests.support.core.tensors import batch
 
 
 def weight(text: str, *, old: bool, sampler: bool) -> torch.Tensor:

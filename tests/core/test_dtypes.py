@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
-from tests.core.tensors import Batch, batch, masks
+from tests.support.core.tensors import Batch, batch, masks
 
 SPECS = ["k2@loss/is:token/cap:2", "k3@loss", "jsd@loss/horizon:sequence/is:decision", "alpha-3@loss/clip:0.2"]
 SPECS += ["k2@loss/horizon:sequence/gamma:0.9/is:sequence/norm", "exact@loss/horizon:sequence/is:decision"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kl_plugins.estimators import BUILT_IN, all_estimators, find_estimator
 from kl_plugins.numerics import Limits
-from tests.core.specs import F_DIVERGENCES, SAMPLED
+from tests.support.core.specs import F_DIVERGENCES, SAMPLED
 
 LN2, LN4 = log(2), log(4)
 

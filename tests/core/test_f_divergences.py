@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kl_plugins.estimators import find_estimator
 from kl_plugins.f_divergences import derive_from_f
-from tests.core.specs import F_DIVERGENCES
+from tests.support.core.specs import F_DIVERGENCES
 
 
 def alpha(a: float) -> Callable[[Tensor], Tensor]:

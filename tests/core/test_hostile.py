@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
-from tests.core.specs import Written, written_specs
+from tests.support.core.specs import Written, written_specs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LENGTH = 8

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.controllers import observed_kl_sums
-from tests.core.tensors import Batch, batch
+from tests.support.core.tensors import Batch, batch
 
 SPECS = ["k2@loss", "k2@loss/is:token/cap:2", "k3@loss/is:prefix/band:0.5-2", "k2@loss/horizon:sequence/is:decision"]
 SPECS += ["jsd@loss/horizon:sequence/is:sequence/norm", "k2@loss/clip:0.2", "abs@loss", "alpha-2@loss/is:prefix/norm"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.metrics import REDUCTIONS, penalty_metrics
-from tests.core.specs import Written, written_specs
-from tests.core.tensors import batch, masks
+from tests.support.core.specs import Written, written_specs
+from tests.support.core.tensors import batch, masks
 
 U = [[2.0, -1.0, 0.0, 9.0], [0.5, 9.0, 9.0, 9.0]]
 RHO = [[2.0, 0.5, 1.0, 1.0], [4.0, 1.0, 1.0, 1.0]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 
 from kl_plugins import KLSpec, KLSpecError
-from tests.core.specs import F_DIVERGENCES, Combination, combinations, default_future, default_horizon
+from tests.support.core.specs import F_DIVERGENCES, Combination, combinations, default_future, default_horizon
 
 WHOLE = ""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kl_plugins import KLSpec, KLSpecError
 from kl_plugins.spec import PRESETS
 from kl_plugins.spec.grammar import MAX_LENGTH
-from tests.core.specs import ORDER, Written, written_specs
+from tests.support.core.specs import ORDER, Written, written_specs
 
 
 def error_of(text: object) -> KLSpecError:

@@ -17,7 +17,7 @@ from kl_plugins.spec import PRESETS, looks_like_spec
 from kl_plugins.spec.grammar import format_number, parse_number, parse_numbers
 from kl_plugins.spec.presets import NOTES
 from kl_plugins.spec.target import TARGETS, caveats_with_source
-from tests.core.specs import Written, written_specs
+from tests.support.core.specs import Written, written_specs
 
 
 @settings(max_examples=200)

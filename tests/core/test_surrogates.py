@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kl_plugins import KLSpec, kl_penalty, kl_term
-from tests.core import surrogates
-from tests.core.specs import F_DIVERGENCES, SAMPLED, is_biased
-from tests.core.tensors import batch
+from tests.support.core import surrogates
+from tests.support.core.specs import F_DIVERGENCES, SAMPLED, is_biased
+from tests.support.core.tensors import batch
 
 TREATMENTS = ["", "/cap:1.2", "/band:0.5-1.6", "/norm", "/cap:1.4/band:0.7-1.4/norm"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kl_plugins import KLSpec, estimators, kl_penalty, kl_term, register_estimator
 from kl_plugins.kernels import backend
-from tests.core.tensors import Batch, batch
+from tests.support.core.tensors import Batch, batch
 
 SPECS = ["k2@loss/is:token/cap:2", "alpha-0.5@loss/horizon:sequence/gamma:0.5/is:decision/norm", "k3@loss/clip:0.2"]
 SPECS += ["exact@loss/horizon:sequence/is:decision/band:0.5-2", "k2@loss/is:token/floor:0.7/cap:1.2"]

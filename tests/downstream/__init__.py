@@ -1,1 +1,1 @@
-"""Other projects' own test-suites, run against kl-plugins: nothing of them is kept here."""
+"""Runs the test suites of other projects with kl-plugins attached; their tests are not part of this repository."""

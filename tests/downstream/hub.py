@@ -1,6 +1,7 @@
-"""Stand-ins for the tiny models and datasets that TRL's tests take from the hub: made on the spot, nothing is fetched.
+"""Builds stand-ins for the tiny models and datasets that TRL's tests load from the hub, without any download.
 
-They lie in a folder under the names that the tests use, so that a test started in that folder finds them there.
+They are written into a folder, under the names that the tests use. A test that runs in that folder therefore loads them
+as local paths.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 ORGANISATION = "trl-internal-testing"
 VOCABULARY = 151648
-"""Tokens of the stand-ins. Some tests write out numbers of Qwen's special tokens, which come last."""
+"""Vocabulary size of the stand-ins. Some tests contain the ids of Qwen's special tokens, which are the last ones."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|finetune_right_pad_id|>")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,13 +29,13 @@ PROMPTS = [f"The {i}th {noun} is" for i, noun in enumerate(["river", "hill", "st
 
 
 def named_in(files: Iterable[Path]) -> set[str]:
-    """Names of the organisation's models and datasets in these files."""
+    """Return the names of the organisation's models and datasets that occur in the files."""
     pattern = re.compile(rf"{ORGANISATION}/([\w.-]+)")
     return {name for file in files for name in pattern.findall(file.read_text())}
 
 
 def build(names: Iterable[str], folder: Path, vocabulary: int = VOCABULARY) -> list[str]:
-    """Write a stand-in for each name that one is known for; return the others."""
+    """Write a stand-in for each name for which this is possible, and return the other names."""
     unknown = []
     for name in sorted(names):
         target = folder / ORGANISATION / name
@@ -84,7 +85,8 @@ def _tokenizer(special: dict[str, int]) -> Any:
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         chat_template=TEMPLATE,
-        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which no model takes
+        # By default transformers 4 adds token_type_ids, which no model accepts.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -101,5 +103,5 @@ def _dataset(target: Path) -> None:
             (target / config / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
             files.append({"split": split, "path": f"{config}/{split}.jsonl"})
         configs.append({"config_name": config, "data_files": files})
-    # JSON is YAML.
+    # The header of a README is YAML, and JSON is valid YAML.
     (target / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")

@@ -1,11 +1,11 @@
-"""TRL's own test-suite for GRPO and RLOO under kl-plugins: what passes with stock TRL has to pass with it attached.
+"""Runs TRL's own tests of GRPO and RLOO with kl-plugins attached: tests that pass without it must pass with it.
 
     python -m tests.downstream.trl --tests PATH/TO/trl/tests [-- -k sync_ref_model]
 
-The tests come from a checkout of TRL, at the tag of the TRL that is installed; models and data are made on the spot.
-They run under stock TRL, with kl-plugins attached and unused, and once for each set of specs, which every test whose
-beta is not 0 then trains under; ``--beta`` gives one to the GRPO tests that leave it 0. Exit code 1 where a test that
-passed stops passing, or where nothing was tested.
+The tests come from a checkout of TRL at the tag of the installed version. Models and data are generated. The tests run
+first under stock TRL, then with kl-plugins attached but unused, and then once for each set of specs. In the last runs,
+every test whose beta is not 0 trains under a spec; ``--beta`` sets beta for the GRPO tests that leave it at 0. The exit
+status is 1 if a test that passed under stock TRL does not pass any more, or if a run tested nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ SPECS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one test: passed, failed or skipped; whether its beta was not 0, and the spec it trained under."""
+    """The result of one test.
+
+    Attributes:
+        result: ``passed``, ``failed`` or ``skipped``.
+        beta: the beta of the test's config if it was not 0, otherwise empty.
+        spec: the spec under which the test trained; empty if there was none.
+        message: first line of the failure, at most 300 characters.
+    """
 
     result: str
     beta: str = ""
@@ -41,7 +48,21 @@ class Outcome:
 
 
 def run(tests: Path, work: Path, name: str, settings: dict[str, object], options: list[str]) -> dict[str, Outcome]:
-    """Run the suite once, in a process of its own."""
+    """Run the test suite once in a separate process.
+
+    Args:
+        tests: TRL's folder of tests.
+        work: folder of the stand-ins, which also gets the log and the report.
+        name: name of the run.
+        settings: the value of ``KL_DOWNSTREAM``; see ``plugins/kl_downstream.py``.
+        options: further options of pytest.
+
+    Returns:
+        The outcomes by name of the test.
+
+    Raises:
+        SystemExit: pytest wrote no report.
+    """
     report = work / f"{name}.xml"
     report.unlink(missing_ok=True)
     environment = {
@@ -53,7 +74,7 @@ def run(tests: Path, work: Path, name: str, settings: dict[str, object], options
     files = [str(tests / file) for file in FILES if (tests / file).exists()]
     arguments = ["-p", "kl_downstream", "-p", "no:cacheprovider", "-q", f"--junitxml={report}", *files, *options]
     with (work / f"{name}.log").open("w") as log:
-        # In the folder of the stand-ins, where the hub's names are paths.
+        # In the folder of the stand-ins, names of the hub are relative paths.
         subprocess.run(
             [sys.executable, "-m", "pytest", *arguments], cwd=work, env=environment, stdout=log, stderr=log, check=False
         )
@@ -63,7 +84,7 @@ def run(tests: Path, work: Path, name: str, settings: dict[str, object], options
 
 
 def outcome(case: ElementTree.Element) -> tuple[str, Outcome]:
-    """One ``testcase`` of a JUnit report."""
+    """Read the name and the outcome of a test from one ``testcase`` of a JUnit report."""
     bad = case.find("failure") if case.find("failure") is not None else case.find("error")
     result = "failed" if bad is not None else "skipped" if case.find("skipped") is not None else "passed"
     notes = {note.get("name"): note.get("value", "") for note in case.iter("property")}
@@ -73,7 +94,7 @@ def outcome(case: ElementTree.Element) -> tuple[str, Outcome]:
 
 
 def compare(stock: dict[str, Outcome], attached: dict[str, Outcome]) -> dict[str, str]:
-    """Tests that passed under stock TRL and do not any more, with what they say."""
+    """Return the tests that passed under stock TRL and do not pass any more, with their messages."""
     gone = Outcome("missing")
     return {
         test: f"{found.result}: {found.message}".rstrip(": ")
@@ -83,30 +104,30 @@ def compare(stock: dict[str, Outcome], attached: dict[str, Outcome]) -> dict[str
 
 
 def counts(outcomes: dict[str, Outcome]) -> dict[str, int]:
-    """Number of tests by result, and of those that trained under a spec."""
+    """Count the tests by result, and those that trained under a spec."""
     results = [found.result for found in outcomes.values()]
     numbers = {result: results.count(result) for result in ("passed", "failed", "skipped")}
     return numbers | {"under a spec": sum(bool(found.spec) for found in outcomes.values())}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run everything, write ``summary.json``, print a line per run."""
+    """Do all runs, print one line per run, and write ``summary.json``; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tests", type=Path, required=True, help="the tests folder of a TRL checkout")
-    parser.add_argument("--beta", type=float, default=0.0, help="for GRPO tests that leave beta 0")
+    parser.add_argument("--beta", type=float, default=0.0, help="beta for the GRPO tests that leave it at 0")
     parser.add_argument(
         "--vocabulary", type=int, default=hub.VOCABULARY,
-        help="of the stand-ins; 320 is several times faster, but not for tests that write out token numbers",
+        help="vocabulary size of the stand-ins; 320 is several times faster, but tests that contain token ids fail",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/downstream/trl"))
     parser.add_argument("--specs", action="append", type=json.loads, help='JSON, e.g. {"GRPO": "k2@loss"}; repeatable')
-    parser.add_argument("options", nargs="*", help="for pytest, after --")
+    parser.add_argument("options", nargs="*", help="options for pytest, after --")
     given = parser.parse_args(argv)
     tests, work = given.tests.resolve(), given.out.resolve()
     work.mkdir(parents=True, exist_ok=True)
     unknown = hub.build(hub.named_in(tests / file for file in FILES if (tests / file).exists()), work, given.vocabulary)
     if unknown:
-        print(f"no stand-in, so these tests fail everywhere: {', '.join(unknown)}")
+        print(f"no stand-in exists for these names, so their tests fail in every run: {', '.join(unknown)}")
 
     settings: dict[str, object] = {"attach": False, "specs": {}, "beta": given.beta, "only": None}
     summary, problems = {}, 0
@@ -114,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     def report(name: str, specs: dict[str, str], outcomes: dict[str, Outcome], expected: dict[str, Outcome]) -> None:
         nonlocal problems
         numbers, regressions = counts(outcomes), compare(expected, outcomes)
-        # A comparison in which nothing could have failed shows nothing.
+        # If no test of a run could have failed, its comparison says nothing.
         empty = numbers["under a spec" if specs else "passed"] == 0
         problems += len(regressions) + empty
         summary[name] = {"specs": specs, **numbers, "regressions": regressions}
@@ -122,12 +143,12 @@ def main(argv: list[str] | None = None) -> int:
         for test, message in regressions.items():
             print(f"  {test} {message}")
         if empty:
-            print(f"  nothing tested, see {work / f'{name}.log'}")
+            print(f"  this run tested nothing; see {work / f'{name}.log'}")
 
     stock = run(tests, work, "stock", settings, given.options)
     report("stock", {}, stock, stock)
     report("attached", {}, run(tests, work, "attached", settings | {"attach": True}, given.options), stock)
-    # The rest would only be the attached run once more.
+    # Tests without a KL term ignore the specs, so repeating them would only repeat the attached run.
     regularised = {test: found for test, found in stock.items() if found.result == "passed" and found.beta}
     for i, specs in enumerate(given.specs or SPECS, start=1):
         changes = {"attach": True, "specs": specs, "only": list(regularised)}

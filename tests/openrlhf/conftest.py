@@ -1,113 +1,13 @@
-"""Environment of the OpenRLHF tests: the CPU in place of a GPU, offline, one Ray cluster and one set of actors."""
+"""Tests in this folder run with OpenRLHF, in the environment that ``tests/support/openrlhf/fixtures.py`` makes."""
 
-import fcntl
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 
-from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
-
-if importlib.util.find_spec("openrlhf") is None:
+if find_spec("openrlhf") is None:
     pytest.skip("OpenRLHF is not installed", allow_module_level=True)
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-with warnings.catch_warnings():
-    # Imported here, where the host may warn, and not while tests are collected, where a warning is an error.
-    warnings.simplefilter("ignore")
-    importlib.import_module("openrlhf_on_cpu").install()
-    importlib.import_module("openrlhf.trainer.ppo_trainer_async")
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            # The host's own warnings are the host's business; ours stay errors.
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
-            item.add_marker(pytest.mark.filterwarnings("error:kl-plugins"))
-
-
-@pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.openrlhf.assets import build
-
-    return build(tmp_path_factory.mktemp("assets"))
-
-
-@pytest.fixture(scope="session")
-def rollouts(assets: Path):
-    """Fixed rollouts of 8 sequences with the sampler's log-probs; see ``harness.Rollouts`` for variations."""
-    from tests.openrlhf.rollouts import make_rollouts
-
-    return make_rollouts(assets / "model")
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A Ray job whose driver, this process, and whose workers all have kl-plugins attached."""
-    with local_cluster(attached=True):
-        yield
-
-
-@pytest.fixture(scope="session")
-def harness(assets: Path, cluster: None):
-    """One policy and one reference actor, attached, for every test of the session."""
-    from tests.openrlhf.harness import Harness
-
-    return Harness(assets)
-
-
-@pytest.fixture(scope="session")
-def make_pair(assets: Path, cluster: None):
-    """Gives two policy and two reference actors, attached, for every test of the session."""
-    from tests.openrlhf.harness import Harness
-
-    made: list[Harness] = []
-
-    def pair() -> Harness:
-        if not made or made[0].ended:
-            made[:] = [Harness(assets, 2)]
-        return made[0]
-
-    return pair
-
-
-@pytest.fixture
-def pair(make_pair):
-    """The actors of two ranks."""
-    return make_pair()
-
-
-@pytest.fixture(scope="session")
-def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.
-
-    The keys are those of ``harness.STOCK``. Where pytest runs in several processes, the first that needs it makes it
-    for all: their models are the same, bit by bit.
-    """
-    import torch
-
-    from tests.openrlhf.harness import STOCK
-
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    output = folder / "stock.pt"
-    with (folder / "stock.lock").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        if not output.exists():
-            command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.harness", str(assets), str(output)]
-            variables = {**os.environ, **ENVIRONMENT}
-            result = subprocess.run(
-                command, input=json.dumps(STOCK), env=variables, cwd=ROOT, capture_output=True, text=True, timeout=420
-            )
-            assert result.returncode == 0, result.stderr[-4000:]
-    return torch.load(output)
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin, so that two folders in one run share what is made once per session.
+    config.pluginmanager.import_plugin("tests.support.openrlhf.fixtures")

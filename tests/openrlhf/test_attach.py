@@ -23,7 +23,7 @@ from kl_plugins.patches.openrlhf.cli import extended_flag
 from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
 from kl_plugins.patches.openrlhf.targets import PATCHES
 from kl_plugins.patches.patch import Hook
-from tests.openrlhf.ray_support import ENVIRONMENT
+from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.openrlhf.cli import COLOCATED, run
+from tests.support.openrlhf.cli import COLOCATED, run
 
 KL = "--algo.kl.estimator"
 LOSS = ("--algo.kl.use_loss", KL)

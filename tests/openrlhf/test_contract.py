@@ -3,7 +3,7 @@
 import pytest
 
 from tests.contract.table import rows
-from tests.openrlhf.contract_driver import driver
+from tests.support.openrlhf.contract_driver import driver
 
 __all__ = ["driver"]
 

@@ -3,8 +3,8 @@
 import pytest
 import ray
 
-from tests.openrlhf import by_hand
-from tests.openrlhf.command_line import ONE_STEP
+from tests.support.openrlhf import by_hand
+from tests.support.openrlhf.command_line import ONE_STEP
 
 USE = ("--algo.kl.use_loss", "--algo.kl.estimator")
 SPECS = (
@@ -26,7 +26,7 @@ def start(harness, rollouts, *flags):
 
 @pytest.fixture(scope="module")
 def computed(harness, rollouts, assets):
-    """What :func:`tests.openrlhf.by_hand.exact_losses` finds in the worker, by spec."""
+    """What :func:`tests.support.openrlhf.by_hand.exact_losses` finds in the worker, by spec."""
     _, experience = start(harness, rollouts)
     path = str(assets / "reference")
     harness.ask(by_hand.name_reference, path)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import examples
-from tests.examples import EXAMPLES
-from tests.openrlhf.ray_support import ENVIRONMENT, SEARCH_PATH, end_session, free_port, prepare_extensions
+from tests.support import examples
+from tests.support.examples import EXAMPLES
+from tests.support.openrlhf.ray_support import ENVIRONMENT, SEARCH_PATH, end_session, free_port, prepare_extensions
 
 RECEIPT = r"kl-plugins: k2@loss/is:token/floor:0\.5 active in OpenRLHF \S+, rank (\d+) of (\d+)"
 TINY = {

@@ -13,11 +13,11 @@ import ray
 import torch
 
 from kl_plugins.receipts import MissingReceiptError
-from tests.openrlhf import remote
-from tests.openrlhf.cli import DEFAULTS, MODULE
-from tests.openrlhf.contract_driver import by_rank, recorded
-from tests.openrlhf.harness import LOSS
-from tests.openrlhf.ray_support import ENVIRONMENT
+from tests.support.openrlhf import remote
+from tests.support.openrlhf.cli import DEFAULTS, MODULE
+from tests.support.openrlhf.contract_driver import by_rank, recorded
+from tests.support.openrlhf.harness import LOSS
+from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 SPEC = "k2@loss/is:token"
 SAMPLER = f"{SPEC}/behaviour:sampler"

@@ -7,9 +7,8 @@ import ray
 import torch
 
 from kl_plugins import KLSpec, kl_term
-from tests.openrlhf import by_hand
-from tests.openrlhf.command_line import ONE_STEP
-from tests.openrlhf.test_refusals import CORRECTED, LOSS, SAMPLER, SPEC
+from tests.support.openrlhf import by_hand
+from tests.support.openrlhf.command_line import CORRECTED, LOSS, ONE_STEP, SAMPLER, SPEC
 
 USE = LOSS[:2]
 """``--algo.kl.use_loss --algo.kl.estimator``; the spec follows."""
@@ -43,7 +42,7 @@ CASES = [(text, False) for text in OLD] + [(text, True) for text in WITH_SAMPLER
 
 @pytest.fixture(scope="module")
 def computed(harness, rollouts):
-    """What :func:`tests.openrlhf.by_hand.losses` finds in the worker, by spec, after the policy has moved."""
+    """What :func:`tests.support.openrlhf.by_hand.losses` finds in the worker, by spec, after the policy has moved."""
     ray.cloudpickle.register_pickle_by_value(by_hand)
     trainer = harness.start((*LOSS, *ONE_STEP, "--rollout.micro_batch_size", "8"))
     (experience,) = trainer.experience_maker.make_experience_batch(rollouts.experiences())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.openrlhf.ray_support import ENVIRONMENT, end_session
+from tests.support.openrlhf.ray_support import ENVIRONMENT, end_session
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDING = """
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(700)
 
 def two_nodes(assets, tmp_path, *second, seconds=600):
     """Exit status, output and errors; nothing of the clusters survives."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.openrlhf.two_nodes", str(assets), *map(str, second)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.openrlhf.two_nodes", str(assets), *map(str, second)]
     streams = [tmp_path / "stdout", tmp_path / "stderr"]
     with streams[0].open("w") as stdout, streams[1].open("w") as stderr:
         process = subprocess.Popen(

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.openrlhf.ray_support import CPU_HOST, ENVIRONMENT
+from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT
 
-PLUGIN = Path(__file__).parent / "own_tests"
+PLUGIN = CPU_HOST.with_name("own_tests")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ is eager. Everything else is OpenRLHF's packing.
 import pytest
 import ray
 
-from tests.openrlhf import by_hand
-from tests.openrlhf import harness as module
-from tests.openrlhf.command_line import ONE_STEP, parse
-from tests.openrlhf.test_refusals import SPEC
+from tests.support.openrlhf import by_hand
+from tests.support.openrlhf import harness as module
+from tests.support.openrlhf.command_line import ONE_STEP, SPEC, parse
 
 USE = ("--algo.kl.use_loss", SPEC)
 PACKED = ("--ds.packing_samples", "--vllm.num_engines", "1")

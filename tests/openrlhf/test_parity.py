@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.openrlhf.harness import LOSS, STOCK
+from tests.support.openrlhf.harness import LOSS, STOCK
 
 KL = "--algo.kl.estimator"
 

@@ -3,9 +3,9 @@
 import ray
 
 from tests.contract import path
-from tests.openrlhf.command_line import ONE_STEP
-from tests.openrlhf.harness import LOSS, Harness
-from tests.openrlhf.rollouts import Rollouts
+from tests.support.openrlhf.command_line import ONE_STEP
+from tests.support.openrlhf.harness import LOSS, Harness
+from tests.support.openrlhf.rollouts import Rollouts
 
 
 def test_the_path_of_a_spec_is_short(harness: Harness, rollouts: Rollouts) -> None:

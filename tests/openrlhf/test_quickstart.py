@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from kl_plugins.adapters.openrlhf.settings import spec_of
-from tests.guides import arguments, blocks
-from tests.openrlhf import command_line
+from tests.support.guides import arguments, blocks
+from tests.support.openrlhf import command_line
 
 
 @pytest.mark.parametrize(("page", "commands"), [("README.md", 1), ("docs/quickstart/openrlhf.md", 3)])

@@ -20,16 +20,9 @@ from kl_plugins.adapters.openrlhf.settings import (
 )
 from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
-from tests.openrlhf import remote
-from tests.openrlhf.command_line import ONE_STEP, parse
-from tests.openrlhf.ray_support import ENVIRONMENT
-
-SPEC = "--algo.kl.estimator"
-LOSS = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token")
-SAMPLER = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token/behaviour:sampler")
-REWARD = (SPEC, "k1@reward")
-ADVANTAGE = (SPEC, "k1@advantage", "--algo.advantage.estimator", "group_norm")
-CORRECTED = ("--algo.advantage.is_correction_level", "token")
+from tests.support.openrlhf import remote
+from tests.support.openrlhf.command_line import ADVANTAGE, CORRECTED, LOSS, ONE_STEP, REWARD, SAMPLER, SPEC, parse
+from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,7 @@ from vllm import SamplingParams
 from kl_plugins.adapters.openrlhf import attach
 from kl_plugins.adapters.openrlhf.sampler import MISSING, unmarked
 from kl_plugins.patches.openrlhf import cli
-from tests.openrlhf.command_line import parse
-from tests.openrlhf.test_refusals import CORRECTED, LOSS, REWARD, SAMPLER, SPEC
+from tests.support.openrlhf.command_line import CORRECTED, LOSS, REWARD, SAMPLER, SPEC, parse
 
 GSPO = ("--actor.policy_loss_type", "gspo")
 

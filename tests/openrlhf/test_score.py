@@ -13,8 +13,8 @@ from kl_plugins.adapters.controller import BetaChangedError
 from kl_plugins.adapters.openrlhf import score
 from kl_plugins.adapters.openrlhf.guards import ADVANTAGE_ESTIMATORS
 from kl_plugins.controllers import LARGEST_OBSERVED
-from tests.openrlhf import by_hand
-from tests.openrlhf.test_refusals import ADVANTAGE, REWARD, SPEC
+from tests.support.openrlhf import by_hand
+from tests.support.openrlhf.command_line import ADVANTAGE, REWARD, SPEC
 
 BETA, GAMMA, LAMBD = 0.3, 0.9, 0.8
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.openrlhf import remote
-from tests.openrlhf.harness import STOCK
+from tests.support.openrlhf import remote
+from tests.support.openrlhf.harness import STOCK
 
 TIMES = "timing/"
 

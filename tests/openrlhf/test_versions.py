@@ -18,7 +18,7 @@ from kl_plugins.patches.fingerprint import fingerprints_in_folder
 from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.openrlhf import support
 from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
-from tests.openrlhf.ray_support import ENVIRONMENT
+from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 FOLDER = Path(openrlhf.__file__).parent
 STEP = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step"

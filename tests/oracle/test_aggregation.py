@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kl_plugins.aggregation import MEANINGS, SEQUENCE_MEAN_CAVEAT
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import term_for
-from tests.oracle.problems import MARGIN, TOLERANCE
-from tests.oracle.specs import parse
-from tests.oracle.targets import relative_error, target_gradient
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import term_for
+from tests.support.oracle.problems import MARGIN, TOLERANCE
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import relative_error, target_gradient
 
 UNEVEN = make_problem(3, 3, seed=4, stops=True)
 EVEN = make_problem(3, 3, seed=1)

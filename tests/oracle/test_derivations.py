@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import loss_gradient, policy_gradient, weights
-from tests.oracle.problems import MARGIN, TOLERANCE, bandit
-from tests.oracle.specs import parse
-from tests.oracle.targets import forward_kl, relative_error, reverse_kl
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import loss_gradient, policy_gradient, weights
+from tests.support.oracle.problems import MARGIN, TOLERANCE, bandit
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import forward_kl, relative_error, reverse_kl
 
 
 def moved(problem: Problem, logits: Tensor) -> Problem:

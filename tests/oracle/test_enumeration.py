@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from tests.oracle.enumeration import POLICIES, Problem
-from tests.oracle.problems import MARGIN, TOLERANCE, bandit, problems
-from tests.oracle.targets import (
+from tests.support.oracle.enumeration import POLICIES, Problem
+from tests.support.oracle.problems import MARGIN, TOLERANCE, bandit, problems
+from tests.support.oracle.targets import (
     OTHER_F,
     all_targets,
     forward_kl,

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import full_vocabulary_kl, score_gradient
-from tests.oracle.problems import TOLERANCE, problems
-from tests.oracle.targets import relative_error, target_gradient
-from tests.oracle.test_top_k import logits, released_tail
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import full_vocabulary_kl, logits, released_tail, score_gradient
+from tests.support.oracle.problems import TOLERANCE, problems
+from tests.support.oracle.targets import relative_error, target_gradient
 
 by_problem = pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.name)
 

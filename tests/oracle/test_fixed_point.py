@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import loss_gradient, policy_gradient
-from tests.oracle.specs import parse
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import loss_gradient, policy_gradient
+from tests.support.oracle.specs import parse
 
 BETA = 0.5
 PROBLEM = make_problem(3, 3, seed=11)

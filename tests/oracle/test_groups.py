@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import penalty_for, score_gradient
-from tests.oracle.problems import TOLERANCE
-from tests.oracle.specs import parse
-from tests.oracle.targets import relative_error, target_gradient
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import penalty_for, score_gradient
+from tests.support.oracle.problems import TOLERANCE
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import relative_error, target_gradient
 
 PROBLEM = make_problem(2, 2, seed=7)
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kl_plugins import kl_penalty, kl_term
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import full_vocabulary_kl, padded, penalty_for, term_for
-from tests.oracle.problems import TOLERANCE, problems
-from tests.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import full_vocabulary_kl, padded, penalty_for, term_for
+from tests.support.oracle.problems import TOLERANCE, problems
+from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
 
 EXTRA = [
     "k2@loss/horizon:sequence/gamma:0.7/is:decision/cap:1.2",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kl_plugins import kl_term
-from tests.oracle.enumeration import Problem, make_problem
-from tests.oracle.expectation import full_vocabulary_kl, penalty_for, reward_to_go, term_for, weights
-from tests.oracle.problems import TOLERANCE, bandit, problems
-from tests.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
+from tests.support.oracle.enumeration import Problem, make_problem
+from tests.support.oracle.expectation import full_vocabulary_kl, penalty_for, reward_to_go, term_for, weights
+from tests.support.oracle.problems import TOLERANCE, bandit, problems
+from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
 
 by_problem = pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.name)
 

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from kl_plugins import KLSpec
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import loss_gradient, padded, penalty_for, policy_gradient, score_gradient, term_for
-from tests.oracle.problems import MARGIN, TOLERANCE, problems
-from tests.oracle.specs import ADVANTAGES, LOSSES, REWARDS, SAMPLED, parse, targets_none
-from tests.oracle.targets import OTHER_F, all_targets, per_state, relative_error, reverse_kl, target_gradient
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import (
+    loss_gradient,
+    padded,
+    penalty_for,
+    policy_gradient,
+    score_gradient,
+    term_for,
+)
+from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
+from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, SAMPLED, parse, targets_none
+from tests.support.oracle.targets import OTHER_F, all_targets, per_state, relative_error, reverse_kl, target_gradient
 
 OFF_POLICY = ("old", "sampler")
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from kl_plugins import exact_kl
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import full_vocabulary_kl, logits, loss_gradient, policy_gradient
-from tests.oracle.problems import MARGIN, TOLERANCE, problems
-from tests.oracle.specs import parse
-from tests.oracle.targets import all_targets, relative_error, target_gradient
+from tests.support.oracle.expectation import full_vocabulary_kl, loss_gradient, policy_gradient, released_tail
+from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import all_targets, relative_error, target_gradient
 
 TOPS = (1, 2)
 
@@ -71,18 +70,6 @@ def test_the_value_is_unbiased_and_all_tokens_are_exact() -> None:
         part = full_vocabulary_kl(problem, top=1).nan_to_num(0.0).sum(-1)
         total = full_vocabulary_kl(problem).nan_to_num(0.0).sum(-1)
         torch.testing.assert_close(problem.expected(part, "current"), problem.expected(total, "current"))
-
-
-def released_tail(problem: Problem, top: int) -> torch.Tensor:
-    """Expected gradient of a live head beside the tail r sg(u), as released with arXiv 2602.04417."""
-    log_p = torch.log_softmax(logits(problem, "current").nan_to_num(0.0), -1)
-    log_q = torch.log_softmax(logits(problem, "reference").nan_to_num(0.0), -1)
-    head = torch.zeros_like(log_p).scatter(-1, log_p.topk(top, -1).indices, 1.0)
-    u, index = log_p - log_q, problem.tokens[..., None]
-    sampled, in_tail = log_p.gather(-1, index)[..., 0], 1 - head.gather(-1, index)[..., 0]
-    ratio = (sampled - sampled.detach()).exp()
-    kl = (head * log_p.exp() * u).sum(-1) + in_tail * ratio * u.gather(-1, index)[..., 0].detach()
-    return problem.gradient(problem.expected((kl * problem.mask).sum(-1), "current"))
 
 
 def test_the_published_tail_is_biased() -> None:

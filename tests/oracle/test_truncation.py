@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import loss_gradient, score_gradient, weights
-from tests.oracle.problems import MARGIN, TOLERANCE, problems
-from tests.oracle.specs import parse
-from tests.oracle.targets import relative_error, target_gradient
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import loss_gradient, score_gradient, weights
+from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import relative_error, target_gradient
 
 by_problem = pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.name)
 DATA = "sampler"

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracle.enumeration import Problem
-from tests.oracle.expectation import (
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import (
     loss_gradient,
     penalty_for,
     policy_gradient,
     reward_to_go,
     score_gradient,
 )
-from tests.oracle.problems import TOLERANCE, bandit, problems
-from tests.oracle.specs import parse
-from tests.oracle.targets import relative_error, reverse_kl, target_gradient, token_objective
+from tests.support.oracle.problems import TOLERANCE, bandit, problems
+from tests.support.oracle.specs import parse
+from tests.support.oracle.targets import relative_error, reverse_kl, target_gradient, token_objective
 
 by_problem = pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.name)
 by_data = pytest.mark.parametrize("data", ["old", "sampler"])

@@ -1,6 +1,6 @@
-"""Draws docs/choose.svg, the figure of "Which spec should I use?".
+"""Draws docs/choose.svg, the figure on the page "Which spec should I use?".
 
-``python -m tests.packaging.choose_figure`` brings the file up to date. It is text, so that a change shows in a diff.
+The command ``python -m tests.packaging.choose_figure`` updates the file. SVG is text, so a diff shows every change.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FONT = "font-family='system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Aria
 
 @dataclass(frozen=True)
 class Step:
-    """One question and where its answer leads.
+    """One question of the figure, with its answers.
 
     Attributes:
-        question: lines of text; the first is bold.
-        word: on the arrow to the answers; may be empty.
-        answers: pairs of a spec and what to know about it.
+        question: lines of text; the first line is bold.
+        word: the word on the arrow to the answers; it may be empty.
+        answers: pairs of a spec and a remark about it.
     """
 
     question: tuple[str, ...]
@@ -68,10 +68,10 @@ STEPS = (
 
 
 def draw(steps: tuple[Step, ...] = STEPS) -> str:
-    """The figure as SVG.
+    """Return the figure as SVG.
 
     Args:
-        steps: from top to bottom; the arrow between two of them says no.
+        steps: the questions from top to bottom; the arrow from one to the next has the word "no".
     """
     parts, top = [], float(MARGIN)
     for number, step in enumerate(steps):

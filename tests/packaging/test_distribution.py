@@ -1,4 +1,4 @@
-"""The wheel, the sdist and an editable install: what they hold, where it lands, and that it imports."""
+"""Tests of the wheel, the sdist and an editable install: what they contain, and whether it can be imported."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ INFO = f"kl_plugins-{__version__}.dist-info"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Run a command away from the repository; its output, or a failure that shows it."""
+    """Run a command in a folder outside the repository and return its output; a failure shows the output."""
     result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, capture_output=True)
     assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -27,7 +27,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository, so that building writes nothing into it and edits to it harm nothing."""
+    """Copy the repository, so that builds write nothing into it and edits during the tests have no effect."""
     copy = tmp_path_factory.mktemp("source") / "repository"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, copy, ignore=ignored))
@@ -35,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist and the wheel built from it (``from_sdist``), and the wheel built from the tree (``direct``)."""
+    """Build the sdist and a wheel from it (``from_sdist``), and a wheel from the source tree (``direct``)."""
     out = tmp_path_factory.mktemp("dist")
     build = (sys.executable, "-m", "build", "--no-isolation", source)
     run(*build, "--outdir", out / "from_sdist", cwd=out)
@@ -98,8 +98,8 @@ def test_editable_install_follows_the_tree(source: Path, tmp_path: Path) -> None
     venv.create(tmp_path / "env", symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    # setuptools and our dependencies come from the environment of the tests; its own editable install does not, as a
-    # .pth file does not process those of the folder that it names.
+    # setuptools and the dependencies come from the environment of the tests. The editable install of that environment
+    # stays inactive, because Python does not process .pth files in a folder that another .pth file adds.
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     options = ("--no-deps", "--no-index", "--no-build-isolation")
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, "-e", tree, cwd=tmp_path)
@@ -118,7 +118,7 @@ def test_editable_install_follows_the_tree(source: Path, tmp_path: Path) -> None
 
 
 def _locate(first: Path | None = None) -> str:
-    """A program that prints where the three packages were imported from."""
+    """Return a program that prints the files from which the three packages were imported."""
     path = f"import sys; sys.path.insert(0, {str(first)!r}); " if first else ""
     return path + (
         "import kl_plugins, kl_plugins.adapters as adapters, kl_plugins.patches as patches; "

@@ -1,4 +1,7 @@
-"""The documentation is current and complete: generated parts, public names, links and anchors. Needs no MkDocs."""
+"""Tests that the documentation is current and complete: generated parts, public names, links and anchors.
+
+They do not need MkDocs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import pytest
 import kl_plugins
 from kl_plugins import metrics
 from kl_plugins.hosts import discover_hosts
-from tests.pages import migration, refusals
+from tests.pages import refusals
 from tests.pages.messages import messages_in
 from tests.pages.parts import DOCS, renewed_pages
 from tests.pages.register import HOSTS, PARTS
@@ -76,19 +79,8 @@ def test_every_metric_has_a_meaning() -> None:
     assert metrics.MEANINGS.keys() == metrics.REDUCTIONS.keys()
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_migration_covers_every_setting_that_is_measured(host: str) -> None:
-    from benchmarks.hosts.cases import AGGREGATIONS, NATIVE
-
-    names = [name for name, _, _ in NATIVE[host]]
-    assert list(migration.COMMANDS[host]) == names
-    assert list(migration.settings(host)) == names
-    aggregations = [row["aggregation"] for row in migration.measured()["portable_beta"] if row["host"] == host]
-    assert aggregations == list(AGGREGATIONS[host])
-
-
 def slug(heading: str) -> str:
-    """The anchor that Python-Markdown makes of a heading."""
+    """Return the anchor that Python-Markdown gives to a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
     text = re.sub(r"[`*]|\$", "", text)
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
@@ -109,7 +101,7 @@ def links(path: Path) -> Iterator[str]:
     text = FENCE.sub("", path.read_text(encoding="utf-8"))
     text = re.sub(r"(?<!\[)`[^`\n]*`(?!\])", "", text)
     for found in LINK.finditer(text):
-        # The hosting service resolves the last one, relative to the page that shows README.
+        # The hosting service resolves ../../actions/ relative to the page on which it shows README.
         elsewhere = ("mailto:", "../../actions/")
         if found["target"] and "://" not in found["target"] and not found["target"].startswith(elsewhere):
             yield found["target"]

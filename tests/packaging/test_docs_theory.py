@@ -1,4 +1,4 @@
-"""The theory says of each statement which test shows it: those tests exist, in the files that are linked."""
+"""Tests that every test which the theory pages name exists in the file that they link to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANY_TEST = re.compile(r"test_\w+(?!\w|\.py)")
 
 
 def functions(path: Path) -> set[str]:
-    """Names of the test functions in a file."""
+    """Return the names of the functions in a file."""
     found = ast.walk(ast.parse(path.read_text()))
     return {node.name for node in found if isinstance(node, ast.FunctionDef)}
 

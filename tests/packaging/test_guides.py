@@ -1,4 +1,4 @@
-"""The hand-written guides name specs and commands that exist, and README stays short."""
+"""Tests that the specs in the hand-written guides are valid, and that README stays short."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def specs_in(text: str) -> list[str]:
 def test_every_spec_in_a_guide_is_valid(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for spec in specs_in(text):
-        # One that estimates nothing is often named without the option that a run needs.
+        # Guides often name a spec that estimates no divergence without allow:biased, which only a run needs.
         assert KLSpec.parse(f"{spec}/allow:biased" if spec in BIASED else spec)
 
 

@@ -1,4 +1,4 @@
-"""Imports run core <- adapters <- patches, and a host is named only in its own folders."""
+"""Tests of the layers: patches import adapters, adapters import the core, and only a host's own folders import it."""
 
 import ast
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {"kl_plugins": "kl_plugins", "adapters": "kl_plugins.adapters", "patches": "kl_plugins.patches"}
 HOSTS = {"trl", "verl", "openrlhf"}
-# Packages that hosts bring with them: a host's own folders may use them, code for every host may not.
+# These packages are dependencies of hosts. The folders of a host may use them; code that all hosts share may not.
 HOST_STACK = {"ray", "transformers", "accelerate", "deepspeed", "vllm", "peft", "datasets", "megatron"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, bool]]:
-    """Absolute names that `source` imports, and whether each runs when `module` is imported."""
+    """Yield the absolute names that `source` imports, each with whether importing `module` executes the import."""
 
     def visit(node: ast.AST, eager: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def _type_checking(node: ast.AST) -> bool:
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """The imports of a module that cross a wall."""
+    """Return the imports of a module that its layer does not allow."""
     layer = next(name for name in ("kl_plugins.adapters", "kl_plugins.patches", "kl_plugins") if _within(module, name))
     rest = module.removeprefix(layer).strip(".").split(".")
     host = rest[0] if layer != "kl_plugins" and rest[0] in HOSTS else None
@@ -66,7 +66,7 @@ def _within(name: str, package: str) -> bool:
 
 
 def modules() -> Iterator[tuple[Path, str]]:
-    """Every installed file with its module name."""
+    """Yield every file that is installed, with its module name."""
     for folder, package in LAYERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts

@@ -1,4 +1,4 @@
-"""What needs no tensor imports no torch, and what needs no host imports none: the command line answers at once."""
+"""Tests that commands which need no tensors and no host import neither torch nor a host, so that they start quickly."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ except SystemExit as stop:
 
 
 def heavy_imports(program: str, *arguments: str, cwd: Path) -> tuple[list[str], object]:
-    """Heavy modules loaded by a program in a fresh interpreter, and its ``status``."""
+    """Run a program in a new interpreter and return the heavy modules that it loaded, and its ``status``."""
     report = f"import json, sys; loaded = [name for name in {HEAVY} if name in sys.modules]"
     report += "; print(json.dumps([loaded, status]), file=sys.__stderr__)"
     script = f"status = 0\n{program}\n{report}"

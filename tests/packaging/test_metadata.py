@@ -1,4 +1,4 @@
-"""What the installed distribution says about itself, and that our pins agree with it."""
+"""Tests of the metadata of the installed distribution, and of its agreement with the pinned versions."""
 
 import re
 from importlib.metadata import distribution
@@ -20,7 +20,7 @@ def ours() -> list[Requirement]:
 
 
 def pins(path: Path) -> dict[str, str]:
-    """The pinned versions of a constraints file and of those that it includes."""
+    """Return the pinned versions of a constraints file and of the files that it includes."""
     found: dict[str, str] = {}
     for line in path.read_text().splitlines():
         if included := re.fullmatch(r"-c (\S+)", line):
@@ -28,13 +28,13 @@ def pins(path: Path) -> dict[str, str]:
         elif line and not line.startswith("#"):
             requirement = Requirement(line)
             (specifier,) = requirement.specifier
-            assert specifier.operator == "==", f"{path.name}: {line} is no pin"
+            assert specifier.operator == "==", f"{path.name}: {line} does not pin one version"
             found[canonicalize_name(requirement.name)] = specifier.version
     return found
 
 
 def stated_version() -> str:
-    """The version that pyproject.toml states."""
+    """Return the version in pyproject.toml."""
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     assert found, "pyproject.toml states no version"
     return found[1]
@@ -55,9 +55,9 @@ def test_changelog_begins_with_the_stated_version() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     released = [heading for heading in headings if heading != "[Unreleased]"]
     dated = re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", released[0])
-    assert dated, f"'{released[0]}' is no heading of a released version, [X.Y.Z] - YYYY-MM-DD"
+    assert dated, f"'{released[0]}' does not have the form of a released version, [X.Y.Z] - YYYY-MM-DD"
     assert dated[1] == stated_version()
-    assert "[Unreleased]" not in headings[1:], "changes that come next stand above all released ones"
+    assert "[Unreleased]" not in headings[1:], "unreleased changes must be above all released ones"
 
 
 def test_citation_states_the_version_and_its_date() -> None:
@@ -82,7 +82,8 @@ def test_entry_points() -> None:
     entries = {(entry.group, entry.name): entry for entry in distribution("kl-plugins").entry_points}
     assert callable(entries["console_scripts", "kl-plugins"].load())
     assert ("kl_plugins.hosts", "trl") in entries
-    assert not [name for group, name in entries if group == "kl_plugins.estimators"], "ours are rows of the table"
+    own = [name for group, name in entries if group == "kl_plugins.estimators"]
+    assert not own, "the estimators of kl-plugins are rows of its table and need no entry point"
 
 
 @pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The shape of the repository: its folders, and that no file names a machine or a package index."""
+"""Tests of the repository: its folders, generated pages, and that no file names a machine or a package index."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {"build", "dist", "out", "__pycache__"}
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".cfg", ".sh", ".json", ""}
-# Written in parts, so that this file does not match itself.
+# The patterns are written in parts, so that they do not match this file.
 PLACES = re.compile(
     r"(?<![\w.~])/(?:" + "|".join(["home", "root", "opt", "work", "Users", "mnt"]) + r")/\w"
     "|" + r"(?:py" + r"pi|python" + r"hosted|py" + r"torch)\.org/(?:sim" + r"ple|wh" + r"l)"

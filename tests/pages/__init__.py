@@ -1,1 +1,1 @@
-"""The generated parts of the documentation: ``python -m tests.pages`` brings them up to date."""
+"""The generated parts of the documentation; the command ``python -m tests.pages`` updates them."""

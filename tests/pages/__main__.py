@@ -1,4 +1,4 @@
-"""Writes every generated part into its page."""
+"""Writes every generated part of the documentation into its page."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Reads the messages of refusals and errors out of source files, without importing them.
+"""Reads the messages of refusals and errors from source files, without importing these files.
 
-A message is a text that is raised, or yielded by a function which collects problems. Its placeholders are filled where
-they are constants of the module, of a module that it imports from, or joined tuples of them; others show the name of
-what stands there, as in ``<temperature>``.
+A message is a text that is raised, or that is yielded by a function which collects problems. A placeholder is filled
+if it is a constant of the module or of a module that it imports from, or a joined tuple of constants. Any other
+placeholder is shown by the name of its variable, as in ``<temperature>``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ FOLDERS = {"kl_plugins.adapters": "adapters", "kl_plugins.patches": "patches", "
 
 @dataclass(frozen=True)
 class Message:
-    """One message: where it stands, and its text."""
+    """One message of a source file.
+
+    Attributes:
+        file: path of the source file below the repository.
+        function: name of the function that raises or yields the message.
+        text: the message, with its placeholders filled or named.
+    """
 
     file: str
     function: str
@@ -27,10 +33,10 @@ class Message:
 
 
 def messages_in(file: str) -> Iterator[Message]:
-    """Every message of a file, in the order of its lines.
+    """Yield every message of a file, in the order of its lines.
 
     Args:
-        file: path below the repository.
+        file: path of the source file below the repository.
     """
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     for function in ast.walk(tree):
@@ -118,7 +124,7 @@ def _name(value: ast.expr) -> str:
 
 @cache
 def constants(file: str) -> dict[str, object]:
-    """The literal constants of a module, and those that it imports from other modules of ours."""
+    """Return the literal constants of a module, and those that it imports from other modules of kl-plugins."""
     found: dict[str, object] = {}
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module:

@@ -1,4 +1,4 @@
-"""The hosts' own KL settings and the spec of the same gradient, as ``make bench-hosts`` measured them."""
+"""Tables of the hosts' own KL settings and the specs with the same gradient, as ``make bench-hosts`` measured them."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ COMMANDS: dict[str, dict[str, str]] = {
         **{f"k{n} in reward": f"`--algo.kl.estimator k{n}`" for n in (1, 2, 3)},
     },
 }
-"""What a user writes for each setting that was measured, by host and by its name in ``benchmarks.hosts.cases``."""
+"""The text that a user writes for each measured setting, by host and by its name in ``benchmarks.hosts.cases``."""
 
 SYNONYMS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
-"""veRL's two names for one estimator."""
+"""Second names that veRL has for some estimators."""
 
 
 @cache
 def measured() -> dict[str, Any]:
-    """The measurement's file."""
+    """Return the results of the measurement."""
     found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
     return found
 
 
 def settings(host: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Measured rows of a host by setting and scenario (``near``, ``far``)."""
+    """Return the measured rows of a host, by setting and by scenario (``near`` or ``far`` from the reference)."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in measured()["native"]:
         if row["host"] == host:
@@ -57,7 +57,7 @@ def settings(host: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def part(host: str) -> str:
-    """The table of one host."""
+    """Return the table of the settings of one host."""
     rows = []
     for setting, by_scenario in settings(host).items():
         near, far = by_scenario["near"], by_scenario["far"]
@@ -77,19 +77,19 @@ def _command(host: str, setting: str) -> str:
 
 def _difference(near: dict[str, Any], far: dict[str, Any]) -> str:
     if not near["equal"]:
-        return f"{near['distance']:.2f} of the gradient near the reference"
+        return f"near the reference, by {near['distance']:.2f} of the gradient"
     if far["equal"]:
-        return "nowhere that was measured"
-    dead = f"; {far['dead_tokens']} of {far['tokens']} tokens have no gradient left" if far["dead_tokens"] else ""
-    return f"far from the reference, by {far['distance']:.2f} of the gradient{dead}: the framework's own clamps act"
+        return "at no measured point"
+    dead = f"; {far['dead_tokens']} of {far['tokens']} tokens have no gradient" if far["dead_tokens"] else ""
+    return f"far from the reference, by {far['distance']:.2f} of the gradient{dead}, because of the framework's clamps"
 
 
 def beta_part() -> str:
-    """The factors between aggregations."""
+    """Return the table of the factors on beta for each aggregation of each framework."""
     rows = []
     names = {"trl": "TRL, `loss_type`", "verl": "veRL, `loss_agg_mode`", "openrlhf": "OpenRLHF, KL loss"}
     for row in measured()["portable_beta"]:
         low, high = sorted(row["by_sequence"])
         single = "all the same" if high - low < 1e-5 else f"{low:.2f} to {high:.2f}"
         rows.append((names[row["host"]], f"`{row['aggregation']}`", f"{row['scale']:.3f}", single))
-    return table(("framework", "aggregation", "factor on beta", "of single responses"), rows)
+    return table(("framework", "aggregation", "factor on beta", "factor for single responses"), rows)

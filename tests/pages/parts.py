@@ -1,4 +1,4 @@
-"""Generated parts of hand-written pages, between two marks each."""
+"""Generated parts of hand-written pages; each part is between two marks in its page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Part:
 
     Attributes:
         page: path of the page below ``docs/``.
-        name: of the part, unique on its page.
-        write: gives its Markdown.
+        name: name of the part, unique on its page.
+        write: function that returns the part as Markdown.
     """
 
     page: str
@@ -25,14 +25,17 @@ class Part:
 
     @property
     def path(self) -> Path:
-        """The page's file."""
+        """The file of the page."""
         return DOCS / self.page
 
     def renewed(self, text: str) -> str:
-        """The page with this part as the code gives it.
+        """Return the text of the page with this part generated again.
+
+        Args:
+            text: the present text of the page.
 
         Raises:
-            ValueError: a mark is missing.
+            ValueError: A mark of the part is missing in the text.
         """
         begin, end = f"<!-- {self.name}: written by `python -m tests.pages` -->", f"<!-- end of {self.name} -->"
         before, found_begin, rest = text.partition(begin)
@@ -43,13 +46,13 @@ class Part:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; a bar in a cell is escaped."""
+    """Return a Markdown table; a bar inside a cell is escaped."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def renewed_pages(parts: Iterable[Part]) -> dict[Path, str]:
-    """Every page that has parts, with all of them as the code gives them."""
+    """Return the text of every page that has generated parts, with all its parts generated again."""
     pages: dict[Path, str] = {}
     for part in parts:
         text = pages.get(part.path) or part.path.read_text(encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What each host refuses and why: the messages in its adapter and patches, grouped by when a user meets them."""
+"""Tables of what each host refuses and why, from the messages in its adapter and patches.
+
+They are grouped by the time at which a user sees them: before or after a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from tests.pages.messages import ROOT, Message, messages_in
 from tests.pages.parts import table
 
 EARLY = ("guards", "settings", "support", "unsloth", "ray_job", "sampling", "checks", "config")
-"""Files whose refusals come before a model is loaded; those of all others come later."""
+"""Names of the files whose refusals come before a model is loaded; the refusals of all other files come later."""
 
 SHARED = (
     "kl_plugins/sampling.py",
@@ -20,7 +23,7 @@ SHARED = (
     "patches/checks.py",
     "patches/guards.py",
 )
-"""Files whose refusals every host has."""
+"""Files whose refusals can occur in every host."""
 
 INTERNAL = (
     "adapters/trl/__init__.py",
@@ -32,18 +35,18 @@ INTERNAL = (
     "patches/openrlhf/worker.py:receipt",
     "adapters/openrlhf/settings.py:require_weights",
 )
-"""Files and functions whose texts are no refusals of their own."""
+"""Files and functions whose texts are not separate refusals, so that the tables leave them out."""
 
 
 def shown(message: Message) -> bool:
-    """Whether a message is a refusal of its own."""
+    """Return whether the tables show a message as a refusal."""
     place = f"{message.file}:{message.function}"
     inner = any(place == name or message.file == name for name in INTERNAL)
     return not inner and "<problem>" not in message.text and "<subject>" not in message.text
 
 
 def of_files(files: Iterable[str]) -> list[Message]:
-    """The refusals in some files, each text once."""
+    """Return the refusals in some files; equal texts are returned once."""
     found: dict[str, Message] = {}
     for file in files:
         for message in messages_in(file):
@@ -53,18 +56,18 @@ def of_files(files: Iterable[str]) -> list[Message]:
 
 
 def of_host(host: str) -> list[Message]:
-    """The refusals that only this host has."""
+    """Return the refusals in the adapter and the patches of a host."""
     folders = [ROOT / layer / host for layer in ("adapters", "patches")]
     return of_files(str(path.relative_to(ROOT)) for folder in folders for path in sorted(folder.glob("*.py")))
 
 
 def early(message: Message) -> bool:
-    """Whether it comes before a model is loaded."""
+    """Return whether the message comes before a model is loaded."""
     return Path(message.file).stem in EARLY
 
 
 def cells(message: Message) -> tuple[str, str]:
-    """The problem, and what to do, where the text tells them apart."""
+    """Split a message into the problem and the remedy; the remedy is empty if the text has no separate one."""
     text = message.text.removeprefix("kl-plugins: ")
     for mark in ("; ", ". "):
         problem, found, remedy = text.rpartition(mark)
@@ -91,26 +94,26 @@ _VERBS = frozenset(
         "run",
     }
 )
-"""Words with which a remedy begins."""
+"""The first words of remedies, by which the text of a message is split."""
 
 
 def _cell(text: str) -> str:
-    """Placeholders in italics, so that no browser takes them for tags; settings stay as they are."""
+    """Write placeholders in italics, so that browsers do not read them as tags; the rest of the text is kept."""
     text = text.replace("*", r"\*").replace("_", r"\_").replace("<...>", "…")
     return text.replace("<", "*⟨").replace(">", "⟩*").replace("*⟨ ", "< ").replace(" ⟩*", " >")
 
 
 def host_part(host: str, when: str) -> str:
-    """The table of one host.
+    """Return the table of the refusals of one host.
 
     Args:
         host: ``trl``, ``verl`` or ``openrlhf``.
-        when: ``early`` or ``late``.
+        when: ``early`` for refusals before a model is loaded, or ``late``.
     """
     rows = [cells(message) for message in of_host(host) if early(message) == (when == "early")]
     return table(("refused, and why", "what to do"), rows)
 
 
 def shared_part() -> str:
-    """The table of refusals that every host has."""
+    """Return the table of the refusals that can occur in every host."""
     return table(("refused, and why", "what to do"), map(cells, of_files(SHARED)))

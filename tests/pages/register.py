@@ -1,4 +1,4 @@
-"""All generated parts, by page."""
+"""The list of all generated parts of the documentation, with their pages."""
 
 from __future__ import annotations
 

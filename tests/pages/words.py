@@ -1,4 +1,4 @@
-"""The words of a spec, and the metrics, as tables."""
+"""Tables of the words that a spec can contain, and of the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOINED = {"mean": "mean over tokens", "max": "maximum", "pooled": "computed agai
 
 
 def estimators() -> str:
-    """Name, value, coefficient and divergence of each estimator that ships with kl-plugins."""
+    """Return a table with value, coefficient, divergence and source of each estimator that ships with kl-plugins."""
     rows = [
         (_code(row["name"]), _code(row["value"]), _code(row["coefficient"]), KINDS[row["kind"]], row["source"])
         for row in build_catalogue()["estimators"]
@@ -27,35 +27,35 @@ def estimators() -> str:
 
 
 def _code(text: str) -> str:
-    # An escaped bar would show its backslash inside backticks.
+    # Inside backticks an escaped bar would be shown with its backslash, so text with a bar becomes an HTML element.
     return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def placements() -> str:
-    """The three placements."""
+    """Return a table of the three placements."""
     rows = [(f"`@{row['name']}`", row["meaning"]) for row in build_catalogue()["placements"]]
     return table(("placement", "meaning"), rows)
 
 
 def options() -> str:
-    """The options in canonical order."""
+    """Return a table of the options, in the order of the canonical text of a spec."""
     return markdown_table()
 
 
 def corrections() -> str:
-    """The values of ``is:``."""
+    """Return a table of the values of ``is:``."""
     rows = [(f"`is:{row['name']}`", row["meaning"]) for row in build_catalogue()["corrections"]]
     return table(("weight", "meaning"), rows)
 
 
 def schedules() -> str:
-    """The values of ``beta:``."""
+    """Return a table of the values of ``beta:``."""
     rows = [(f"`beta:{row['value']}`", row["meaning"]) for row in build_catalogue()["beta"]]
     return table(("control of beta", "meaning"), rows)
 
 
 def presets() -> str:
-    """The presets with their specs and targets."""
+    """Return a table of the presets, with their specs and targets."""
     rows = [
         (f"`{row['name']}`", f"`{row['spec']}`", f"`{row['target']}`", row["note"])
         for row in build_catalogue()["presets"]
@@ -64,12 +64,12 @@ def presets() -> str:
 
 
 def targets() -> str:
-    """Every target."""
+    """Return a table of all targets."""
     return table(("target", "meaning"), [(f"`{name}`", meaning) for name, meaning in TARGETS.items()])
 
 
 def metrics() -> str:
-    """Every key under ``kl/``."""
+    """Return a table of all metrics, whose names begin with ``kl/``."""
     rows = [(f"`{key}`", MEANINGS[key], JOINED[how]) for key, how in REDUCTIONS.items()]
     rows.append(("`kl/beta`", "the coefficient that was applied", "mean over micro-batches"))
     return table(("metric", "meaning", "over micro-batches, ranks and the logging window"), rows)

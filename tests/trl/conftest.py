@@ -1,65 +1,10 @@
-"""Environment of the TRL tests: offline, quiet, TRL's own classes restored after each test."""
-
-import importlib
-import os
-import warnings
-
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    TRANSFORMERS_OFFLINE="1",
-    HF_DATASETS_OFFLINE="1",
-    HF_HUB_DISABLE_TELEMETRY="1",
-    HF_HUB_DISABLE_PROGRESS_BARS="1",
-    TRANSFORMERS_VERBOSITY="error",
-    TRL_EXPERIMENTAL_SILENCE="1",
-    ACCELERATE_USE_CPU="1",
-)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from pathlib import Path
+"""Tests in this folder run with TRL, in the environment that ``tests/support/trl/fixtures.py`` makes."""
 
 import pytest
 
 pytest.importorskip("trl")
-with warnings.catch_warnings():
-    # Imported here, where the host may warn, and not while tests are collected, where a warning is an error.
-    warnings.simplefilter("ignore")
-    importlib.import_module("trl.trainer.grpo_trainer")
-
-HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            # The host's own warnings are the host's business; ours stay errors.
-            item.add_marker(pytest.mark.filterwarnings("default"))
-            item.add_marker(pytest.mark.filterwarnings("error:kl-plugins"))
-            item.add_marker(pytest.mark.timeout(300))
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.trl.support import build_model
-
-    return build_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the study's briefly trained reference, of the task with the fewest completions."""
-    from benchmarks.study import models
-    from tests.trl.study_support import QUICK
-
-    folder = tmp_path_factory.mktemp("reference")
-    models.make_reference(folder, "sums", "llama", QUICK, lambda steps: None)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _detached():
-    """No test may depend on an earlier one having attached in place."""
-    from kl_plugins.adapters.trl import detach
-
-    yield
-    detach()
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin, so that two folders in one run share what is made once per session.
+    config.pluginmanager.import_plugin("tests.support.trl.fixtures")

@@ -10,8 +10,8 @@ import yaml
 
 from kl_plugins import KLSpecError
 from kl_plugins.adapters.trl import diagnose, run
-from tests.trl import support
-from tests.trl.launch import LIMIT, ROOT, accelerate_launch, torchrun
+from tests.support.trl import trainers
+from tests.support.trl.launch import LIMIT, ROOT, accelerate_launch, torchrun
 
 
 @pytest.fixture
@@ -19,14 +19,14 @@ def config_file(model, tmp_path):
     """A YAML file as a user writes it, and a data set on disk."""
     data = tmp_path / "data"
     data.mkdir()
-    support.prompts(32).to_parquet(data / "train.parquet")
+    trainers.prompts(32).to_parquet(data / "train.parquet")
 
     def write(**changes):
         changes = {
             "model_name_or_path": model,
             "dataset_name": str(data),
-            "reward_funcs": ["tests.trl.support.even_reward"],
-            **support.settings(tmp_path / "out", report_to="none", logging_dir=None, per_device_train_batch_size=4),
+            "reward_funcs": ["tests.support.trl.trainers.even_reward"],
+            **trainers.settings(tmp_path / "out", report_to="none", logging_dir=None, per_device_train_batch_size=4),
             **changes,
         }
         path = tmp_path / "config.yaml"

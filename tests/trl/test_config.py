@@ -10,11 +10,11 @@ import trl
 from kl_plugins import KLSpecError
 from kl_plugins.adapters import trl as adapter
 from kl_plugins.patches.patch import Hook
-from tests.trl import support
+from tests.support.trl import trainers
 
 
 def config(cls, tmp_path, **changes):
-    return cls(**support.settings(tmp_path, **changes))
+    return cls(**trainers.settings(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("name", ["GRPOConfig", "RLOOConfig"])
@@ -82,14 +82,16 @@ def test_attach_gives_the_field_and_detach_takes_it(tmp_path):
 
 def test_attached_classes_train_under_the_spec(model, tmp_path):
     adapter.attach()
-    in_place = support.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, kl="k2@loss", learning_rate=1e-2)
+    in_place = trainers.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, kl="k2@loss", learning_rate=1e-2)
     in_place.train()
     adapter.detach()
-    subclass = support.build(adapter.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl="k2@loss", learning_rate=1e-2)
+    subclass = trainers.build(
+        adapter.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl="k2@loss", learning_rate=1e-2
+    )
     subclass.train()
-    assert support.log_of(in_place, "kl/coef/max")[-1] > 0
+    assert trainers.log_of(in_place, "kl/coef/max")[-1] > 0
     for key in ("loss", "kl/coef/max"):
-        assert support.log_of(in_place, key) == support.log_of(subclass, key)
+        assert trainers.log_of(in_place, key) == trainers.log_of(subclass, key)
 
 
 @pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
@@ -97,17 +99,17 @@ def test_a_spec_in_a_stock_trainer_is_an_error(algorithm, model, tmp_path):
     config, trainer = getattr(adapter, f"{algorithm}Config"), getattr(trl, f"{algorithm}Trainer")
     hooks = inspect.getattr_static(trainer, "_compute_loss")
     with pytest.raises(RuntimeError, match=r"kl-plugins: .*would ignore.*attach"):
-        support.build(trainer, config, model, tmp_path, kl="k1@reward")
+        trainers.build(trainer, config, model, tmp_path, kl="k1@reward")
     assert inspect.getattr_static(trainer, "_compute_loss") is hooks, "a config must not change TRL's classes"
-    support.build(trainer, config, model, tmp_path, kl=None)
+    trainers.build(trainer, config, model, tmp_path, kl=None)
     # A config that has been used and saved does not pass either.
-    used = support.build(getattr(adapter, f"{algorithm}Trainer"), config, model, tmp_path, kl="k1@reward").args
+    used = trainers.build(getattr(adapter, f"{algorithm}Trainer"), config, model, tmp_path, kl="k1@reward").args
     with pytest.raises(RuntimeError, match="would ignore"):
-        trainer(model, support.even_reward, args=pickle.loads(pickle.dumps(used)), train_dataset=support.prompts())
+        trainer(model, trainers.even_reward, args=pickle.loads(pickle.dumps(used)), train_dataset=trainers.prompts())
     adapter.attach()
-    built = support.build(trainer, config, model, tmp_path, kl="k1@reward", max_steps=1)
+    built = trainers.build(trainer, config, model, tmp_path, kl="k1@reward", max_steps=1)
     built.train()
-    assert support.log_of(built, "kl/active") == [1.0]
+    assert trainers.log_of(built, "kl/active") == [1.0]
 
 
 def test_a_users_config_class_derived_after_attach_has_the_field(tmp_path):

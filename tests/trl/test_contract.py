@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
 from tests.contract.table import Row, rows
-from tests.trl.contract_driver import TRLDriver
+from tests.support.trl.contract_driver import TRLDriver
 
 pytestmark = pytest.mark.skipif(
     Version(trl.__version__) < ROLLOUT_WITHOUT_VLLM, reason="this TRL calls rollout_func only with vLLM"

@@ -9,7 +9,7 @@ import torch
 from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl import exact as adapter
-from tests.trl import support
+from tests.support.trl import trainers
 
 TEMPERATURE = 0.7
 
@@ -18,12 +18,12 @@ def moved_on(model: str, folder: Path, spec: str, **changes: Any) -> tuple[Any, 
     """A trainer and a rollout, after which its policy moved on; no task reward, so that all there is is the KL."""
     settings = {"loss_type": "dapo", "num_iterations": 2, "scale_rewards": "none", "temperature": TEMPERATURE}
     settings |= {"max_completion_length": 14}  # long enough for some completions to end earlier
-    built = support.build(
-        GRPOTrainer, GRPOConfig, model, folder, reward=support.zero_reward, kl=spec, **{**settings, **changes}
+    built = trainers.build(
+        GRPOTrainer, GRPOConfig, model, folder, reward=trainers.zero_reward, kl=spec, **{**settings, **changes}
     )
-    support.shift(built, 0.05)
-    inputs, _, _ = support.rollout_and_gradient(built)
-    support.shift(built, 0.03, seed=9)
+    trainers.shift(built, 0.05)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
+    trainers.shift(built, 0.03, seed=9)
     built.model.zero_grad()
     return built, inputs
 
@@ -62,7 +62,7 @@ SPECS = [
 def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
     built._metrics["train"].clear()
     built.compute_loss(built.model, inputs).backward()
-    ours = support.gradient(built)
+    ours = trainers.gradient(built)
     mask = inputs["completion_mask"].bool()
     assert 0 < mask.sum() < mask.numel(), "completions should end at different lengths"
     kl, logp = by_hand(built, inputs)
@@ -70,7 +70,7 @@ def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
     term = kl_term(KLSpec.parse(spec), logp, inputs["ref_per_token_logps"], mask, old_logp=old, exact=kl)
     built.model.zero_grad()
     (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
-    expected = support.gradient(built)
+    expected = trainers.gradient(built)
     assert expected.norm() > 0
     assert (ours - expected).norm() / expected.norm() < 1e-4
     assert built._metrics["train"]["kl/exact"][-1] == pytest.approx(float(kl.detach().sum() / mask.sum()), rel=1e-4)
@@ -133,27 +133,27 @@ def test_reference_is_the_model_without_its_adapter(checkpointing, model, tmp_pa
 
 
 def test_policy_trains_towards_the_reference(model, tmp_path):
-    built = support.build(
+    built = trainers.build(
         GRPOTrainer,
         GRPOConfig,
         model,
         tmp_path,
-        reward=support.zero_reward,
+        reward=trainers.zero_reward,
         kl="exact@loss",
         max_steps=16,
         beta=1.0,
         learning_rate=3e-3,
     )
-    support.shift(built, 0.05)
+    trainers.shift(built, 0.05)
     built.train()
-    values = support.log_of(built, "kl/exact")
+    values = trainers.log_of(built, "kl/exact")
     assert sum(values[-4:]) < 0.5 * sum(values[:4])
 
 
 def test_start_says_what_exact_terms_cost(model, tmp_path, capfd):
-    support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="exact@loss").train()
+    trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="exact@loss").train()
     assert "costs a forward pass of the reference and both heads once more" in capfd.readouterr().err
-    support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss").train()
+    trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss").train()
     assert "costs" not in capfd.readouterr().err
 
 
@@ -161,9 +161,9 @@ def test_start_says_what_exact_terms_cost(model, tmp_path, capfd):
 @pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_future_of_an_advantage_is_exact(spec, trainer, config, lora, model, tmp_path):
-    built = support.build(trainer, config, model, tmp_path, kl=spec, temperature=TEMPERATURE, lora=lora)
-    support.shift(built, 0.05)
-    inputs, _, _ = support.rollout_and_gradient(built)
+    built = trainers.build(trainer, config, model, tmp_path, kl=spec, temperature=TEMPERATURE, lora=lora)
+    trainers.shift(built, 0.05)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
     with torch.no_grad():
         kl, logp = by_hand(built, inputs)
     mask = inputs["completion_mask"].bool()

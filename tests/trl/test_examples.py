@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trl.launch import LIMIT, ROOT
+from tests.support.trl.launch import LIMIT, ROOT
 
 EXAMPLES = ROOT / "docs" / "examples"
 SPEC = "k2@loss/is:token/floor:0.5"

@@ -10,7 +10,7 @@ from packaging.version import Version
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from kl_plugins.adapters.trl.guards import LUSPO_MASKS_PADDING
-from tests.trl import support
+from tests.support.trl import trainers
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 OFF_POLICY = {"num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 1e-2}
@@ -24,9 +24,9 @@ def known(loss_type: str) -> bool:
 
 def trained(trainer: type, config: type, model: str, folder: Path, **changes: object) -> list[float]:
     changes = {"max_steps": 4, **changes}
-    built = support.build(trainer, config, model, folder, **changes)
+    built = trainers.build(trainer, config, model, folder, **changes)
     built.train()
-    return support.log_of(built, "loss") + support.log_of(built, "grad_norm")
+    return trainers.log_of(built, "loss") + trainers.log_of(built, "grad_norm")
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -47,12 +47,12 @@ def test_terms_are_aggregated_as_the_receipt_says(loss_type, model, tmp_path):
 
     if not known(loss_type) or (loss_type == "luspo" and Version(trl.__version__) < LUSPO_MASKS_PADDING):
         pytest.skip(f"this TRL has no loss_type {loss_type} that is supported")
-    built = support.build(
-        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", loss_type=loss_type, reward=support.zero_reward,
+    built = trainers.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", loss_type=loss_type, reward=trainers.zero_reward,
         scale_rewards="none", max_completion_length=14,
     )  # fmt: skip
-    support.shift(built)
-    inputs, _, loss = support.rollout_and_gradient(built)
+    trainers.shift(built)
+    inputs, _, loss = trainers.rollout_and_gradient(built)
     mask, lengths = inputs["completion_mask"].bool(), inputs["completion_mask"].sum(-1)
     assert lengths.unique().numel() > 1
     built._metrics["train"].clear()
@@ -86,15 +86,15 @@ def test_k3_differs_from_another_estimator(model, tmp_path):
 
 def off_policy_gradient(trainer: type, config: type, model: str, folder: Path, **changes: object):
     """Gradient of one loss after the policy moved on since the rollout, and since the reference."""
-    built = support.build(
-        trainer, config, model, folder, reward=support.zero_reward, num_iterations=2, scale_rewards="none", **changes
+    built = trainers.build(
+        trainer, config, model, folder, reward=trainers.zero_reward, num_iterations=2, scale_rewards="none", **changes
     )
-    support.shift(built, 0.05)
-    inputs, _, _ = support.rollout_and_gradient(built)
-    support.shift(built, 0.03, seed=9)
+    trainers.shift(built, 0.05)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
+    trainers.shift(built, 0.03, seed=9)
     built.model.zero_grad()
     built.compute_loss(built.model, inputs).backward()
-    return support.gradient(built), inputs, built
+    return trainers.gradient(built), inputs, built
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
@@ -137,7 +137,7 @@ def test_term_is_cores_on_the_same_tensors(spec, model, tmp_path):
     # dapo: the sum over tokens divided by the tokens of the batch; no task reward, so this is all there is.
     built.model.zero_grad()
     (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
-    expected = support.gradient(built)
+    expected = trainers.gradient(built)
     assert expected.norm() > 0
     assert (ours - expected).norm() / expected.norm() < 1e-5
 
@@ -159,17 +159,17 @@ def test_metrics_stand_beside_the_hosts_own(model, tmp_path):
     from kl_plugins.metrics import REDUCTIONS
 
     settings = {"use_bias_correction_kl": False, **OFF_POLICY}
-    host = support.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
+    host = trainers.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, **settings)
     host.train()
-    ours = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", **settings)
+    ours = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k3@loss", **settings)
     ours.train()
-    assert support.log_of(ours, "kl") == pytest.approx(support.log_of(host, "kl"), rel=1e-5)
+    assert trainers.log_of(ours, "kl") == pytest.approx(trainers.log_of(host, "kl"), rel=1e-5)
     # Its value is the same k3; the token counts of micro-batches are what TRL weighs by as well.
-    assert support.log_of(ours, "kl/value") == pytest.approx(support.log_of(ours, "kl"), rel=1e-3)
+    assert trainers.log_of(ours, "kl/value") == pytest.approx(trainers.log_of(ours, "kl"), rel=1e-3)
     for key in set(REDUCTIONS) - {"kl/exact"}:
-        assert len(support.log_of(ours, key)) == 2, key
-    assert support.log_of(ours, "kl/active") == [1.0, 1.0]
-    assert not support.log_of(host, "kl/active")
+        assert len(trainers.log_of(ours, key)) == 2, key
+    assert trainers.log_of(ours, "kl/active") == [1.0, 1.0]
+    assert not trainers.log_of(host, "kl/active")
 
 
 def test_a_logging_window_is_joined_as_one_batch(model, tmp_path):
@@ -177,7 +177,7 @@ def test_a_logging_window_is_joined_as_one_batch(model, tmp_path):
     from kl_plugins.patches.trl.shared import session_of
 
     changes = {"kl": "k2@loss/is:token", "max_steps": 3, **OFF_POLICY}
-    each = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
+    each = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)
     largest, tokens, sums = [], [], []
     observe = session_of(each).controller.observe
 
@@ -190,23 +190,23 @@ def test_a_logging_window_is_joined_as_one_batch(model, tmp_path):
 
     session_of(each).controller.observe = recorded
     each.train()
-    whole = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, **{**changes, "logging_steps": 3})
+    whole = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, **{**changes, "logging_steps": 3})
     whole.train()
     assert len(largest) == 6
     assert len(set(tokens)) > 1
     for key in ("kl/log_ratio/max", "kl/coef/max", "kl/weight/max"):
-        assert support.log_of(whole, key) == pytest.approx([max(support.log_of(each, key))]), key
-    assert support.log_of(whole, "kl/log_ratio/max") == pytest.approx([max(largest)], rel=1e-4)
-    assert support.log_of(whole, "kl/log_ratio/mean") == pytest.approx([sum(sums) / sum(tokens)], rel=1e-4)
+        assert trainers.log_of(whole, key) == pytest.approx([max(trainers.log_of(each, key))]), key
+    assert trainers.log_of(whole, "kl/log_ratio/max") == pytest.approx([max(largest)], rel=1e-4)
+    assert trainers.log_of(whole, "kl/log_ratio/mean") == pytest.approx([sum(sums) / sum(tokens)], rel=1e-4)
     steps = [sum(sums[i : i + 2]) / sum(tokens[i : i + 2]) for i in (0, 2, 4)]
-    assert support.log_of(each, "kl/log_ratio/mean") == pytest.approx(steps, rel=1e-4)
+    assert trainers.log_of(each, "kl/log_ratio/mean") == pytest.approx(steps, rel=1e-4)
 
 
 def test_evaluation_regularises_and_logs(model, tmp_path):
-    built = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", per_device_eval_batch_size=8)
-    built.eval_dataset = support.prompts(4)
+    built = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss", per_device_eval_batch_size=8)
+    built.eval_dataset = trainers.prompts(4)
     built.evaluate()
-    assert support.log_of(built, "eval_kl/active") == [1.0]
+    assert trainers.log_of(built, "eval_kl/active") == [1.0]
 
 
 def test_beta_may_be_set_to_zero_and_back(model, tmp_path):
@@ -216,32 +216,32 @@ def test_beta_may_be_set_to_zero_and_back(model, tmp_path):
         def on_step_begin(self, args, state, control, **kwargs):
             built.beta = (0.2, 0.0, 0.4)[state.global_step]
 
-    built = support.build(
-        GRPOTrainer, GRPOConfig, model, tmp_path, reward=support.zero_reward, max_steps=3, kl="k2@loss"
+    built = trainers.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, reward=trainers.zero_reward, max_steps=3, kl="k2@loss"
     )
-    support.shift(built)
+    trainers.shift(built)
     built.add_callback(Changes())
     built.train()
-    assert support.log_of(built, "kl/beta") == pytest.approx([0.2, 0.0, 0.4])
-    gradients = support.log_of(built, "grad_norm")
+    assert trainers.log_of(built, "kl/beta") == pytest.approx([0.2, 0.0, 0.4])
+    gradients = trainers.log_of(built, "grad_norm")
     assert gradients[1] == 0
     assert min(gradients[0], gradients[2]) > 0
 
 
 def test_schedule_of_beta_scales_the_term(model, tmp_path):
     # From 0: TRL still scores the reference, and the first step has no KL gradient.
-    built = support.build(
+    built = trainers.build(
         GRPOTrainer,
         GRPOConfig,
         model,
         tmp_path,
-        reward=support.zero_reward,
+        reward=trainers.zero_reward,
         max_steps=3,
         kl="k2@loss/beta:linear-0-0.4-2",
     )
-    support.shift(built)
+    trainers.shift(built)
     built.train()
-    assert support.log_of(built, "kl/beta") == pytest.approx([0.0, 0.2, 0.4])
-    gradients = support.log_of(built, "grad_norm")
+    assert trainers.log_of(built, "kl/beta") == pytest.approx([0.0, 0.2, 0.4])
+    gradients = trainers.log_of(built, "grad_norm")
     assert gradients[0] == 0
     assert min(gradients[1:]) > 0

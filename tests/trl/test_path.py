@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.contract import path
-from tests.trl import support
+from tests.support.trl import trainers
 
 
 def test_the_path_of_a_spec_is_short(model: str, tmp_path: Path) -> None:
@@ -11,7 +11,7 @@ def test_the_path_of_a_spec_is_short(model: str, tmp_path: Path) -> None:
 
     path.start()
     try:
-        trainer = support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token", max_steps=1)
+        trainer = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token", max_steps=1)
         trainer.train()
     finally:
         found = path.stop()

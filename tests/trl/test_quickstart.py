@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.guides import blocks
+from tests.support.guides import blocks
 
 QUICK = 'output_dir="out", max_steps=1, use_cpu=True, bf16=False, save_strategy="no"'
 

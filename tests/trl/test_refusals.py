@@ -8,7 +8,7 @@ import trl
 from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from tests.trl import support
+from tests.support.trl import trainers
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from tests.trl import support
 )
 def test_contradictions_in_the_config(cls, changes, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
-        cls(**support.settings(tmp_path, **changes))
+        cls(**trainers.settings(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_contradictions_of_old_versions(version, changes, reason, tmp_path):
 
 def test_sampler_log_probs_that_nobody_gives(model, tmp_path):
     with pytest.raises(ValueError, match="use_vllm"):
-        support.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token/behaviour:sampler")
+        trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token/behaviour:sampler")
 
 
 def test_reward_with_tokens_that_the_policy_did_not_write(model, tmp_path):
@@ -74,9 +74,9 @@ def test_reward_with_tokens_that_the_policy_did_not_write(model, tmp_path):
         """
         return query
 
-    args = GRPOConfig(**support.settings(tmp_path, kl="k1@reward"))
+    args = GRPOConfig(**trainers.settings(tmp_path, kl="k1@reward"))
     with pytest.raises(ValueError, match="tools"):
-        GRPOTrainer(model, support.even_reward, args=args, train_dataset=support.prompts(), tools=[search])
+        GRPOTrainer(model, trainers.even_reward, args=args, train_dataset=trainers.prompts(), tools=[search])
 
 
 def test_gmpo_keeps_its_own_kl_and_is_refused(model, tmp_path):
@@ -88,9 +88,9 @@ def test_gmpo_keeps_its_own_kl_and_is_refused(model, tmp_path):
 
     attach()
     cls = gmpo.GMPOTrainer
-    args = GRPOConfig(**support.settings(tmp_path, kl="k2@loss"))
+    args = GRPOConfig(**trainers.settings(tmp_path, kl="k2@loss"))
     with pytest.raises(ValueError, match="_compute_loss"):
-        cls(model, support.even_reward, args=args, train_dataset=support.prompts())
+        cls(model, trainers.even_reward, args=args, train_dataset=trainers.prompts())
 
 
 class GoesAround(GRPOTrainer):
@@ -103,8 +103,8 @@ class GoesAround(GRPOTrainer):
 
 
 def test_a_trainer_that_goes_around_the_seam_stops_before_the_first_update(model, tmp_path):
-    built = support.build(GoesAround, GRPOConfig, model, tmp_path, kl="k2@loss")
-    before = support.shift, [p.detach().clone() for p in built.model.parameters()]
+    built = trainers.build(GoesAround, GRPOConfig, model, tmp_path, kl="k2@loss")
+    before = trainers.shift, [p.detach().clone() for p in built.model.parameters()]
     with pytest.raises(RuntimeError, match="not applied before update 1"):
         built.train()
     for old, new in zip(before[1], built.model.parameters(), strict=True):
@@ -119,9 +119,9 @@ class CallsSuper(GRPOTrainer):
 
 
 def test_a_subclass_that_calls_super_is_welcome(model, tmp_path):
-    built = support.build(CallsSuper, GRPOConfig, model, tmp_path, kl="k2@loss")
+    built = trainers.build(CallsSuper, GRPOConfig, model, tmp_path, kl="k2@loss")
     built.train()
-    assert support.log_of(built, "kl/active") == [1.0, 1.0]
+    assert trainers.log_of(built, "kl/active") == [1.0, 1.0]
 
 
 class OwnRewards(GRPOTrainer):
@@ -140,15 +140,15 @@ class OwnRollout(GRPOTrainer):
 
 def test_a_subclass_is_refused_only_over_what_the_spec_works_through(model, tmp_path):
     for cls, spec in ((OwnRewards, "k2@loss"), (OwnRewards, "k1@advantage"), (OwnRollout, "k2@loss")):
-        built = support.build(cls, GRPOConfig, model, tmp_path, kl=spec, max_steps=1)
+        built = trainers.build(cls, GRPOConfig, model, tmp_path, kl=spec, max_steps=1)
         built.train()
-        assert support.log_of(built, "kl/active") == [1.0]
+        assert trainers.log_of(built, "kl/active") == [1.0]
     for cls, spec, method in (
         (OwnRewards, "k1@reward", "_calculate_rewards"),
         (OwnRollout, "k1@advantage", "_generate_and_score_completions"),
     ):
         with pytest.raises(ValueError, match=f"own {method} never calls"):
-            support.build(cls, GRPOConfig, model, tmp_path, kl=spec)
+            trainers.build(cls, GRPOConfig, model, tmp_path, kl=spec)
 
 
 @pytest.mark.parametrize("spec", ["exact@loss", "exact@advantage"])
@@ -161,7 +161,7 @@ def test_exact_terms_under_zero_3(spec, monkeypatch, tmp_path):
         def is_zero3(self):
             return True
 
-    settings = support.settings(tmp_path)
+    settings = trainers.settings(tmp_path)
     there = Zero3()
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: there)
     with pytest.raises(ValueError, match=r"ZeRO-3.*sampled spec"):
@@ -173,7 +173,7 @@ def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):
     from kl_plugins.adapters.trl import attach, detach
 
     attach()
-    built = support.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, kl="k2@loss")
+    built = trainers.build(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, kl="k2@loss")
     detach()
     with pytest.raises(RuntimeError, match="not applied"):
         built.train()
@@ -203,4 +203,4 @@ def test_changed_source_is_refused(monkeypatch):
 
 def test_rloo_trainer_takes_both_scores(model, tmp_path):
     for spec in ("k1@reward", "k1@advantage"):
-        support.build(RLOOTrainer, RLOOConfig, model, tmp_path, kl=spec)
+        trainers.build(RLOOTrainer, RLOOConfig, model, tmp_path, kl=spec)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from tests.trl import support
+from tests.support.trl import trainers
 
 SPEC = "k2@loss/is:token/beta:adaptive-0.001-64"
 SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "max_steps": 5, "num_iterations": 1}
 
 
 def finished(model, folder, resume=None, spec=SPEC):
-    built = support.build(GRPOTrainer, GRPOConfig, model, folder, kl=spec, **SAVING)
+    built = trainers.build(GRPOTrainer, GRPOConfig, model, folder, kl=spec, **SAVING)
     built.train(resume_from_checkpoint=resume)
     return built
 

@@ -7,27 +7,14 @@ import torch
 import trl
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from tests.trl import support
-
-BETA = 0.2
-
-
-def log_ratio(built, inputs):
-    """(B, T) log(policy/reference) by TRL's own functions, 0 outside the response."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    with torch.no_grad():
-        logp, ref = (
-            built._get_per_token_logps_and_entropies(m, ids, attention, inputs["completion_ids"].shape[1])[0]
-            for m in (built.model, built.ref_model)
-        )
-    return (logp - ref) * inputs["completion_mask"]
+from tests.support.trl import trainers
+from tests.support.trl.trainers import BETA, log_ratio
 
 
 def grpo(model, folder, spec="k1@reward", **changes):
-    built = support.build(GRPOTrainer, GRPOConfig, model, folder, kl=spec, beta=BETA, **changes)
-    support.shift(built)
-    inputs, gradient, _ = support.rollout_and_gradient(built)
+    built = trainers.build(GRPOTrainer, GRPOConfig, model, folder, kl=spec, beta=BETA, **changes)
+    trainers.shift(built)
+    inputs, gradient, _ = trainers.rollout_and_gradient(built)
     return built, inputs, gradient
 
 
@@ -35,7 +22,7 @@ def grpo(model, folder, spec="k1@reward", **changes):
 @pytest.mark.parametrize("scale", ["none", "group"])
 def test_enters_before_group_normalisation(scale, num_iterations, model, tmp_path):
     built, inputs, _ = grpo(
-        model, tmp_path, scale_rewards=scale, num_iterations=num_iterations, reward=support.zero_reward
+        model, tmp_path, scale_rewards=scale, num_iterations=num_iterations, reward=trainers.zero_reward
     )
     assert inputs["advantages"].shape == (8,)
     kl = log_ratio(built, inputs).sum(-1).view(2, 4)
@@ -50,7 +37,7 @@ def test_enters_before_group_normalisation(scale, num_iterations, model, tmp_pat
 def test_adds_to_the_task_reward(model, tmp_path):
     built, inputs, _ = grpo(model, tmp_path, scale_rewards="none")
     texts = built.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
-    task = torch.tensor(support.even_reward(texts)).view(2, 4)
+    task = torch.tensor(trainers.even_reward(texts)).view(2, 4)
     reward = task - BETA * log_ratio(built, inputs).sum(-1).view(2, 4)
     expected = (reward - reward.mean(1, keepdim=True)).flatten()
     torch.testing.assert_close(inputs["advantages"], expected, rtol=1e-4, atol=1e-5)
@@ -59,7 +46,7 @@ def test_adds_to_the_task_reward(model, tmp_path):
 def test_logs_the_task_reward_without_the_penalty(model, tmp_path):
     built, inputs, _ = grpo(model, tmp_path)
     texts = built.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
-    task = torch.tensor(support.even_reward(texts))
+    task = torch.tensor(trainers.even_reward(texts))
     log = built._metrics["train"]
     assert log["reward"] == pytest.approx([task.mean().item()], rel=1e-5)
     assert log["reward_std"] == pytest.approx([task.std().item()], rel=1e-5)
@@ -72,16 +59,16 @@ def test_logs_the_task_reward_without_the_penalty(model, tmp_path):
 
 def test_nothing_is_left_in_the_loss(model, tmp_path):
     # Without a task reward and with one completion per group to compare with itself, no gradient may remain.
-    _, inputs, gradient = grpo(model, tmp_path, reward=support.zero_reward, scale_rewards="none")
+    _, inputs, gradient = grpo(model, tmp_path, reward=trainers.zero_reward, scale_rewards="none")
     with_penalty = gradient.norm()
-    built = support.build(
-        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@reward", beta=BETA, reward=support.zero_reward
+    built = trainers.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl="k1@reward", beta=BETA, reward=trainers.zero_reward
     )
-    support.shift(built)
+    trainers.shift(built)
     inputs["advantages"] = torch.zeros_like(inputs["advantages"])
     built.current_gradient_accumulation_steps = 1
     built.compute_loss(built.model, inputs).backward()
-    assert support.gradient(built).norm() == 0
+    assert trainers.gradient(built).norm() == 0
     assert with_penalty > 0
 
 
@@ -109,12 +96,12 @@ def test_a_changed_beta_is_used_from_the_next_rollout_on(trainer, config, model,
     found = []
     for beta in (BETA, 2 * BETA, 0.0):
         scaling = {"scale_rewards": "none"} if trainer is GRPOTrainer else {"normalize_advantages": False}
-        built = support.build(
-            trainer, config, model, tmp_path, kl="k1@reward", beta=BETA, reward=support.zero_reward, **scaling
+        built = trainers.build(
+            trainer, config, model, tmp_path, kl="k1@reward", beta=BETA, reward=trainers.zero_reward, **scaling
         )
-        support.shift(built)
+        trainers.shift(built)
         built.beta = beta
-        inputs, _, _ = support.rollout_and_gradient(built)
+        inputs, _, _ = trainers.rollout_and_gradient(built)
         found.append(inputs["advantages"])
         assert built._metrics["train"]["kl/beta"] == pytest.approx([beta])
     assert found[0].abs().max() > 1e-3
@@ -129,23 +116,23 @@ def test_rloo_k1_is_the_hosts_own(normalize, model, tmp_path):
         (trl.RLOOTrainer, trl.RLOOConfig, {}),
         (RLOOTrainer, RLOOConfig, {"kl": "k1@reward"}),
     ):
-        built = support.build(
+        built = trainers.build(
             trainer, config, model, tmp_path, max_steps=4, learning_rate=1e-2, normalize_advantages=normalize, **extra
         )
         built.train()
         results.append(
-            support.log_of(built, "loss") + support.log_of(built, "grad_norm") + support.log_of(built, "reward")
+            trainers.log_of(built, "loss") + trainers.log_of(built, "grad_norm") + trainers.log_of(built, "reward")
         )
     host, ours = results
     assert ours == pytest.approx(host, rel=1e-4, abs=2e-6)
 
 
 def test_rloo_takes_another_estimator(model, tmp_path):
-    built = support.build(
-        RLOOTrainer, RLOOConfig, model, tmp_path, kl="k3@reward/allow:biased", beta=BETA, reward=support.zero_reward
+    built = trainers.build(
+        RLOOTrainer, RLOOConfig, model, tmp_path, kl="k3@reward/allow:biased", beta=BETA, reward=trainers.zero_reward
     )
-    support.shift(built)
-    inputs, _, _ = support.rollout_and_gradient(built)
+    trainers.shift(built)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
     u = log_ratio(built, inputs)
     reward = -BETA * (torch.exp(-u) - 1 + u).sum(-1).view(2, 4)
     expected = reward - (reward.sum(1, keepdim=True) - reward) / 3

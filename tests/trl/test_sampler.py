@@ -9,7 +9,7 @@ from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
 from kl_plugins.patches.trl.shared import session_of
-from tests.trl import support
+from tests.support.trl import trainers
 
 GAP = 0.3
 
@@ -39,11 +39,11 @@ def engine():
 
 
 def build(model, folder, spec, rollout=None, **changes):
-    args = GRPOConfig(**support.settings(folder, kl=spec, num_iterations=2, loss_type="dapo", **changes))
+    args = GRPOConfig(**trainers.settings(folder, kl=spec, num_iterations=2, loss_type="dapo", **changes))
     built = GRPOTrainer(
-        model, support.zero_reward, args=args, train_dataset=support.prompts(), rollout_func=rollout or engine()
+        model, trainers.zero_reward, args=args, train_dataset=trainers.prompts(), rollout_func=rollout or engine()
     )
-    support.shift(built)
+    trainers.shift(built)
     return built
 
 
@@ -60,7 +60,7 @@ def build(model, folder, spec, rollout=None, **changes):
 def test_weight_divides_by_the_log_probs_that_the_receipt_names(spec, source, model, tmp_path):
     built = build(model, tmp_path, spec)
     assert session_of(built).receipt().behaviour == source
-    inputs, found, _ = support.rollout_and_gradient(built)
+    inputs, found, _ = trainers.rollout_and_gradient(built)
     mask = inputs["completion_mask"].bool()
     assert mask.sum() < mask.numel()
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -76,7 +76,7 @@ def test_weight_divides_by_the_log_probs_that_the_receipt_names(spec, source, mo
         torch.testing.assert_close(term.weight[mask], torch.full((int(mask.sum()),), GAP).exp(), rtol=1e-3, atol=1e-4)
     built.model.zero_grad()
     (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
-    expected = support.gradient(built)
+    expected = trainers.gradient(built)
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
@@ -84,5 +84,5 @@ def test_metrics_show_the_mismatch(model, tmp_path):
     built = build(model, tmp_path, "k2@loss/is:token", learning_rate=1e-6)
     built.train()
     weight = torch.tensor(GAP).exp().item()
-    assert support.log_of(built, "kl/weight/max")[0] == pytest.approx(weight, rel=1e-2)
-    assert support.log_of(built, "kl/trust_region")[0] == pytest.approx(weight - 1 - GAP, rel=2e-2)
+    assert trainers.log_of(built, "kl/weight/max")[0] == pytest.approx(weight, rel=1e-2)
+    assert trainers.log_of(built, "kl/trust_region")[0] == pytest.approx(weight - 1 - GAP, rel=2e-2)

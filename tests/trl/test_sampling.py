@@ -6,8 +6,8 @@ from packaging.version import Version
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from kl_plugins.adapters.trl.sampling import ASSUME_VARIABLE, PROCESSED, SERVED_BY_VLLM, mode_in, sampling_of
 from tests.contract.checks import BY_OLD, BY_SAMPLER
-from tests.trl import support
-from tests.trl.contract_driver import environment, refusal_of, rollout, vllm_server
+from tests.support.trl import trainers
+from tests.support.trl.contract_driver import environment, refusal_of, rollout, vllm_server
 
 HOT = {"temperature": 0.7}
 
@@ -30,14 +30,14 @@ HOT = {"temperature": 0.7}
     ],
 )
 def test_settings_of_generation(changes, expected, tmp_path):
-    config = GRPOConfig(**support.settings(tmp_path, **changes))
+    config = GRPOConfig(**trainers.settings(tmp_path, **changes))
     assert str(sampling_of(config, PROCESSED)) == f"{expected}, processed log-probs"
 
 
 def in_server_mode(tmp_path, mode, spec=BY_SAMPLER, **changes):
     with vllm_server(mode) as port:
         engine = {"use_vllm": True, "vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
-        return refusal_of(GRPOTrainer, GRPOConfig, **support.settings(tmp_path, kl=spec, **{**engine, **changes}))
+        return refusal_of(GRPOTrainer, GRPOConfig, **trainers.settings(tmp_path, kl=spec, **{**engine, **changes}))
 
 
 def test_a_server_is_asked_for_its_mode(tmp_path):
@@ -64,7 +64,7 @@ def test_a_server_that_does_not_say_is_refused_unless_the_user_vouches_for_it(tm
 
 
 def test_a_rollout_function_may_report_anything(tmp_path):
-    settings = support.settings(tmp_path, kl=BY_SAMPLER)
+    settings = trainers.settings(tmp_path, kl=BY_SAMPLER)
     assert "may report raw" in refusal_of(GRPOTrainer, GRPOConfig, rollout, **settings, **HOT)
     assert refusal_of(GRPOTrainer, GRPOConfig, rollout, **settings) == ""
     with environment(**{ASSUME_VARIABLE: "1"}):
@@ -80,5 +80,5 @@ def test_a_rollout_function_may_report_anything(tmp_path):
     ],
 )
 def test_who_sets_the_mode(changes, version, mode, tmp_path):
-    config = GRPOConfig(**support.settings(tmp_path, use_vllm=True, **changes))
+    config = GRPOConfig(**trainers.settings(tmp_path, use_vllm=True, **changes))
     assert mode_in(config, False, version) == mode

@@ -5,12 +5,12 @@ import torch
 import trl
 
 from kl_plugins.adapters import trl as adapter
-from tests.trl import support
+from tests.support.trl import trainers
 
 
 def outcome(trainer, config, model, folder, lora, **changes):
     torch.manual_seed(0)
-    built = support.build(
+    built = trainers.build(
         trainer, config, model, folder, lora=lora, num_iterations=2, max_steps=3, learning_rate=1e-2, **changes
     )
     built.train()

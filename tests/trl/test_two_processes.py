@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.trl.launch import torchrun
+from tests.support.trl.launch import torchrun
 
 
 def results(scenario: str, model: str, folder: Any, **environment: str) -> tuple[list[Any], str]:
-    done = torchrun("tests.trl.worker", scenario, model, str(folder), **environment)
+    done = torchrun("tests.support.trl.worker", scenario, model, str(folder), **environment)
     assert done.returncode == 0, done.stdout[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], done.stdout
 
@@ -66,7 +66,7 @@ def test_every_process_leaves_a_receipt_once(trained):
     ("scenario", "expected"), [("missing", "no receipt from rank 1 of 2"), ("unequal", "disagree on spec")]
 )
 def test_a_process_without_the_named_regulariser_stops_the_run(scenario, expected, model, tmp_path):
-    done = torchrun("tests.trl.worker", scenario, model, str(tmp_path), KL_PLUGINS_RECEIPT_TIMEOUT="5")
+    done = torchrun("tests.support.trl.worker", scenario, model, str(tmp_path), KL_PLUGINS_RECEIPT_TIMEOUT="5")
     assert done.returncode != 0
     assert "MissingReceiptError" in done.stdout
     assert expected in done.stdout

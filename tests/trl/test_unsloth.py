@@ -11,8 +11,8 @@ from trl.trainer import grpo_trainer
 
 from kl_plugins.adapters import trl as adapter
 from kl_plugins.patches.guards import ALLOW_UNTESTED, UnsupportedHostError
-from tests.trl import support
-from tests.trl.launch import LIMIT, ROOT
+from tests.support.trl import trainers
+from tests.support.trl.launch import LIMIT, ROOT
 
 STAND_IN = """
 import trl
@@ -41,20 +41,20 @@ def rewritten(monkeypatch):
 @pytest.mark.parametrize("cls", [adapter.GRPOConfig, adapter.RLOOConfig])
 def test_a_config_with_a_spec(cls, imported, tmp_path):
     with pytest.raises(UnsupportedHostError, match=f"kl='k1@advantage' cannot be used here: Unsloth is.*{ADVICE}"):
-        cls(**support.settings(tmp_path, kl="k1@advantage"))
+        cls(**trainers.settings(tmp_path, kl="k1@advantage"))
 
 
 def test_the_place_of_the_rewritten_class_is_named(rewritten, tmp_path):
     named = r"Unsloth has replaced trl\.GRPOTrainer by its own UnslothGRPOTrainer, which computes loss and KL itself"
     with pytest.raises(UnsupportedHostError, match=f"{named}.*{ADVICE}"):
-        adapter.GRPOConfig(**support.settings(tmp_path, kl="default"))
+        adapter.GRPOConfig(**trainers.settings(tmp_path, kl="default"))
 
 
 def test_a_trainer_whose_config_is_older_than_unsloth(model, tmp_path, monkeypatch):
-    args = adapter.GRPOConfig(**support.settings(tmp_path, kl="k2@loss"))
+    args = adapter.GRPOConfig(**trainers.settings(tmp_path, kl="k2@loss"))
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     with pytest.raises(UnsupportedHostError, match=ADVICE):
-        adapter.GRPOTrainer(model, support.even_reward, args=args, train_dataset=support.prompts())
+        adapter.GRPOTrainer(model, trainers.even_reward, args=args, train_dataset=trainers.prompts())
 
 
 def test_attach_changes_nothing(rewritten):
@@ -66,11 +66,11 @@ def test_attach_changes_nothing(rewritten):
 def test_no_setting_allows_it(imported, tmp_path, monkeypatch):
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     with pytest.raises(UnsupportedHostError, match=ADVICE):
-        adapter.GRPOConfig(**support.settings(tmp_path, kl="k2@loss"))
+        adapter.GRPOConfig(**trainers.settings(tmp_path, kl="k2@loss"))
 
 
 def test_without_a_spec_it_is_none_of_our_business(imported, rewritten, tmp_path):
-    assert adapter.GRPOConfig(**support.settings(tmp_path)).kl is None
+    assert adapter.GRPOConfig(**trainers.settings(tmp_path)).kl is None
 
 
 def test_unsloth_is_imported_first_as_it_asks_for(tmp_path):

@@ -8,12 +8,12 @@ import torch
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl.session import PENALTY
-from tests.trl import support
+from tests.support.trl import trainers
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm]
 
 pytest.importorskip("vllm")
-from tests.trl import vllm_support  # noqa: E402
+from tests.support.trl import vllm_support  # noqa: E402
 
 SAMPLER, OLD = "sampling_per_token_logps", "old_per_token_logps"
 
@@ -30,17 +30,17 @@ def _engine(monkeypatch: pytest.MonkeyPatch):
 
 
 def built(trainer: type, config: type, model: str, folder: Path, **changes):
-    return support.build(trainer, config, model, folder, **vllm_support.COLOCATED, **changes)
+    return trainers.build(trainer, config, model, folder, **vllm_support.COLOCATED, **changes)
 
 
 def rolled_out(trainer, lag: bool):
     """A rollout and its loss's gradient. With `lag`, the engine still samples from the weights of an earlier policy."""
-    support.shift(trainer, 0.02)
-    found = support.rollout_and_gradient(trainer)
+    trainers.shift(trainer, 0.02)
+    found = trainers.rollout_and_gradient(trainer)
     if lag:
         # TRL hands weights over once per optimizer step; within it, the engine stays behind.
-        support.shift(trainer, 0.02, seed=9)
-        found = support.rollout_and_gradient(trainer)
+        trainers.shift(trainer, 0.02, seed=9)
+        found = trainers.rollout_and_gradient(trainer)
     return found
 
 
@@ -53,7 +53,7 @@ def by_hand(trainer, inputs, behaviour: str) -> torch.Tensor:
         weight = torch.exp(logp - inputs[behaviour])
     trainer.model.zero_grad()
     (trainer.beta * (weight * u * logp)[mask].sum() / mask.sum()).backward()
-    return support.gradient(trainer)
+    return trainers.gradient(trainer)
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -70,7 +70,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     ],
 )
 def test_weight_divides_by_the_policy_that_the_spec_names(spec, behaviour, other, lag, wide_model, tmp_path):
-    trainer = built(GRPOTrainer, GRPOConfig, wide_model, tmp_path, reward=support.zero_reward, kl=spec)
+    trainer = built(GRPOTrainer, GRPOConfig, wide_model, tmp_path, reward=trainers.zero_reward, kl=spec)
     inputs, gradient, _ = rolled_out(trainer, lag)
     gap = (inputs[OLD] - inputs[SAMPLER])[inputs["completion_mask"].bool()].abs()
     # In step, what is left is the engine's own arithmetic: bfloat16 there, float32 here.
@@ -91,7 +91,7 @@ def test_training_reports_the_engine_as_behaviour_policy(wide_model, tmp_path, c
     assert "behaviour sampler" in receipt
 
     def log(key: str) -> list[float]:
-        return support.log_of(trainer, key)
+        return trainers.log_of(trainer, key)
 
     # The first step of each rollout trains the very policy that the engine holds: what is left is the engine's gap, ...
     largest = torch.tensor(log("sampling/sampling_logp_difference/max")).exp()
@@ -111,7 +111,7 @@ def test_old_as_behaviour_ignores_the_engine(wide_model, tmp_path, capsys, caplo
         )  # fmt: skip
         trainer.train()
     assert "behaviour old" in capsys.readouterr().err + caplog.text
-    assert support.log_of(trainer, "kl/weight/max") == pytest.approx([1.0], abs=1e-6)
+    assert trainers.log_of(trainer, "kl/weight/max") == pytest.approx([1.0], abs=1e-6)
 
 
 def test_unknown_log_prob_of_the_engine_is_an_error(wide_model, tmp_path):
@@ -122,7 +122,7 @@ def test_unknown_log_prob_of_the_engine_is_an_error(wide_model, tmp_path):
     padding = {**inputs, SAMPLER: inputs[SAMPLER].masked_fill(~mask, float("nan"))}
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, padding).backward()
-    assert torch.equal(support.gradient(trainer), gradient)
+    assert torch.equal(trainers.gradient(trainer), gradient)
     unknown = inputs[SAMPLER].clone()
     unknown[0, 0] = float("nan")
     with pytest.raises(ValueError, match=rf"no log-prob \(NaN\) for 1 of {mask.sum()} response tokens.*behaviour:old"):
@@ -150,5 +150,5 @@ def test_penalty_in_the_score_uses_the_trainers_log_probs(spec, trainer, config,
 def test_rloo_trains_beside_an_engine(spec, wide_model, tmp_path):
     made = built(RLOOTrainer, RLOOConfig, wide_model, tmp_path, kl=spec, max_steps=3)
     made.train()
-    assert support.log_of(made, "kl/active") == [1.0] * 3
-    assert support.log_of(made, "kl/value")[-1] > 0
+    assert trainers.log_of(made, "kl/active") == [1.0] * 3
+    assert trainers.log_of(made, "kl/value")[-1] > 0

@@ -1,85 +1,13 @@
-"""Environment of the veRL tests: CPU platform, offline, one Ray cluster of their own."""
+"""Tests in this folder run with veRL, in the environment that ``tests/support/verl/fixtures.py`` makes."""
 
-import importlib.util
-import os
-import sys
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from importlib.util import find_spec
 
 import pytest
 
-from tests.verl import ray_support
-from tests.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9, WITHOUT_PLUGIN
-from tests.verl.workers import Group
-
-if importlib.util.find_spec("verl") is None:
+if find_spec("verl") is None:
     pytest.skip("veRL is not installed", allow_module_level=True)
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-with warnings.catch_warnings():
-    # Imported here, where the host may warn, and not while tests are collected, where a warning is an error.
-    warnings.simplefilter("ignore")
-    importlib.import_module("verl")
-    importlib.import_module("verl.workers.engine_workers")
-    importlib.import_module("verl.trainer.ppo.ray_trainer")
-    if SINCE_0_9:
-        importlib.import_module("verl.trainer.ppo.v1")
-
-HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if HERE in item.path.parents:
-            # The host's own warnings are the host's business; ours stay errors.
-            item.add_marker(pytest.mark.filterwarnings("ignore"))
-            item.add_marker(pytest.mark.filterwarnings("error:kl-plugins"))
-
-
-@pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.verl.assets import build
-
-    return build(tmp_path_factory.mktemp("assets"))
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    from tests.verl import remote
-
-    with ray_support.cluster(remote, cpus=32):
-        yield
-
-
-@pytest.fixture(scope="session")
-def model(assets: Path) -> Any:
-    """The policy that every group of workers starts from."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="sdpa")
-
-
-@pytest.fixture(scope="session")
-def single(assets: Path, cluster: None) -> Iterator[Group]:
-    """One training worker, shared by all tests; sequences are packed."""
-    made = Group(str(assets / "model"), 1, packed=True)
-    yield made
-    made.end()
-
-
-@pytest.fixture(scope="session")
-def pair(assets: Path, cluster: None) -> Iterator[Group]:
-    """Two training workers, shared by all tests; sequences are padded."""
-    made = Group(str(assets / "model"), 2, packed=False)
-    yield made
-    made.end()
-
-
-@pytest.fixture(scope="session")
-def stock(assets: Path, cluster: None) -> Iterator[Group]:
-    """One training worker in a process without kl-plugins."""
-    made = Group(str(assets / "model"), 1, packed=True, environment=WITHOUT_PLUGIN)
-    yield made
-    made.end()
+def pytest_configure(config: pytest.Config) -> None:
+    # As a plugin, so that two folders in one run share what is made once per session.
+    config.pluginmanager.import_plugin("tests.support.verl.fixtures")

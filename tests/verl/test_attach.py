@@ -22,7 +22,7 @@ from kl_plugins.patches.patch import Hook
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, expected
 from kl_plugins.patches.verl.targets import PATCHES
-from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
+from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 
 def python(program, **environment):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.contract.table import rows
-from tests.verl.contract_driver import VerlDriver
+from tests.support.verl.contract_driver import VerlDriver
 
 pytestmark = pytest.mark.timeout(900)
 

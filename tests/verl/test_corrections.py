@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.verl.reference import by_hand, difference, distance
-from tests.verl.workers import make_batch
+from tests.support.verl.reference import by_hand, difference, distance
+from tests.support.verl.workers import make_batch
 
 SPEC = "k2@loss/is:token"
 

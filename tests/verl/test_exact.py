@@ -8,12 +8,11 @@ import torch
 
 from kl_plugins import KLSpec
 from kl_plugins.receipts import MissingReceiptError
-from tests.verl import remote
-from tests.verl.main_ppo import run
-from tests.verl.ray_support import TRAINERS
-from tests.verl.reference import by_hand, distance
-from tests.verl.test_main_ppo import KL_TYPE, LOSS, SETTINGS, finished
-from tests.verl.workers import BETA, Group, make_batch, policy_logits
+from tests.support.verl import remote
+from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
+from tests.support.verl.ray_support import TRAINERS
+from tests.support.verl.reference import by_hand, distance
+from tests.support.verl.workers import BETA, Group, make_batch, policy_logits
 
 SPECS = (
     "exact@loss",
@@ -122,7 +121,7 @@ def test_a_spec_without_exact_terms_costs_nothing(group, batch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", TRAINERS)
 def test_main_ppo(version, assets, tmp_path):
-    settings = {**LOSS, **SETTINGS[version], KL_TYPE: "exact@loss", "actor_rollout_ref.actor.ppo_epochs": 2}
+    settings = {**LOSS, **OF_TRAINER[version], KL_TYPE: "exact@loss", "actor_rollout_ref.actor.ppo_epochs": 2}
     result = run(assets, tmp_path, settings)
     _, second = finished(result)
     assert "costs a forward pass of the reference with its logits" in result.output

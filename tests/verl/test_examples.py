@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import examples
-from tests.examples import EXAMPLES
-from tests.verl.main_ppo import SETTINGS, end_session
-from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
+from tests.support import examples
+from tests.support.examples import EXAMPLES
+from tests.support.verl.main_ppo import SETTINGS, end_session
+from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 RECEIPT = r"kl-plugins: k2@loss/is:token/floor:0\.5 active in veRL \S+, rank (\d+) of (\d+) .*behaviour sampler"
 TINY = {

@@ -4,25 +4,14 @@ import re
 
 import pytest
 
-from tests.verl.main_ppo import CRITIC, run
-from tests.verl.ray_support import SINCE_0_9, TRAINERS
+from tests.support.verl.main_ppo import CRITIC, KL_TYPE, LOSS, OF_TRAINER, finished, run
+from tests.support.verl.ray_support import TRAINERS
 
-LOSS = {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_coef": 0.1}
-KL_TYPE = "actor_rollout_ref.actor.kl_loss_type"
 SCORE = {"algorithm.use_kl_in_reward": True, "algorithm.kl_ctrl.kl_coef": 0.1}
-V0 = {"trainer.use_v1": False} if SINCE_0_9 else {}
-SETTINGS = {"v0": V0, "v1": {}}
 # The sampler is flatter than the policy, so importance weights are away from 1.
 MISMATCH = {"SAMPLER_SHARPNESS": "0.8"}
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def finished(result, steps=2):
-    assert result.status == 0, result.error()
-    assert len(result.steps) == steps
-    assert all(step["kl/active"] == 1 for step in result.steps)
-    return result.steps
 
 
 def test_grpo_with_a_weighted_loss_over_two_epochs(assets, tmp_path):
@@ -45,7 +34,7 @@ def test_gae_with_a_critic_and_kl_in_reward(version, assets, tmp_path):
     settings = {
         **CRITIC,
         **SCORE,
-        **SETTINGS[version],
+        **OF_TRAINER[version],
         "algorithm.adv_estimator": "gae",
         "algorithm.kl_penalty": "k1@reward",
     }
@@ -60,7 +49,7 @@ def test_gae_with_a_critic_and_kl_in_reward(version, assets, tmp_path):
 def test_advantage_and_its_controller_over_a_resume(version, assets, tmp_path):
     settings = {
         **SCORE,
-        **SETTINGS[version],
+        **OF_TRAINER[version],
         "algorithm.kl_penalty": "k1@advantage/beta:linear-0.1-0.5-4",
         "trainer.save_freq": 2,
     }
@@ -80,7 +69,7 @@ def test_advantage_and_its_controller_over_a_resume(version, assets, tmp_path):
 
 @pytest.mark.full
 def test_loss_controller_over_a_resume_on_two_ranks_in_v0(assets, tmp_path):
-    settings = {**LOSS, **V0, KL_TYPE: "k3@loss/beta:linear-0.1-0.5-4", "trainer.save_freq": 2}
+    settings = {**LOSS, **OF_TRAINER["v0"], KL_TYPE: "k3@loss/beta:linear-0.1-0.5-4", "trainer.save_freq": 2}
     result = run(assets, tmp_path, settings, ranks=2)
     assert [step["kl/beta"] for step in finished(result)] == pytest.approx([0.1, 0.2])
     assert {"0", "1"} <= set(re.findall(r"rank (\d) of 2 \(pid", result.output))

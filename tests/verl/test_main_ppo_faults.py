@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.verl.main_ppo import end_session, run
-from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9, WITHOUT_PLUGIN, hide_package
+from tests.support.verl.main_ppo import end_session, run
+from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9, WITHOUT_PLUGIN, hide_package
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = "k2@loss/is:token"
@@ -63,7 +63,7 @@ def two_nodes():
     started = []
 
     def start(*second):
-        command = [sys.executable, "-W", "ignore", "-m", "tests.verl.two_nodes", "serve", *map(str, second)]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.support.verl.two_nodes", "serve", *map(str, second)]
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, start_new_session=True,

@@ -1,13 +1,12 @@
 """How many functions of ours a spec passes in veRL, from the flag to the gradient."""
 
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from tests.contract import path
-from tests.verl.configs import composed
-from tests.verl.workers import Group, make_batch
+from tests.support.verl.configs import composed
+from tests.support.verl.workers import Group, make_batch
 
 SETTINGS = (
     "trainer.n_gpus_per_node=1",

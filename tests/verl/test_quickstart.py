@@ -4,8 +4,8 @@ import pytest
 
 from kl_plugins.adapters.verl.guards import check_config
 from kl_plugins.adapters.verl.settings import specs_of
-from tests.guides import arguments
-from tests.verl.configs import composed
+from tests.support.guides import arguments
+from tests.support.verl.configs import composed
 
 PROGRAM = "verl.trainer.main_ppo"
 

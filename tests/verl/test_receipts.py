@@ -11,9 +11,9 @@ import pytest
 
 from kl_plugins.adapters.verl import require_receipts
 from kl_plugins.receipts import MissingReceiptError
-from tests.verl import remote
-from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9, hide_package
-from tests.verl.workers import Group, make_batch
+from tests.support.verl import remote
+from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9, hide_package
+from tests.support.verl.workers import Group, make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = "k2@loss/is:token"
@@ -80,7 +80,7 @@ def two_nodes(assets, *second):
         "-W",
         "ignore",
         "-m",
-        "tests.verl.two_nodes",
+        "tests.support.verl.two_nodes",
         "train",
         str(assets / "model"),
         *map(str, second),

@@ -17,8 +17,8 @@ from kl_plugins.patches.guards import UnsupportedHostError
 from kl_plugins.patches.verl import support
 from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession, checked
 from kl_plugins.spec import KLSpec, KLSpecError
-from tests.verl.configs import composed as config
-from tests.verl.ray_support import ENVIRONMENT, SINCE_0_9
+from tests.support.verl.configs import composed as config
+from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
 EXACT = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss")

@@ -16,7 +16,7 @@ from kl_plugins.adapters.log_probs import LogProbError
 from kl_plugins.adapters.verl import guards
 from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
 from kl_plugins.adapters.verl.score import PENALTY
-from tests.verl.ray_support import TRAINERS
+from tests.support.verl.ray_support import TRAINERS
 
 ROWS, LENGTH, BETA = 6, 5, 0.3
 ALGORITHM = OmegaConf.create({"use_pf_ppo": False, "gamma": 1.0})

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.verl.ray_support import SINCE_0_9
+from tests.support.verl.ray_support import SINCE_0_9
 
 SUITES = ("tests/trainer/ppo", "tests/test_protocol_on_cpu.py", "tests/test_base_config_on_cpu.py")
 

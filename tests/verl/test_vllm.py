@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.verl.main_ppo import run
+from tests.support.verl.main_ppo import run
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm, pytest.mark.timeout(1200)]
 

@@ -7,9 +7,9 @@ import torch
 
 from kl_plugins.adapters.verl.metrics import finish
 from kl_plugins.metrics import REDUCTIONS
-from tests.verl import remote
-from tests.verl.reference import by_hand, distance
-from tests.verl.workers import BETA, make_batch
+from tests.support.verl import remote
+from tests.support.verl.reference import by_hand, distance
+from tests.support.verl.workers import BETA, make_batch
 
 SPEC = "k2@loss/is:token"
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from kl_plugins.kernels.exact import eager
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.logits import check_labels
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, scaled
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, RowStatistics, Upstream, scaled
 from kl_plugins.kernels.exact.top_k import slope
 from kl_plugins.numerics import LINEAR_LIMIT
 
@@ -137,7 +137,7 @@ class BucketKL(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             # The policy is its own reference: what is wanted are log-sum-exp and log-prob.
             one_cap = options._replace(ref_softcap=options.softcap)
-            rows = backend_for(logits, one_cap).forward(logits, logits, labels, one_cap)
+            rows = backend_for(logits, one_cap).forward(Rows(logits, logits, labels), one_cap)
             kept = labels != IGNORE_INDEX
             cells = cells_of(logits, rows.lse, reference, options)
             kl, mean = divergence(cells, reference)
@@ -168,7 +168,7 @@ class BucketKL(torch.autograd.Function):
             dense = grad_logp - grad_kl * (level - mean)
             one_cap = options._replace(ref_softcap=options.softcap)
             out = backend_for(logits, one_cap).backward(
-                logits, logits, labels, rows, torch.zeros_like(dense), dense, one_cap
+                Rows(logits, logits, labels), rows, Upstream(torch.zeros_like(dense), dense), one_cap
             )
             label = labels.clamp_min(0)[:, None]
             for index, value in (

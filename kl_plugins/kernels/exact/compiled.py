@@ -16,9 +16,10 @@ from kl_plugins.kernels.exact.gradients import (
 )
 from kl_plugins.kernels.exact.precise import repair
 from kl_plugins.kernels.exact.statistics import (
-    IGNORE_INDEX,
     Options,
+    Rows,
     RowStatistics,
+    Upstream,
     different_caps,
     finish,
     label_logits,
@@ -31,14 +32,7 @@ _MOST_HELD = 16
 """Float64 gradients are held for at most one row in so many; with more of them, all are computed tile by tile."""
 
 
-def forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    options: Options,
-    *,
-    forced: bool = False,
-) -> RowStatistics:
+def forward(rows: Rows, options: Options, *, forced: bool = False) -> RowStatistics:
     """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
     Args:
@@ -46,20 +40,20 @@ def forward(
     """
     options = _for_rows(options)
     # The compiler would look for the graph that these carry, and compile once more for each kind.
-    logits, ref_logits = logits.detach(), ref_logits.detach()
-    found = label_logits(logits, ref_logits, labels, options)
-    parts = run_compiled(_sums, logits, ref_logits, found.shift, options, forced=forced, instead=eager.eager_sums)
-    statistics, doubtful = finish(whole_rows(parts, found), labels, torch.promote_types(logits.dtype, torch.float32))
-    return repair(statistics, doubtful, logits, ref_logits, labels, options)
+    rows = Rows(*(part.detach() for part in rows))
+    found = label_logits(rows, options)
+    logits = (rows.logits, rows.ref_logits)
+    parts = run_compiled(_sums, *logits, found.shift, options, forced=forced, instead=eager.eager_sums)
+    statistics, doubtful = finish(
+        whole_rows(parts, found), rows.labels, torch.promote_types(rows.logits.dtype, torch.float32)
+    )
+    return repair(statistics, doubtful, rows, options)
 
 
 def backward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
+    rows: Rows,
     statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
+    upstream: Upstream,
     options: Options,
     out: Tensor | None = None,
     *,
@@ -67,25 +61,24 @@ def backward(
 ) -> Tensor:
     """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
     if out is None:
-        out = memory.empty_like(logits)
+        out = memory.empty_like(rows.logits)
     options = _for_rows(options)
     # Saved outputs carry their graph too; see above. Where out is the logits, it has to stay the same tensor.
-    plain = logits.detach()
-    target = plain if out is logits else out.detach()
-    ref_logits, grad_kl, grad_logp = (x.detach() for x in (ref_logits, grad_kl, grad_logp))
-    found = RowStatistics(*(part.detach() for part in statistics))
-    rows = (found, grad_kl, grad_logp, options, target)
+    plain = Rows(*(part.detach() for part in rows))
+    target = plain.logits if out is rows.logits else out.detach()
+    upstream = Upstream(*(part.detach() for part in upstream))
+    statistics = RowStatistics(*(part.detach() for part in statistics))
     # Before the first row is written: out may be the logits.
-    index, at_label = label_gradients(plain, ref_logits, labels, *rows[:-1], out.dtype)
-    kept = labels != IGNORE_INDEX
-    again = needs_float64(found).nonzero()[:, 0]
-    if different_caps(options) or _MOST_HELD * len(again) > len(labels):
-        eager.write_gradients(plain, ref_logits, kept, *rows)  # in float64
+    index, at_label = label_gradients(plain, statistics, upstream, options, out.dtype)
+    again = needs_float64(statistics).nonzero()[:, 0]
+    if different_caps(options) or _MOST_HELD * len(again) > len(plain.labels):
+        eager.write_gradients(plain, statistics, upstream, options, target)  # in float64
         return put_label_gradients(out, index, at_label)
     # Before the first row is written, as above.
-    precise = precise_gradients(again, plain, ref_logits, kept, *rows[:-1], out.dtype)
-    rows = (found._replace(centre=found.centre.to(found.lse.dtype)), *rows[1:])
-    run_compiled(_gradients, plain, ref_logits, kept, *rows, forced=forced, instead=eager.write_gradients)
+    precise = precise_gradients(again, plain, statistics, upstream, options, out.dtype)
+    single = statistics._replace(centre=statistics.centre.to(statistics.lse.dtype))
+    given = (plain, single, upstream, options, target)
+    run_compiled(_gradients, *given, forced=forced, instead=eager.write_gradients)
     if len(again):
         out[again] = precise
     return put_label_gradients(out, index, at_label)
@@ -104,14 +97,5 @@ def _sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -
     )
 
 
-def _gradients(
-    logits: Tensor,
-    ref_logits: Tensor,
-    kept: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    out: Tensor,
-) -> None:
-    out.copy_(row_gradients(logits, ref_logits, kept, statistics, grad_kl, grad_logp, options, out.dtype))
+def _gradients(rows: Rows, statistics: RowStatistics, upstream: Upstream, options: Options, out: Tensor) -> None:
+    out.copy_(row_gradients(rows, statistics, upstream, options, out.dtype))

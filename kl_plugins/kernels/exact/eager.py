@@ -16,9 +16,10 @@ from kl_plugins.kernels.exact.gradients import (
 )
 from kl_plugins.kernels.exact.precise import repair
 from kl_plugins.kernels.exact.statistics import (
-    IGNORE_INDEX,
     Options,
+    Rows,
     RowStatistics,
+    Upstream,
     different_caps,
     finish,
     label_logits,
@@ -40,56 +41,42 @@ def tiles(logits: Tensor, tile_bytes: int, dtype: torch.dtype) -> Iterator[slice
         yield slice(start, start + step)
 
 
-def forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    options: Options,
-) -> RowStatistics:
+def forward(rows: Rows, options: Options) -> RowStatistics:
     """Statistics of each row.
 
     Args:
-        logits, ref_logits: (N, V), any float dtype; policy and reference.
-        labels: (N,) int64, :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` where a row is left out.
+        rows: of logits.
         options: for all rows; at least one row's temporaries are needed, whatever the bound.
 
     Returns:
         Statistics, (N,) each.
     """
     tile_bytes = options.tile_bytes or TILE_BYTES
-    found = label_logits(logits, ref_logits, labels, options)
-    sums = whole_rows(eager_sums(logits, ref_logits, found.shift, options, tile_bytes), found)
-    statistics, doubtful = finish(sums, labels, torch.promote_types(logits.dtype, torch.float32))
-    return repair(statistics, doubtful, logits, ref_logits, labels, options, tile_bytes)
+    found = label_logits(rows, options)
+    sums = whole_rows(eager_sums(rows.logits, rows.ref_logits, found.shift, options, tile_bytes), found)
+    statistics, doubtful = finish(sums, rows.labels, torch.promote_types(rows.logits.dtype, torch.float32))
+    return repair(statistics, doubtful, rows, options, tile_bytes)
 
 
 def backward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    out: Tensor | None = None,
+    rows: Rows, statistics: RowStatistics, upstream: Upstream, options: Options, out: Tensor | None = None
 ) -> Tensor:
     """Gradient with respect to the policy's logits.
 
     Args:
-        logits, ref_logits, labels, options: as given to :func:`forward`.
+        rows, options: as given to :func:`forward`.
         statistics: what it returned.
-        grad_kl, grad_logp: (N,) upstream gradients.
-        out: (N, V) to write into, of any float dtype; ``logits`` itself is allowed. Default: a new tensor like it.
+        upstream: gradients.
+        out: (N, V) to write into, of any float dtype; ``rows.logits`` itself is allowed. Default: a new tensor like it.
 
     Returns:
         (N, V): ``out``, or a tensor in the dtype of ``logits``.
     """
     if out is None:
-        out = memory.empty_like(logits)
-    rows = (statistics, grad_kl, grad_logp, options, out)
+        out = memory.empty_like(rows.logits)
     # Before the first row is written: out may be the logits.
-    index, at_label = label_gradients(logits, ref_logits, labels, *rows[:-1], out.dtype)
-    write_gradients(logits, ref_logits, labels != IGNORE_INDEX, *rows, options.tile_bytes or TILE_BYTES)
+    index, at_label = label_gradients(rows, statistics, upstream, options, out.dtype)
+    write_gradients(rows, statistics, upstream, options, out, options.tile_bytes or TILE_BYTES)
     return put_label_gradients(out, index, at_label)
 
 
@@ -103,26 +90,21 @@ def eager_sums(
 
 
 def write_gradients(
-    logits: Tensor,
-    ref_logits: Tensor,
-    kept: Tensor,
+    rows: Rows,
     statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
+    upstream: Upstream,
     options: Options,
     out: Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> None:
     """:func:`~kl_plugins.kernels.exact.gradients.row_gradients`, tile by tile, into ``out``."""
     if different_caps(options):
-        statistics = RowStatistics(*(part.double() for part in statistics))
+        statistics = statistics.double()
     chosen = needs_float64(statistics)
-    for rows in tiles(logits, tile_bytes, torch.float64 if chosen.any() else statistics.lse.dtype):
-        given = (logits[rows], ref_logits[rows], kept[rows])
-        found = RowStatistics(*(part[rows] for part in statistics))
-        upstream = (grad_kl[rows], grad_logp[rows])
-        gradient = row_gradients(*given, found, *upstream, options, out.dtype)
-        again = chosen[rows].nonzero()[:, 0]
+    for part in tiles(rows.logits, tile_bytes, torch.float64 if chosen.any() else statistics.lse.dtype):
+        given = (rows.at(part), statistics.at(part), upstream.at(part), options, out.dtype)
+        gradient = row_gradients(*given)
+        again = chosen[part].nonzero()[:, 0]
         if len(again):
-            gradient[again] = precise_gradients(again, *given, found, *upstream, options, out.dtype)
-        out[rows] = gradient
+            gradient[again] = precise_gradients(again, *given)
+        out[part] = gradient

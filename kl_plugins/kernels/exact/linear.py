@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from kl_plugins.kernels import memory
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.products import Head
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, RowStatistics, Upstream
 
 CPU_TILE_BYTES = 128 * 2**20
 ACCELERATOR_TILE_BYTES = 1300 * 2**20
@@ -59,13 +58,17 @@ class Gradients(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Logits of some rows, in buffers that the next tile will overwrite."""
+    """Logits of some rows, in buffers that the next tile will overwrite.
 
-    rows: Tensor | slice
+    Attributes:
+        chosen: which rows of the arguments these are.
+        hidden: (n, D) their hidden states.
+        rows: their logits and labels.
+    """
+
+    chosen: Tensor | slice
     hidden: Tensor
-    labels: Tensor
-    logits: Tensor
-    ref_logits: Tensor
+    rows: Rows
 
 
 class Plan(NamedTuple):
@@ -103,8 +106,7 @@ def step_of(count: int, most: int, multiple: int) -> int:
     return min(most, -(-step // multiple) * multiple) if step > multiple else max(1, step)
 
 
-@dataclass(frozen=True)
-class LinearInputs:
+class LinearInputs(NamedTuple):
     """Two heads and what goes through them; ignored rows are never computed.
 
     Attributes:
@@ -127,6 +129,15 @@ class LinearInputs:
     options: Options
     operands: tuple[torch.dtype, torch.dtype]
     tile_bytes: int
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields that hold tensors."""
+        policy, reference = (self.hidden, self.weight, self.bias), (self.ref_hidden, self.ref_weight, self.ref_bias)
+        return *policy, *reference, self.labels
+
+    def settings(self) -> tuple[Any, ...]:
+        """The other fields."""
+        return self.options, self.operands, self.tile_bytes
 
     def heads(self) -> tuple[Head, Head]:
         """Policy's and reference's."""
@@ -168,11 +179,11 @@ class LinearInputs:
         buffer = torch.empty(step, vocabulary, dtype=head.compute, device=self.hidden.device)
         ref_buffer = torch.empty(step, vocabulary, dtype=ref_head.compute, device=self.hidden.device)
         for start in range(0, count, step):
-            rows = plan.rows(start, min(start + step, count))
-            hidden, size = self.hidden[rows], min(step, count - start)
+            index = plan.rows(start, min(start + step, count))
+            hidden, size = self.hidden[index], min(step, count - start)
             logits = head.logits(hidden, buffer[:size])
-            ref_logits = ref_head.logits(self.ref_hidden[rows], ref_buffer[:size])
-            yield Tile(rows, hidden, self.labels[rows], logits, ref_logits)
+            ref_logits = ref_head.logits(self.ref_hidden[index], ref_buffer[:size])
+            yield Tile(index, hidden, Rows(logits, ref_logits, self.labels[index]))
 
     def row_options(self) -> Options:
         """Options with the eager backend's share of the tile."""
@@ -199,19 +210,17 @@ class _Accumulated:
             self.waiting = torch.empty(rows, inputs.weight.shape[0], dtype=head.operands, device=inputs.hidden.device)
         self.done, self.seen = 0, 0
 
-    def add(self, tile: Tile, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor) -> None:
+    def add(self, tile: Tile, statistics: RowStatistics, upstream: Upstream) -> None:
         """Add a tile's, perhaps overwriting its logits; tiles come in the order of the plan."""
-        options, size = self.inputs.row_options(), len(tile.labels)
-        out = tile.logits
+        options, size = self.inputs.row_options(), len(tile.hidden)
+        out = tile.rows.logits
         if self.waiting is not None:
             out = self.waiting[self.seen - self.done :][:size]
-        backend_for(tile.logits, options).backward(
-            tile.logits, tile.ref_logits, tile.labels, statistics, grad_kl, grad_logp, options, out
-        )
+        backend_for(tile.rows.logits, options).backward(tile.rows, statistics, upstream, options, out)
         self.seen += size
         if self.waiting is None:
             gradient, factor = self.head.operand(out)
-            self._multiply(out, gradient, factor, tile.rows, tile.hidden)
+            self._multiply(out, gradient, factor, tile.chosen, tile.hidden)
         elif self.seen - self.done == len(self.waiting) or self.seen == len(self.plan.kept):
             gradient, rows = self.waiting[: self.seen - self.done], self.plan.rows(self.done, self.seen)
             self._multiply(gradient, gradient, None, rows, self.inputs.hidden[rows])
@@ -256,21 +265,18 @@ def statistics_of(inputs: LinearInputs) -> RowStatistics:
     return result
 
 
-def gradients_of(
-    inputs: LinearInputs, statistics: RowStatistics, grad_kl: Tensor, grad_logp: Tensor, wanted: Wanted
-) -> Gradients:
+def gradients_of(inputs: LinearInputs, statistics: RowStatistics, upstream: Upstream, wanted: Wanted) -> Gradients:
     """Gradients for upstream gradients (N,), from tiles computed again: four products."""
     heads = inputs.heads()
     plan = inputs.plan(heads, grouped=wanted.weight)
     total = _Accumulated(inputs, heads[0], plan, wanted)
     for tile in inputs.tiles(heads, plan):
-        found = RowStatistics(*(part[tile.rows] for part in statistics))
-        total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])
+        total.add(tile, statistics.at(tile.chosen), upstream.at(tile.chosen))
     return total.result()
 
 
 def statistics_and_gradients(
-    inputs: LinearInputs, grad_kl: Tensor, grad_logp: Tensor, wanted: Wanted
+    inputs: LinearInputs, upstream: Upstream, wanted: Wanted
 ) -> tuple[RowStatistics, Gradients]:
     """Both from one visit to each tile: four products in all."""
     heads, options = inputs.heads(), inputs.row_options()
@@ -280,7 +286,7 @@ def statistics_and_gradients(
     for tile in inputs.tiles(heads, plan):
         found = _forward(tile, options)
         _put(result, tile, found)
-        total.add(tile, found, grad_kl[tile.rows], grad_logp[tile.rows])
+        total.add(tile, found, upstream.at(tile.chosen))
     return result, total.result()
 
 
@@ -292,9 +298,9 @@ def empty_statistics(inputs: LinearInputs, head: Head) -> RowStatistics:
 
 
 def _forward(tile: Tile, options: Options) -> RowStatistics:
-    return backend_for(tile.logits, options).forward(tile.logits, tile.ref_logits, tile.labels, options)
+    return backend_for(tile.rows.logits, options).forward(tile.rows, options)
 
 
 def _put(result: RowStatistics, tile: Tile, found: RowStatistics) -> None:
     for target, source in zip(result, found, strict=True):
-        target[tile.rows] = source
+        target[tile.chosen] = source

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels import memory
+from kl_plugins.kernels.exact.autograd import BackwardPass, for_each_argument, named
 from kl_plugins.kernels.exact.linear import (
     Gradients,
     LinearInputs,
@@ -18,10 +19,9 @@ from kl_plugins.kernels.exact.linear import (
     statistics_of,
 )
 from kl_plugins.kernels.exact.logits import check_labels
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics, Upstream
 from kl_plugins.numerics import cast_saturating
 
-_TENSORS = 7
 _NOTHING = Wanted(hidden=False, weight=False, bias=False)
 
 
@@ -33,136 +33,116 @@ def wanted_gradients(inputs: LinearInputs) -> Wanted:
     return Wanted(inputs.hidden.requires_grad, inputs.weight.requires_grad, bias)
 
 
-def tensors_of(inputs: LinearInputs) -> tuple[Tensor | None, ...]:
-    """The tensor fields, as autograd wants to see them."""
-    return (
-        inputs.hidden,
-        inputs.weight,
-        inputs.bias,
-        inputs.ref_hidden.detach(),
-        inputs.ref_weight.detach(),
-        None if inputs.ref_bias is None else inputs.ref_bias.detach(),
-        inputs.labels,
-    )
-
-
-def settings_of(inputs: LinearInputs) -> tuple[Any, ...]:
-    """The other fields."""
-    return inputs.options, inputs.operands, inputs.tile_bytes
-
-
 class LinearKL(torch.autograd.Function):
-    """Row statistics with any upstream gradient for kl and logp: 2 products forward, up to 4 backward.
+    """(*LinearInputs, rows_first) -> RowStatistics and None, for any upstream gradient of kl and logp.
 
-    With ``rows_first`` the gradient of kl with respect to the hidden states is computed in the forward pass, one
-    product more, and only scaled in the backward pass: for a frozen head, where nobody wants logp's gradient.
+    It takes 2 products forward and up to 4 backward. With ``rows_first`` the gradient of kl with respect to the hidden
+    states is computed in the forward pass and returned in the place of None. That costs one product more, and the
+    backward pass only scales it: for a frozen head, where nobody wants logp's gradient.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """(7 tensors, settings, rows_first) -> the five statistics and the gradient of the rows' kl, or None."""
-        *tensors, settings, rows_first = args
-        inputs = LinearInputs(*tensors, *settings)
+        """Statistics of the rows, and the gradient of their kl or None."""
+        inputs, rows_first = named(args, LinearInputs)
         check_labels(inputs.labels, inputs.weight.shape[0])
         with torch.autocast(inputs.hidden.device.type, enabled=False):
             if not rows_first:
                 return *statistics_of(inputs), None
             one = torch.ones_like(inputs.labels, dtype=torch.float32)
             wanted = Wanted(hidden=True, weight=False, bias=False)
-            statistics, gradients = statistics_and_gradients(inputs, one, one * 0.0, wanted)
+            statistics, gradients = statistics_and_gradients(inputs, Upstream(one, one * 0.0), wanted)
             return *statistics, gradients.hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the arguments and five numbers a row, or the rows' gradient alone."""
-        *tensors, ctx.settings, rows_first = inputs
+        given, ctx.rows_first = named(inputs, LinearInputs)
+        statistics, rows_gradient = named(output, RowStatistics)
         # Else zeros as large as the hidden states, for an output that is not differentiable.
         ctx.set_materialize_grads(False)
-        ctx.rows_first, ctx.dtype = rows_first, inputs[0].dtype
-        ctx.mark_non_differentiable(*(part for part in output[1 if rows_first else 2 :] if part is not None))
-        if rows_first:
-            ctx.save_for_backward(output[5])
+        ctx.settings, ctx.dtype = given.settings(), given.hidden.dtype
+        constant = [*statistics[1 if ctx.rows_first else 2 :], rows_gradient]
+        ctx.mark_non_differentiable(*(part for part in constant if part is not None))
+        if ctx.rows_first:
+            ctx.save_for_backward(rows_gradient)
         else:
-            ctx.save_for_backward(*tensors, *output[:5])
+            ctx.save_for_backward(*statistics, *given.tensors())
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor | None, grad_logp: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias."""
-        unused = (None,) * (_TENSORS - 3 + 2)
+        given, _ = named(grads, RowStatistics)
         if ctx.rows_first:
-            (rows,) = ctx.saved_tensors
-            if grad_kl is None:
-                return None, None, None, *unused
+            (rows_gradient,) = ctx.saved_tensors
+            if given.kl is None:
+                return for_each_argument(ctx)
             # Ignored rows hold zeros, and an upstream NaN there must stay outside.
-            scaled = torch.where(rows == 0, 0.0, rows.to(grad_kl.dtype) * grad_kl[:, None])
-            return cast_saturating(scaled, ctx.dtype), None, None, *unused
-        tensors, statistics = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
-        upstream = [torch.zeros_like(statistics[0]) if grad is None else grad for grad in (grad_kl, grad_logp)]
-        found = linear_gradient(*tensors, ctx.settings, *statistics, *upstream, ctx.needs_input_grad[:3])
-        return *found, *unused
+            scaled = torch.where(rows_gradient == 0, 0.0, rows_gradient.to(given.kl.dtype) * given.kl[:, None])
+            return for_each_argument(ctx, cast_saturating(scaled, ctx.dtype))
+        statistics, *tensors = named(ctx.saved_tensors, RowStatistics)
+        zeros = torch.zeros_like(statistics.kl)
+        upstream = Upstream(*(zeros if grad is None else grad for grad in (given.kl, given.logp)))
+        wanted = ctx.needs_input_grad[: len(Wanted._fields)]
+        return for_each_argument(ctx, *linear_gradient(*tensors, *ctx.settings, *statistics, *upstream, *wanted))
 
 
-class LinearGradient(torch.autograd.Function):
-    """The backward pass of :class:`LinearKL`; not differentiable again."""
+class LinearGradient(BackwardPass):
+    """The backward pass of :class:`LinearKL`: (*LinearInputs, *RowStatistics, *Upstream, *Wanted) -> Gradients."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """(7 tensors, settings, five statistics, grad_kl, grad_logp, wanted) -> gradients in the arguments' dtypes."""
-        inputs = LinearInputs(*args[:_TENSORS], *args[_TENSORS])
-        *statistics, grad_kl, grad_logp, wanted = args[_TENSORS + 1 :]
+        """Gradients in the arguments' dtypes."""
+        inputs, statistics, upstream, wanted = named(args, LinearInputs, RowStatistics, Upstream, Wanted)
         with torch.autocast(inputs.hidden.device.type, enabled=False):
-            found = gradients_of(inputs, RowStatistics(*statistics), grad_kl, grad_logp, Wanted(*wanted))
+            found = gradients_of(inputs, statistics, upstream, wanted)
         given = (inputs.hidden, inputs.weight, inputs.bias)
         return tuple(
             None if gradient is None or tensor is None else cast_saturating(gradient, tensor.dtype)
             for gradient, tensor in zip(found, given, strict=True)
         )
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Refuse."""
-        raise NotImplementedError("the exact KL has no second derivatives")
-
 
 class LinearLoss(torch.autograd.Function):
-    """sum of kl_weight kl + logp_weight logp, its gradient computed in the forward pass: 4 products in all."""
+    """(*LinearInputs, *Upstream, *Wanted) -> *Gradients, loss, kl, logp, ref_logp, by 4 products in all.
+
+    The loss is the sum of kl and logp times their upstream gradients. Its own gradient is computed in the forward pass.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """(7 tensors, settings, kl_weight, logp_weight, wanted) -> loss, kl, logp, ref_logp and three gradients."""
-        *tensors, settings, kl_weight, logp_weight, wanted = args
-        inputs = LinearInputs(*tensors, *settings)
+        """The gradients, the loss, and what it is made of."""
+        inputs, weights, wanted = named(args, LinearInputs, Upstream, Wanted)
         check_labels(inputs.labels, inputs.weight.shape[0])
         kept = inputs.labels != IGNORE_INDEX
-        kl_weight, logp_weight = (weight.masked_fill(~kept, 0.0) for weight in (kl_weight, logp_weight))
+        weights = Upstream(*(weight.masked_fill(~kept, 0.0) for weight in weights))
         with torch.autocast(inputs.hidden.device.type, enabled=False):
             if wanted == _NOTHING:
                 statistics, gradients = statistics_of(inputs), Gradients(None, None, None)
             else:
-                statistics, gradients = statistics_and_gradients(inputs, kl_weight, logp_weight, wanted)
-            loss = (statistics.kl * kl_weight + statistics.logp * logp_weight).sum()
-        return loss, *statistics[:3], *gradients
+                statistics, gradients = statistics_and_gradients(inputs, weights, wanted)
+            loss = (statistics.kl * weights.kl + statistics.logp * weights.logp).sum()
+        return *gradients, loss, statistics.kl, statistics.logp, statistics.ref_logp
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the gradients; nothing else is needed."""
+        given, *_ = named(inputs, LinearInputs)
+        gradients, _, *constant = named(output, Gradients)
         ctx.set_materialize_grads(False)  # zeros as large as the head's gradient
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-        ctx.mark_non_differentiable(*(part for part in output[1:] if part is not None))
-        ctx.save_for_backward(*output[4:])
+        ctx.dtypes = [None if part is None else part.dtype for part in (given.hidden, given.weight, given.bias)]
+        ctx.mark_non_differentiable(*(part for part in (*gradients, *constant) if part is not None))
+        ctx.save_for_backward(*gradients)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Scale by the upstream gradient of the loss."""
+        _, grad, *_ = named(grads, Gradients)
         scaled = [
             None if kept is None or grad is None else cast_saturating(_scaled(kept, grad), dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, *(None,) * (_TENSORS - 3 + 4)
+        return for_each_argument(ctx, *scaled)
 
 
 def _scaled(kept: Tensor, grad: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels.exact.autograd import BackwardPass, for_each_argument, named
 from kl_plugins.kernels.exact.backends import backend_for
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Rows, RowStatistics, Upstream
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
@@ -24,17 +25,15 @@ def check_labels(labels: Tensor, vocabulary: int) -> None:
 
 
 class LogitsKL(torch.autograd.Function):
-    """(logits, ref_logits, labels, options) -> the five row statistics; kl and logp are differentiable."""
+    """(*Rows, options) -> RowStatistics; kl and logp are differentiable."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Statistics of the rows (N, V)."""
-        check_labels(labels, logits.shape[-1])
-        with torch.autocast(logits.device.type, enabled=False):
-            found = backend_for(logits, options).forward(logits, ref_logits, labels, options)
-        return found.kl, found.logp, found.ref_logp, found.lse, found.centre
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        """Statistics of the rows."""
+        rows, options = named(args, Rows)
+        check_labels(rows.labels, rows.logits.shape[-1])
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return tuple(backend_for(rows.logits, options).forward(rows, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -44,9 +43,12 @@ class LogitsKL(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Both gradients at once, in the dtype of the logits."""
-        return logits_gradient(*ctx.saved_tensors, grad_kl, grad_logp, ctx.options), None, None, None
+        upstream = RowStatistics(*grads)
+        return for_each_argument(
+            ctx, logits_gradient(*ctx.saved_tensors, *Upstream(upstream.kl, upstream.logp), ctx.options)
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -55,38 +57,15 @@ class LogitsKL(torch.autograd.Function):
         return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
 
 
-class LogitsGradient(torch.autograd.Function):
-    """The backward pass of :class:`LogitsKL`; not differentiable again."""
+class LogitsGradient(BackwardPass):
+    """The backward pass of :class:`LogitsKL`: (*Rows, *RowStatistics, *Upstream, options) -> gradient (N, V)."""
 
     @staticmethod
-    def forward(
-        logits: Tensor,
-        ref_logits: Tensor,
-        labels: Tensor,
-        kl: Tensor,
-        logp: Tensor,
-        ref_logp: Tensor,
-        lse: Tensor,
-        centre: Tensor,
-        grad_kl: Tensor,
-        grad_logp: Tensor,
-        options: Options,
-    ) -> Tensor:
-        """Gradient (N, V) with respect to the policy's logits."""
-        statistics = RowStatistics(kl, logp, ref_logp, lse, centre)
-        with torch.autocast(logits.device.type, enabled=False):
-            return backend_for(logits, options).backward(
-                logits, ref_logits, labels, statistics, grad_kl, grad_logp, options
-            )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        """Refuse."""
-        raise NotImplementedError("the exact KL has no second derivatives")
+    def forward(*args: Any) -> Tensor:
+        """Gradient with respect to the policy's logits."""
+        rows, statistics, upstream, options = named(args, Rows, RowStatistics, Upstream)
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return backend_for(rows.logits, options).backward(rows, statistics, upstream, options)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
@@ -102,7 +81,7 @@ def _flat(value: Any, dim: int | None, size: int) -> Any:
     return batched.flatten(0, 1)
 
 
-logits_kl: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = LogitsKL.apply
+logits_kl: Callable[..., tuple[Tensor, ...]] = LogitsKL.apply
 """:class:`LogitsKL` as the function it is."""
 
 logits_gradient: Callable[..., Tensor] = LogitsGradient.apply

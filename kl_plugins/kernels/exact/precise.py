@@ -5,53 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import Options, RowStatistics, log_ratio, offset, saturated, scaled
+from kl_plugins.kernels.exact.statistics import Options, Rows, RowStatistics, log_ratio, offset, saturated, scaled
 from kl_plugins.numerics import LINEAR_LIMIT
 
 TILE_BYTES = 4 * 2**20
 
 
 def repair(
-    statistics: RowStatistics,
-    doubtful: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    options: Options,
-    tile_bytes: int = TILE_BYTES,
+    statistics: RowStatistics, doubtful: Tensor, rows: Rows, options: Options, tile_bytes: int = TILE_BYTES
 ) -> RowStatistics:
     """Compute the doubtful rows again, by two log-sum-exps in float64.
 
     Args:
         statistics: of all rows; overwritten in the doubtful ones.
         doubtful: (N,) bool, from :func:`~kl_plugins.kernels.exact.statistics.finish`.
-        logits, ref_logits, labels, options: as in the first pass.
+        rows, options: as in the first pass.
         tile_bytes: bound on the temporaries; at least one row's are needed.
 
     Returns:
         ``statistics``.
     """
-    rows = doubtful.nonzero()[:, 0]
-    step = max(1, tile_bytes // (8 * 8 * logits.shape[-1]))
-    for start in range(0, rows.shape[0], step):
-        part = rows[start : start + step]
-        found = precise_rows(logits[part], ref_logits[part], labels[part], options)
+    again = doubtful.nonzero()[:, 0]
+    step = max(1, tile_bytes // (8 * 8 * rows.logits.shape[-1]))
+    for start in range(0, again.shape[0], step):
+        part = again[start : start + step]
+        found = precise_rows(rows.at(part), options)
         for target, source in zip(statistics, found, strict=True):
             target[part] = source
     return statistics
 
 
-def precise_rows(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options) -> RowStatistics:
+def precise_rows(rows: Rows, options: Options) -> RowStatistics:
     """The statistics of rows (n, V) by the textbook formulas in float64."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logits, ref_logits = logits.double(), ref_logits.double()
+    dtype = torch.promote_types(rows.logits.dtype, torch.float32)
+    logits, ref_logits = rows.logits.double(), rows.ref_logits.double()
     z, u = scaled(logits, options.scale, options.softcap), scaled(ref_logits, options.scale, options.ref_softcap)
     lse, ref_lse = z.logsumexp(-1), u.logsumexp(-1)
     ratio = log_ratio(logits, ref_logits, options)
     centre = (torch.exp(z - lse[:, None]) * ratio).sum(-1)
     # A reference without any mass is infinitely far, not a difference of infinities.
     kl = torch.where(ref_lse == -torch.inf, LINEAR_LIMIT, centre - lse + ref_lse)
-    index = labels.clamp_min(0)[:, None]
+    index = rows.labels.clamp_min(0)[:, None]
     logp, ref_logp = z.gather(-1, index)[:, 0] - lse, u.gather(-1, index)[:, 0] - ref_lse
     ref_logp = torch.where(ref_lse == -torch.inf, -LINEAR_LIMIT, ref_logp)
     # Only where the gradient needs them, the digits that float32 has no room for: see RowStatistics.

@@ -16,14 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kl_plugins.kernels.exact import eager
+from kl_plugins.kernels.exact.autograd import BackwardPass, for_each_argument, named
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.gradients import label_gradients
 from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     LabelLogits,
     Options,
+    Rows,
     RowStatistics,
     RowSums,
+    Upstream,
     finish,
     log_ratio,
     row_sums,
@@ -46,15 +49,14 @@ class Shard(NamedTuple):
 
 
 class ShardedLogitsKL(torch.autograd.Function):
-    """(logits, ref_logits, labels, shard, options) -> the five row statistics, the same on every rank."""
+    """(*Rows, shard, options) -> RowStatistics, the same on every rank."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: Options
-    ) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         """Statistics of the rows (N, columns of this rank); labels are tokens of the whole vocabulary."""
-        with torch.autocast(logits.device.type, enabled=False):
-            return tuple(_statistics(logits, ref_logits, labels, shard, options))
+        rows, shard, options = named(args, Rows)
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return tuple(_statistics(rows, shard, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -64,20 +66,34 @@ class ShardedLogitsKL(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor, grad_logp: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of this rank's logits. Upstream gradients are the same on every rank, as the statistics are."""
-        logits, ref_logits, labels, *statistics = ctx.saved_tensors
-        rows = (logits, ref_logits, labels, RowStatistics(*statistics), grad_kl, grad_logp)
-        with torch.autocast(logits.device.type, enabled=False):
-            return _gradient(*rows, ctx.shard, ctx.options), None, None, None, None
+        given = RowStatistics(*grads)
+        upstream = Upstream(given.kl, given.logp)
+        return for_each_argument(ctx, sharded_gradient(*ctx.saved_tensors, *upstream, ctx.shard, ctx.options))
 
 
-sharded_logits_kl: Callable[[Tensor, Tensor, Tensor, Shard, Options], tuple[Tensor, ...]] = ShardedLogitsKL.apply
+class ShardedGradient(BackwardPass):
+    """The backward pass of :class:`ShardedLogitsKL`: (*Rows, *RowStatistics, *Upstream, shard, options) -> gradient."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        """Gradient (N, columns of this rank)."""
+        rows, statistics, upstream, shard, options = named(args, Rows, RowStatistics, Upstream)
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return _gradient(rows, statistics, upstream, shard, options)
+
+
+sharded_logits_kl: Callable[..., tuple[Tensor, ...]] = ShardedLogitsKL.apply
 """:class:`ShardedLogitsKL` as the function it is."""
 
+sharded_gradient: Callable[..., Tensor] = ShardedGradient.apply
+""":class:`ShardedGradient` as the function it is."""
 
-def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard, options: Options) -> RowStatistics:
-    kept, (owned, local) = labels != IGNORE_INDEX, _ownership(logits, labels, shard)
+
+def _statistics(rows: Rows, shard: Shard, options: Options) -> RowStatistics:
+    logits, ref_logits, labels = rows
+    kept, (owned, local) = labels != IGNORE_INDEX, _ownership(rows, shard)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # As the models gave them: cap and temperature are monotonic, and the difference is taken before they round.
     raw = [
@@ -99,89 +115,67 @@ def _statistics(logits: Tensor, ref_logits: Tensor, labels: Tensor, shard: Shard
     )
 
     if backend_for(logits, options).name == "triton":
-        sums, shift = _triton_sums(logits, ref_logits, labels, at_label, top, ref_top, options)
+        parts, shift = _triton_sums(rows, at_label, top, ref_top, options)
     else:
-        sums, shift = _eager_sums(logits, ref_logits, at_label.shift, top, ref_top, options)
-    total = torch.stack([*sums, owned.to(sums[0].dtype)])
+        parts, shift = _eager_sums(rows, at_label.shift, top, ref_top, options)
+    total = torch.stack([*parts, owned.to(parts[0].dtype)])
     dist.all_reduce(total, dist.ReduceOp.SUM, shard.group)
     mass, first, second, ref_mass, owners = total
     _check_owners(owners, kept)
     ref_lse = ref_top.double() * options.scale + ref_mass.double().log() + shift.double()
     maximum = top.double() * options.scale
-    row = RowSums(maximum, mass, first, second, ref_mass, shift, at_label.label, at_label.ref_label)
-    return finish(row, labels, dtype, ref_lse)[0]
+    sums = RowSums(maximum, mass, first, second, ref_mass, shift, at_label.label, at_label.ref_label)
+    return finish(sums, labels, dtype, ref_lse)[0]
 
 
 def _eager_sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    shift: Tensor,
-    top: Tensor,
-    ref_top: Tensor,
-    options: Options,
+    rows: Rows, shift: Tensor, top: Tensor, ref_top: Tensor, options: Options
 ) -> tuple[list[Tensor], Tensor]:
     """Mass, first, second and reference mass of this rank's columns, and the shift that they were taken around."""
     parts = []
-    for rows in eager.tiles(logits, options.tile_bytes or eager.TILE_BYTES, shift.dtype):
-        part, ref_part = logits[rows], ref_logits[rows]
-        _, mass, first, second, _, used = row_sums(part, ref_part, shift[rows], options, top[rows])
+    for index in eager.tiles(rows.logits, options.tile_bytes or eager.TILE_BYTES, shift.dtype):
+        part, ref_part = rows.logits[index], rows.ref_logits[index]
+        _, mass, first, second, _, used = row_sums(part, ref_part, shift[index], options, top[index])
         # Around the reference's own maximum, where it cannot overflow.
         u = scaled(ref_part.to(shift.dtype), 1.0, options.ref_softcap)
-        ref_mass = torch.exp(times(u - ref_top[rows, None], options.scale)).sum(-1)
+        ref_mass = torch.exp(times(u - ref_top[index, None], options.scale)).sum(-1)
         parts.append(torch.stack([mass, first, second, ref_mass, used]))
     *sums, shift = torch.cat(parts, dim=-1) if parts else [shift] * 5
     return sums, shift
 
 
 def _triton_sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    at_label: LabelLogits,
-    top: Tensor,
-    ref_top: Tensor,
-    options: Options,
+    rows: Rows, at_label: LabelLogits, top: Tensor, ref_top: Tensor, options: Options
 ) -> tuple[list[Tensor], Tensor]:
     from kl_plugins.kernels.exact import triton_backend
 
-    found = triton_backend.part_sums(logits, ref_logits, labels, at_label, options)
+    found = triton_backend.part_sums(rows, at_label, options)
     factor = torch.exp((found.maximum - top) * options.scale).float()
     ref_factor = torch.exp((found.ref_maximum - ref_top) * options.scale).float()
     sums = [*(part * factor for part in (found.mass, found.first, found.second)), found.ref_mass * ref_factor]
     return sums, found.shift
 
 
-def _gradient(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    shard: Shard,
-    options: Options,
-) -> Tensor:
-    owned, local = _ownership(logits, labels, shard)
-    kept = labels != IGNORE_INDEX
-    upstream = (statistics, grad_kl, grad_logp)
-    if backend_for(logits, options).name == "triton":
+def _gradient(rows: Rows, statistics: RowStatistics, upstream: Upstream, shard: Shard, options: Options) -> Tensor:
+    owned, local = _ownership(rows, shard)
+    if backend_for(rows.logits, options).name == "triton":
         from kl_plugins.kernels.exact import triton_backend
 
         # A column that is not there: no onehot in rows whose label is elsewhere.
-        elsewhere = torch.where(kept, logits.shape[-1], IGNORE_INDEX)
-        return triton_backend.backward(logits, ref_logits, torch.where(owned, local, elsewhere), *upstream, options)
-    out = torch.empty_like(logits)
-    eager.write_gradients(logits, ref_logits, kept, *upstream, options, out, options.tile_bytes or eager.TILE_BYTES)
-    index, at_label = label_gradients(
-        logits, ref_logits, torch.where(owned, local, IGNORE_INDEX), *upstream, options, out.dtype
-    )
+        elsewhere = torch.where(rows.labels != IGNORE_INDEX, rows.logits.shape[-1], IGNORE_INDEX)
+        here = rows._replace(labels=torch.where(owned, local, elsewhere))
+        return triton_backend.backward(here, statistics, upstream, options)
+    out = torch.empty_like(rows.logits)
+    eager.write_gradients(rows, statistics, upstream, options, out, options.tile_bytes or eager.TILE_BYTES)
+    here = rows._replace(labels=torch.where(owned, local, IGNORE_INDEX))
+    index, at_label = label_gradients(here, statistics, upstream, options, out.dtype)
     return out.scatter_(-1, index, torch.where(owned[:, None], at_label, out.gather(-1, index)))
 
 
-def _ownership(logits: Tensor, labels: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
+def _ownership(rows: Rows, shard: Shard) -> tuple[Tensor, Tensor]:
     """Rows whose label is in this shard, and the label's column there (some column in the other rows)."""
-    local = labels - shard.start
-    owned = (local >= 0) & (local < logits.shape[-1]) & (labels != IGNORE_INDEX)
+    local = rows.labels - shard.start
+    owned = (local >= 0) & (local < rows.logits.shape[-1]) & (rows.labels != IGNORE_INDEX)
     return owned, local.masked_fill(~owned, 0)
 
 

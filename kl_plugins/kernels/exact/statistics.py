@@ -39,6 +39,34 @@ NEGLIGIBLE = 1e-9
 """Below this size (nats) a loss of digits is nobody's concern."""
 
 
+class Rows(NamedTuple):
+    """What a backend reads.
+
+    Attributes:
+        logits, ref_logits: (N, V), any float dtype; policy and reference.
+        labels: (N,) int64; :data:`IGNORE_INDEX` marks rows to leave out.
+    """
+
+    logits: Tensor
+    ref_logits: Tensor
+    labels: Tensor
+
+    def at(self, index: Tensor | slice) -> Rows:
+        """Some of the rows."""
+        return Rows(self.logits[index], self.ref_logits[index], self.labels[index])
+
+
+class Upstream(NamedTuple):
+    """Upstream gradients of each row's KL and label log-prob, both (N,)."""
+
+    kl: Tensor
+    logp: Tensor
+
+    def at(self, index: Tensor | slice) -> Upstream:
+        """Those of some rows."""
+        return Upstream(self.kl[index], self.logp[index])
+
+
 class RowStatistics(NamedTuple):
     """Per row, all (N,), float32 (float64 for float64 logits), 0 in ignored rows.
 
@@ -56,6 +84,14 @@ class RowStatistics(NamedTuple):
     ref_logp: Tensor
     lse: Tensor
     centre: Tensor
+
+    def at(self, index: Tensor | slice) -> RowStatistics:
+        """Those of some rows."""
+        return RowStatistics(*(part[index] for part in self))
+
+    def double(self) -> RowStatistics:
+        """In float64."""
+        return RowStatistics(*(part.double() for part in self))
 
 
 class RowSums(NamedTuple):
@@ -224,14 +260,14 @@ class LabelLogits(NamedTuple):
     shift: Tensor
 
 
-def label_logits(logits: Tensor, ref_logits: Tensor, labels: Tensor, options: Options) -> LabelLogits:
+def label_logits(rows: Rows, options: Options) -> LabelLogits:
     """Read the labels' logits: d around them is small wherever the policies are close."""
-    index = labels.clamp_min(0)[:, None]
-    label, ref_label = (x.gather(-1, index)[:, 0].double() for x in (logits, ref_logits))
+    index = rows.labels.clamp_min(0)[:, None]
+    label, ref_label = (x.gather(-1, index)[:, 0].double() for x in (rows.logits, rows.ref_logits))
     return LabelLogits(
         scaled(label, options.scale, options.softcap),
         scaled(ref_label, options.scale, options.ref_softcap),
-        log_ratio(label, ref_label, options).to(working_dtype(logits, options)),
+        log_ratio(label, ref_label, options).to(working_dtype(rows.logits, options)),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.logits import check_labels
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, log_ratio, scaled
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, RowStatistics, Upstream, log_ratio, scaled
 
 
 class TopK(torch.autograd.Function):
@@ -32,7 +32,7 @@ class TopK(torch.autograd.Function):
         """(N,) kl, logp, ref_logp; then what the backward pass needs."""
         check_labels(labels, logits.shape[-1])
         with torch.autocast(logits.device.type, enabled=False):
-            rows = backend_for(logits, options).forward(logits, ref_logits, labels, options)
+            rows = backend_for(logits, options).forward(Rows(logits, ref_logits, labels), options)
             kept = labels != IGNORE_INDEX
             top = logits.topk(min(k, logits.shape[-1]), -1).indices
             log_p, u = _at(top, logits, ref_logits, rows, options)
@@ -87,7 +87,7 @@ class TopKGradient(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             dense = grad_kl * (head + tail) + grad_logp
             out = backend_for(logits, options).backward(
-                logits, ref_logits, labels, rows, torch.zeros_like(dense), dense, options
+                Rows(logits, ref_logits, labels), rows, Upstream(torch.zeros_like(dense), dense), options
             )
             log_p, u = _at(top, logits, ref_logits, rows, options)
             # The dense part put the head's weight on the label.

@@ -14,7 +14,9 @@ from kl_plugins.kernels.exact.statistics import (
     IGNORE_INDEX,
     LabelLogits,
     Options,
+    Rows,
     RowStatistics,
+    Upstream,
 )
 from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel, statistics_kernel
 
@@ -61,33 +63,28 @@ class PartSums(NamedTuple):
     shift: Tensor
 
 
-def forward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    options: Options,
-) -> RowStatistics:
+def forward(rows: Rows, options: Options) -> RowStatistics:
     """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
     Nothing is computed in float64 but a few numbers per row, and the host never waits for the device. So rows whose
     logits have an offset in common keep the digits that float32 leaves: 20 nats of it cost 5e-6 of a KL of 5e-5.
     """
-    _check_dtype(logits, ref_logits)
-    rows, vocab = logits.shape
-    logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
-    found = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
-    centre = torch.empty(rows, dtype=torch.float64, device=logits.device)
-    if rows:
+    _check_dtype(rows)
+    logits, ref_logits, labels = _readable(rows)
+    count, vocab = logits.shape
+    found = torch.empty(4, count, dtype=torch.float32, device=logits.device)
+    centre = torch.empty(count, dtype=torch.float64, device=logits.device)
+    if count:
         with _on(logits):
-            statistics_kernel[(rows,)](
+            statistics_kernel[(count,)](
                 logits,
                 ref_logits,
-                labels.contiguous(),
+                labels,
                 found,
                 centre,
                 logits.stride(0),
                 ref_logits.stride(0),
-                rows,
+                count,
                 vocab,
                 options.scale,
                 *_caps(options),
@@ -98,42 +95,35 @@ def forward(
     return RowStatistics(kl, logp, ref_logp, lse, centre)
 
 
-def part_sums(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    at_label: LabelLogits,
-    options: Options,
-) -> PartSums:
+def part_sums(rows: Rows, at_label: LabelLogits, options: Options) -> PartSums:
     """One pass over the same columns of all rows, around the shift that all parts of a row share.
 
     Args:
-        logits, ref_logits: (N, V), 16 or 32 bits; policy and reference.
-        labels: (N,) int64, read for :data:`~kl_plugins.kernels.exact.statistics.IGNORE_INDEX` only: such rows hold 0.
+        rows: of 16 or 32 bits. Labels are read only for rows to leave out, which hold 0.
         at_label: of each row's label, which may be in other columns.
         options: for all rows.
 
     Returns:
         The sums.
     """
-    _check_dtype(logits, ref_logits)
-    rows, vocab = logits.shape
-    logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
+    _check_dtype(rows)
+    logits, ref_logits, labels = _readable(rows)
+    count, vocab = logits.shape
     label, ref_label, shift = (part.float().contiguous() for part in at_label)
-    result = torch.empty(6, rows, dtype=torch.float32, device=logits.device)
-    if rows:
+    result = torch.empty(6, count, dtype=torch.float32, device=logits.device)
+    if count:
         with _on(logits):
-            row_sums_kernel[(rows,)](
+            row_sums_kernel[(count,)](
                 logits,
                 ref_logits,
-                labels.contiguous(),
+                labels,
                 label,
                 ref_label,
                 shift,
                 result,
                 logits.stride(0),
                 ref_logits.stride(0),
-                rows,
+                count,
                 vocab,
                 options.scale,
                 *_caps(options),
@@ -146,35 +136,28 @@ def part_sums(
 
 
 def backward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    labels: Tensor,
-    statistics: RowStatistics,
-    grad_kl: Tensor,
-    grad_logp: Tensor,
-    options: Options,
-    out: Tensor | None = None,
+    rows: Rows, statistics: RowStatistics, upstream: Upstream, options: Options, out: Tensor | None = None
 ) -> Tensor:
     """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
-    _check_dtype(logits, ref_logits)
-    rows, vocab = logits.shape
+    _check_dtype(rows)
     if out is None:
-        out = torch.empty_like(logits)
-    target = out if out.stride(-1) == 1 else torch.empty(rows, vocab, dtype=out.dtype, device=out.device)
-    logits, ref_logits = _unit_stride(logits), _unit_stride(ref_logits)
+        out = torch.empty_like(rows.logits)
+    logits, ref_logits, labels = _readable(rows)
+    count, vocab = logits.shape
+    target = out if out.stride(-1) == 1 else torch.empty(count, vocab, dtype=out.dtype, device=out.device)
     wide = logits.element_size() == 4
     largest, warps = (BACKWARD_BLOCK_32, BACKWARD_WARPS_32) if wide else (BACKWARD_BLOCK, BACKWARD_WARPS)
     block = _block(vocab, largest)
-    if rows:
+    if count:
         with _on(logits):
-            gradient_kernel[(rows * -(-vocab // block),)](
+            gradient_kernel[(count * -(-vocab // block),)](
                 logits,
                 ref_logits,
-                labels.contiguous(),
+                labels,
                 statistics.lse,
                 statistics.centre,
-                grad_kl.float().contiguous(),
-                grad_logp.float().contiguous(),
+                upstream.kl.float().contiguous(),
+                upstream.logp.float().contiguous(),
                 target,
                 logits.stride(0),
                 ref_logits.stride(0),
@@ -220,8 +203,10 @@ def _block(vocab: int, largest: int) -> int:
     return min(largest, max(128, 1 << (vocab - 1).bit_length()))
 
 
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+def _readable(rows: Rows) -> Rows:
+    # The kernels step by one within a row.
+    logits, ref_logits = (part if part.stride(-1) == 1 else part.contiguous() for part in rows[:2])
+    return Rows(logits, ref_logits, rows.labels.contiguous())
 
 
 def _on(logits: Tensor) -> AbstractContextManager[object]:
@@ -229,6 +214,6 @@ def _on(logits: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
-def _check_dtype(*tensors: Tensor) -> None:
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+def _check_dtype(rows: Rows) -> None:
+    if torch.float64 in (rows.logits.dtype, rows.ref_logits.dtype):
         raise BackendError("the Triton kernels compute in float32; for float64 logits use the eager backend")

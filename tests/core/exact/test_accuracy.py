@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kl_plugins import exact_kl
 from kl_plugins.kernels.exact import eager
-from kl_plugins.kernels.exact.statistics import Options, needs_float64
+from kl_plugins.kernels.exact.statistics import Options, Rows, Upstream, needs_float64
 from tests.core.exact.accuracy import CASES, DTYPES, GRID, ROOM, Case, grid, measure, shifted
 from tests.core.exact.support import make_rows, textbook
 
@@ -61,13 +61,14 @@ def test_rows_with_a_common_offset_may_be_written_over_their_logits() -> None:
     plain, far = shifted(0.0), shifted(200.0)
     logits, labels = plain.logits.repeat(2, 1), plain.labels.repeat(2)
     ref_logits = torch.cat([plain.ref_logits, far.ref_logits])
-    options = Options()
-    statistics = eager.forward(logits, ref_logits, labels, options)
+    options, rows = Options(), Rows(logits, ref_logits, labels)
+    statistics = eager.forward(rows, options)
     assert needs_float64(statistics).tolist() == [False] * 48 + [True] * 48
-    given = (ref_logits, labels, statistics, torch.ones(96), torch.zeros(96))
-    wanted = eager.backward(logits, *given, options)
+    given = (statistics, Upstream(torch.ones(96), torch.zeros(96)))
+    wanted = eager.backward(rows, *given, options)
     written = logits.clone()
-    assert eager.backward(written, *given, options._replace(tile_bytes=50_000), written) is written
+    over_it = rows._replace(logits=written)
+    assert eager.backward(over_it, *given, options._replace(tile_bytes=50_000), written) is written
     torch.testing.assert_close(written, wanted, rtol=1e-5, atol=1e-12)
 
 

@@ -110,6 +110,12 @@ def test_second_derivatives_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="no second derivatives"):
         grad.sum().backward()
 
+    def slope(logits: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: exact_kl(z, REF_LOGITS, LABELS).kl.sum())(logits).sum()
+
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.func.grad(slope)(REF_LOGITS + 1)
+
 
 def test_the_reference_gets_no_gradient() -> None:
     logits, ref_logits = live(numbers(5, 7), REF_LOGITS)

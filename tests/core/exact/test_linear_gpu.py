@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.core.exact.linear_cases import gradients, heads
 from tests.core.exact.support import norm_error
-from tests.core.exact.test_linear import gradients, heads
 
 pytestmark = pytest.mark.gpu
 

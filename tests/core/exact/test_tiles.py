@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kl_plugins import exact_kl, linear_kl
 from kl_plugins.kernels.exact.linear import step_of
+from tests.core.exact.linear_cases import gradients, heads
 from tests.core.exact.support import make_rows, peak_bytes
-from tests.core.exact.test_linear import gradients, heads
 
 
 def of_logits(**options: int) -> tuple[Tensor, ...]:

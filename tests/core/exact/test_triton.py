@@ -14,7 +14,7 @@ import torch
 from kl_plugins import exact_kl
 from kl_plugins.kernels.backend import BackendError
 from kl_plugins.kernels.exact.backends import exact_backend_status
-from kl_plugins.kernels.exact.statistics import Options
+from kl_plugins.kernels.exact.statistics import Options, Rows
 from tests.core.exact.accuracy import ROOM
 from tests.core.exact.triton_cases import CASES, Case, Results, compute, inputs, public, reference, steep
 
@@ -90,7 +90,7 @@ def test_float64_logits_are_refused() -> None:
     backend = pytest.importorskip("kl_plugins.kernels.exact.triton_backend")
     logits, options = torch.zeros(1, 8, dtype=torch.float64), Options()
     with pytest.raises(BackendError, match="float64"):
-        backend.forward(logits, logits, torch.zeros(1, dtype=torch.int64), options)
+        backend.forward(Rows(logits, logits, torch.zeros(1, dtype=torch.int64)), options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import Options
+from kl_plugins.kernels.exact.statistics import Options, Rows, Upstream
 
 pytestmark = pytest.mark.gpu
 Capture = pytest.CaptureFixture[str]
@@ -62,15 +62,15 @@ def test_every_forward_gives_the_same_and_says_how_fast(
 ) -> None:
     from kl_plugins.kernels.exact import triton_backend as backend
 
-    rows = (logits.policy, logits.reference, logits.labels)
-    statistics = backend.forward(*rows, OPTIONS)
+    rows = Rows(logits.policy, logits.reference, logits.labels)
+    statistics = backend.forward(rows, OPTIONS)
     chosen = (block, warps, stages) == (backend.FORWARD_BLOCK, backend.FORWARD_WARPS, backend.FORWARD_STAGES)
     for name, value in (("BLOCK", block), ("WARPS", warps), ("STAGES", stages)):
         monkeypatch.setattr(backend, f"FORWARD_{name}", value)
-    found = backend.forward(*rows, OPTIONS)
+    found = backend.forward(rows, OPTIONS)
     torch.testing.assert_close(found.kl, statistics.kl, rtol=1e-5, atol=1e-8)
     say(f"forward, block {block}, {warps} warps, {stages} stages", chosen, capsys,
-        2, logits.policy, milliseconds(lambda: backend.forward(*rows, OPTIONS)))  # fmt: skip
+        2, logits.policy, milliseconds(lambda: backend.forward(rows, OPTIONS)))  # fmt: skip
 
 
 @pytest.mark.parametrize(("block", "warps"), BACKWARD_SIZES)
@@ -79,12 +79,13 @@ def test_every_backward_gives_the_same_and_says_how_fast(
 ) -> None:
     from kl_plugins.kernels.exact import triton_backend as backend
 
-    rows = (logits.policy, logits.reference, logits.labels)
-    statistics = backend.forward(*rows, OPTIONS)
+    rows = Rows(logits.policy, logits.reference, logits.labels)
+    statistics = backend.forward(rows, OPTIONS)
+    upstream = Upstream(logits.upstream, logits.upstream)
     out = torch.empty_like(logits.policy)
 
     def backward() -> Tensor:
-        return backend.backward(*rows, statistics, logits.upstream, logits.upstream, OPTIONS, out)
+        return backend.backward(rows, statistics, upstream, OPTIONS, out)
 
     gradient = backward()[:64].clone()
     chosen = (block, warps) == (backend.BACKWARD_BLOCK, backend.BACKWARD_WARPS)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import Options, label_logits
+from kl_plugins.kernels.exact.autograd import named
+from kl_plugins.kernels.exact.statistics import Options, Rows, Upstream, label_logits
 
 
 class Case(NamedTuple):
@@ -162,11 +163,11 @@ def compute(case: Case, device: str, *, gradient_dtype: torch.dtype = torch.floa
     """By the kernels. Gradients in float32, which shows more than 16 bits would."""
     from kl_plugins.kernels.exact import triton_backend
 
-    logits, ref_logits, labels, grad_kl, grad_logp = (_moved(part, device) for part in inputs(case))
+    rows, upstream = named(tuple(_moved(part, device) for part in inputs(case)), Rows, Upstream)
     options = Options(1 / case.temperature, case.softcap, case.ref_softcap)
-    statistics = triton_backend.forward(logits, ref_logits, labels, options)
-    out = torch.full(logits.shape, torch.nan, dtype=gradient_dtype, device=device)
-    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl, grad_logp, options, out)
+    statistics = triton_backend.forward(rows, options)
+    out = torch.full(rows.logits.shape, torch.nan, dtype=gradient_dtype, device=device)
+    gradient = triton_backend.backward(rows, statistics, upstream, options, out)
     return Results(statistics.kl.cpu(), statistics.logp.cpu(), statistics.ref_logp.cpu(), gradient.cpu())
 
 
@@ -207,22 +208,21 @@ def ignored_sums(device: str) -> Tensor:
     """What the forward kernel leaves of rows that it need not read."""
     from kl_plugins.kernels.exact import triton_backend
 
-    logits, ref_logits, labels, *_ = (part.to(device) for part in inputs(CASES["ignored rows"]))
+    rows, *_ = named(tuple(part.to(device) for part in inputs(CASES["ignored rows"])), Rows)
     options = Options()
-    at_label = label_logits(logits, ref_logits, labels, options)
-    sums = torch.stack(triton_backend.part_sums(logits, ref_logits, labels, at_label, options))
-    assert sums[:, labels >= 0].any()
-    return sums[:, labels < 0].cpu()
+    sums = torch.stack(triton_backend.part_sums(rows, label_logits(rows, options), options))
+    assert sums[:, rows.labels >= 0].any()
+    return sums[:, rows.labels < 0].cpu()
 
 
 def steep(device: str) -> Results:
     """An upstream gradient that float16 cannot hold."""
     from kl_plugins.kernels.exact import triton_backend
 
-    logits, ref_logits, labels, grad_kl, grad_logp = (part.to(device) for part in inputs(CASES["fp16"]))
+    rows, upstream = named(tuple(part.to(device) for part in inputs(CASES["fp16"])), Rows, Upstream)
     options = Options()
-    statistics = triton_backend.forward(logits, ref_logits, labels, options)
-    gradient = triton_backend.backward(logits, ref_logits, labels, statistics, grad_kl * 1e9, grad_logp, options)
+    statistics = triton_backend.forward(rows, options)
+    gradient = triton_backend.backward(rows, statistics, upstream._replace(kl=upstream.kl * 1e9), options)
     return Results(statistics.kl.cpu(), statistics.logp.cpu(), statistics.ref_logp.cpu(), gradient.cpu())
 
 

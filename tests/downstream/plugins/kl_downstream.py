@@ -1,7 +1,8 @@
-"""Pytest plugin for TRL's own tests: on the CPU, and with kl-plugins attached where ``KL_DOWNSTREAM`` says so.
+"""Pytest plugin that runs TRL's own tests on the CPU, and attaches kl-plugins if ``KL_DOWNSTREAM`` requests it.
 
-``KL_DOWNSTREAM`` holds JSON: ``attach``; ``specs``, from algorithm to the spec of every config whose beta is not 0;
-``beta``, for every GRPO config that leaves it 0; ``only``, the tests to run.
+The environment variable ``KL_DOWNSTREAM`` holds a JSON object with four keys. ``attach`` says whether to attach
+kl-plugins. ``specs`` maps each algorithm to the spec of every config whose beta is not 0. ``beta`` is the beta of every
+GRPO config that leaves it at 0. ``only`` lists the tests to run; null runs all tests.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests that this run is about."""
+    """Deselect the tests that this run does not need."""
     if SETTINGS["only"] is not None:
         dropped = [item for item in items if _name(item) not in SETTINGS["only"]]
         config.hook.pytest_deselected(items=dropped)
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
-    """Remember the test, for the note that it trained under a spec."""
+    """Remember which test is running, so that notes about its beta and its spec go into its report."""
     running[:] = [item]
     return (yield)
 
@@ -48,13 +49,14 @@ def _name(item: pytest.Item) -> str:
 
 
 def _note(key: str, value: object) -> None:
-    # Into the JUnit report.
+    # pytest writes the user properties of a test into the JUnit report.
     if running and (key, str(value)) not in running[0].user_properties:
         running[0].user_properties.append((key, str(value)))
 
 
 def _train_on_cpu() -> None:
-    # In the base class, which kl-plugins does not touch, and after TRL's config has chosen its defaults.
+    # This patches the base class, because kl-plugins does not patch it, and because it runs after the defaults of TRL's
+    # config.
     from transformers import TrainingArguments
 
     original = TrainingArguments.__post_init__
@@ -81,7 +83,7 @@ def _attach() -> None:
 
 
 def _change_defaults(config: type, algorithm: str) -> None:
-    # Around everything else, kl-plugins' own check included.
+    # This wrapper is the outermost one, so it acts before all other code, including the checks of kl-plugins.
     original: Any = config.__post_init__
 
     def post_init(self: Any) -> None:

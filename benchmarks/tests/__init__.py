@@ -1,0 +1,1 @@
+"""Tests of the benchmarks: ``core`` needs no host, the other folders need the host that they are named after."""

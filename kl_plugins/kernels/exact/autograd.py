@@ -1,0 +1,55 @@
+"""What the exact kernels' autograd functions share: named arguments, and backward passes that are functions themselves.
+
+Autograd follows only tensors that are arguments themselves, not those inside of an argument. So every function is
+applied to the fields of its named tuples, one after the other, and :func:`named` puts the tuples together again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def named(args: tuple[Any, ...], *kinds: Any) -> list[Any]:
+    """Put named tuples together from a function's arguments.
+
+    Args:
+        args: the fields of the tuples, in order, and perhaps more.
+        kinds: the types of the tuples.
+
+    Returns:
+        The tuples, then each further argument.
+    """
+    found: list[Any] = []
+    for kind in kinds:
+        count = len(kind._fields)
+        found.append(kind(*args[:count]))
+        args = args[count:]
+    return [*found, *args]
+
+
+def for_each_argument(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a backward pass returns: the gradients of a function's first arguments, None for all others."""
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+
+class BackwardPass(torch.autograd.Function):
+    """A backward pass as a function of its own, which cannot be differentiated again.
+
+    ``torch.autograd.function.once_differentiable`` on an ordinary ``backward`` was tried instead, on the KL of logits.
+    ``torch.func.vmap`` of ``torch.func.grad`` failed, because such a backward pass gets batched tensors and has no rule
+    for them. A second ``torch.func.grad`` returned zeros without any error. ``autograd.grad(..., create_graph=True)``
+    gave a gradient without a graph, so that the error of the second pass does not name the cause. As a function the
+    backward pass can have a ``vmap`` rule, and every second derivative raises.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Refuse."""
+        raise NotImplementedError("the exact KL has no second derivatives")
