@@ -52,26 +52,17 @@ class KLSource:
         raise NotImplementedError
 
 
-def kl_of(text: str, logp: Tensor, ref_logp: Tensor, host_title: str, places: str) -> Tensor:
-    """Compute what the host's KL function returns under a spec; for the hooks around that function.
+def unknown_place(text: str, host_title: str, places: str) -> RuntimeError:
+    """Make the error for a host's KL function that was called where nothing was entered that knows the KL.
 
     Args:
-        text: the spec, as the host passes it; for the message.
-        logp: (B, T) log-probs of the policy as the host passes them, nats.
-        ref_logp: (B, T) log-probs of the reference, nats.
-        host_title: the host's name, for the message.
-        places: where in the host a spec works, for the message.
-
-    Raises:
-        RuntimeError: nothing was entered that knows the KL, so the host came here by a path that is not hooked.
+        text: the spec, as the host passes it.
+        host_title: the host's name.
+        places: where in the host a spec works.
     """
-    source = current(KLSource)
-    if source is None:
-        raise RuntimeError(
-            f"kl-plugins: {text} reached {host_title}'s KL function from a place that kl-plugins does not know; "
-            f"{places}"
-        )
-    return source.term(logp, ref_logp)
+    return RuntimeError(
+        f"kl-plugins: {text} reached {host_title}'s KL function from a place that kl-plugins does not know; {places}"
+    )
 
 
 @dataclass

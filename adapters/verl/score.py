@@ -30,16 +30,14 @@ class ScoreController(score.ScoreController):
         pending: an ``@advantage`` penalty was computed, and no advantages have taken it yet.
     """
 
-    def __init__(self, spec: KLSpec, host: Any, adaptive: bool = False) -> None:
+    def __init__(self, spec: KLSpec, host: Any) -> None:
         """Take over from veRL's controller.
 
         Args:
             spec: a score spec.
             host: veRL's own controller object.
-            adaptive: whether that one changes its value, which then belongs into checkpoints.
         """
         super().__init__(spec, host, SCORE_BETA)
-        self.adaptive = adaptive
         self.pending = False
 
 

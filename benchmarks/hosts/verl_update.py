@@ -49,7 +49,7 @@ def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
     from verl import DataProto
     from verl.trainer.ppo import core_algos, ray_trainer
 
-    from kl_plugins.adapters.verl.beta import ScoreBeta
+    from kl_plugins.adapters.verl.score import ScoreController
 
     if case.placement == "loss":
         return [torch.zeros(length) for length in rollouts.lengths]
@@ -63,7 +63,7 @@ def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
     data.non_tensor_batch["uid"] = np.array([str(i // GROUP) for i in range(len(mask))], dtype=object)
     control: Any = core_algos.FixedKLController(BETA)
     if case.spec:
-        control = ScoreBeta(KLSpec.parse(case.spec), control)
+        control = ScoreController(KLSpec.parse(case.spec), control)
     kl = case.spec or case.native["estimator"]
     data, _ = ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=kl)
     config = OmegaConf.create({"use_pf_ppo": False, "gamma": 1.0, "norm_adv_by_std_in_grpo": False})

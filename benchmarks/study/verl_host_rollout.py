@@ -49,7 +49,7 @@ def config_of(cell: Cell, spec: KLSpec | None, settings: Settings, length: int) 
     import verl
     from hydra import compose, initialize_config_dir
 
-    from kl_plugins.patches.verl.trainer import checked
+    from kl_plugins.adapters.verl import ADAPTER
 
     placement = spec.placement if spec else None
     lags = (cell.delay, cell.precision) != (0, "fp32")
@@ -69,7 +69,7 @@ def config_of(cell: Cell, spec: KLSpec | None, settings: Settings, length: int) 
     with initialize_config_dir(folder, version_base=None):
         config = compose("ppo_trainer", overrides=[f"{key}={value}" for key, value in chosen.items()])
     try:
-        checked(config)
+        ADAPTER.checked(config)
     except ValueError as error:
         sampler = "a delayed or bf16 sampler" if lags else "the study's settings"
         raise ValueError(f"{cell.arm} cannot be trained with {sampler} in veRL: {error}") from error
@@ -89,12 +89,12 @@ class Trainer:
     def __init__(self, spec: KLSpec | None, config: Any, reference: Any, generations: int) -> None:
         from verl.trainer.ppo import core_algos
 
-        from kl_plugins.adapters.verl.beta import ScoreBeta
+        from kl_plugins.adapters.verl.score import ScoreController
 
         self._spec, self._config, self._reference, self._generations = spec, config, reference, generations
         self._score: Any = None
         if spec and spec.placement != "loss":
-            self._score = ScoreBeta(spec, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
+            self._score = ScoreController(spec, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
 
     def prepare(self, policy: Any, drawn: Drawn, rewards: list[float]) -> tuple[Batch, dict[str, float]]:
         """The batch of an update, and the metrics of a KL in rewards or advantages.

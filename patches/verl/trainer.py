@@ -53,8 +53,7 @@ def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[st
     check_trainer(type(trainer))
     session = TrainerSession(specs)
     if specs.score is not None:
-        adaptive = config.algorithm.kl_ctrl.type == "adaptive"
-        session.score = trainer.kl_ctrl_in_reward = ScoreController(specs.score, trainer.kl_ctrl_in_reward, adaptive)
+        session.score = trainer.kl_ctrl_in_reward = ScoreController(specs.score, trainer.kl_ctrl_in_reward)
     setattr(trainer, ATTRIBUTE, session)
 
 
@@ -154,5 +153,6 @@ def load_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwar
         folder = Path(path or Path(settings.default_local_dir) / f"global_step_{step}")
         state = resumed(read_state(folder / STATE_FILE), session.specs.text)
         if session.score is not None:
-            session.score.restore(state, host_value=session.score.adaptive)
+            adaptive = trainer.config.algorithm.kl_ctrl.type == "adaptive"
+            session.score.restore(state, host_value=adaptive)
     return result

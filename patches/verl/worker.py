@@ -12,7 +12,7 @@ import torch
 
 from kl_plugins.adapters import receipts
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
-from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, kl_of
+from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, unknown_place
 from kl_plugins.adapters.session import Total
 from kl_plugins.adapters.verl import HOST, batch
 from kl_plugins.adapters.verl.config import statement_of
@@ -38,9 +38,11 @@ def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: 
     named = arguments(wrapped, args, kwargs)
     if not looks_like_spec(named["kl_penalty"]):
         return wrapped(*args, **kwargs)
-    if current(KLSource) is None:
-        HOOKS.check_process()  # a missing hook is the most probable reason, and says more
-    return kl_of(named["kl_penalty"], named["logprob"], named["ref_logprob"], HOST.title, PLACES)
+    source = current(KLSource)
+    if source is None:
+        HOOKS.check_process()  # a missing hook is the most probable reason, and this error says more about it
+        raise unknown_place(named["kl_penalty"], HOST.title, PLACES)
+    return source.term(named["logprob"], named["ref_logprob"])
 
 
 def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

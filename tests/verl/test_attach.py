@@ -13,15 +13,13 @@ from verl.utils import config as verl_config
 from verl.workers import engine_workers
 from verl.workers.utils import losses
 
-from kl_plugins.adapters.verl import attach, detach, diagnose
-from kl_plugins.adapters.verl.host import HOST
+from kl_plugins.adapters.verl import HOST, attach, detach, diagnose
+from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.hosts import installed_hosts
 from kl_plugins.patches import verl
-from kl_plugins.patches.guards import UnsupportedHostError
-from kl_plugins.patches.patch import Hook
-from kl_plugins.patches.verl import support
-from kl_plugins.patches.verl.fingerprints import FINGERPRINTS, expected
-from kl_plugins.patches.verl.targets import PATCHES
+from kl_plugins.patches.engine.patch import Hook
+from kl_plugins.patches.verl import HOOKS
+from kl_plugins.patches.verl.hooks import PATCHES
 from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 
@@ -48,8 +46,15 @@ def test_importing_verl_imports_next_to_nothing_of_ours():
     )
     assert set(ours) == {
         "kl_plugins",
+        "kl_plugins.adapters",
+        "kl_plugins.adapters.base",
+        "kl_plugins.adapters.verl",
+        "kl_plugins.adapters.versions",
+        "kl_plugins.controllers",
+        "kl_plugins.hosts",
         "kl_plugins.patches",
-        "kl_plugins.patches.on_import",
+        "kl_plugins.patches.engine",
+        "kl_plugins.patches.engine.on_import",
         "kl_plugins.patches.verl",
         "kl_plugins.patches.verl.entry",
     }
@@ -74,11 +79,11 @@ def test_doctor_says_where_entry_points_are_switched_off(monkeypatch):
 def test_the_table_names_the_modules_that_are_watched():
     assert {patch.module for patch in PATCHES.patches} == set(verl.HOOKS.modules)
     assert all(patch.fingerprints for patch in PATCHES.patches)
-    assert expected("0.9.0") == FINGERPRINTS
-    assert {name for name in FINGERPRINTS if name not in expected("0.8.0")} == {
-        name for name in FINGERPRINTS if ".v1." in name
+    assert HOOKS.sources.expected("0.9.0") == HOOKS.sources.checked
+    assert {name for name in HOOKS.sources.checked if name not in HOOKS.sources.expected("0.8.0")} == {
+        name for name in HOOKS.sources.checked if ".v1." in name
     }
-    homes = {name.partition(":")[2] for name in FINGERPRINTS}
+    homes = {name.partition(":")[2] for name in HOOKS.sources.checked}
     assert homes == {patch.qualname for patch in PATCHES.patches}
 
 
@@ -90,7 +95,7 @@ def test_names_imported_by_other_modules_are_one_hook():
 
         assert trainer_base.apply_kl_penalty is ray_trainer.apply_kl_penalty
     assert isinstance(losses.ppo_loss, Hook)
-    support.check_process()
+    HOOKS.check_process()
 
 
 def test_a_hook_travels_by_reference():
@@ -112,14 +117,14 @@ def test_detach_restores_verls_own_objects_and_attach_comes_back():
         assert [vars(owner)[name] for owner, name in places] == [hook.__wrapped__ for hook in hooks]
         assert not any(isinstance(vars(owner)[name], Hook) for owner, name in places)
         with pytest.raises(UnsupportedHostError, match="has no hook in this process"):
-            support.check_process()
+            HOOKS.check_process()
         for text in ("k2@loss/is:token", "k1@reward"):
             with pytest.raises(NotImplementedError):  # veRL's own answer to an unknown estimator
                 core_algos.kl_penalty(torch.zeros(1, 1), torch.zeros(1, 1), text)
         detach()
     finally:
         attach()
-    support.check_process()
+    HOOKS.check_process()
 
 
 def test_a_hook_that_failed_is_an_error_at_the_first_use_of_a_spec(monkeypatch, caplog):
@@ -127,8 +132,8 @@ def test_a_hook_that_failed_is_an_error_at_the_first_use_of_a_spec(monkeypatch, 
         raise AttributeError("module has no attribute 'ppo_loss'")
 
     monkeypatch.setattr(verl.HOOKS, "failures", [])
-    monkeypatch.setattr(type(PATCHES), "apply_to", lambda self, module: broken(module))
+    monkeypatch.setattr(type(PATCHES), "apply", lambda self, module: broken(module))
     verl.HOOKS._imported(losses)  # an error here would break veRL where no spec is used
     assert "a KL spec will be refused" in caplog.text
     with pytest.raises(UnsupportedHostError, match=r"could not attach to veRL .* has no attribute 'ppo_loss'"):
-        support.check_process()
+        HOOKS.check_process()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kl_plugins.adapters.verl.guards import check_config
-from kl_plugins.adapters.verl.settings import specs_of
+from kl_plugins.adapters.verl import ADAPTER
+from kl_plugins.adapters.verl.refusals import contradictions
 from tests.support.guides import arguments
 from tests.support.verl.configs import composed
 
@@ -16,6 +16,6 @@ def test_the_commands_are_valid(page: str, commands: int) -> None:
     assert len(found) == commands
     for settings in found:
         config = composed("algorithm.adv_estimator=grpo", *settings)
-        specs = specs_of(config)
+        specs = ADAPTER.specs_of(config)
         assert specs
-        check_config(specs, config)
+        assert not list(contradictions(specs, config))

@@ -11,11 +11,10 @@ import pytest
 import verl
 from packaging.version import Version
 
-from kl_plugins.adapters.verl import guards
-from kl_plugins.adapters.verl.settings import Specs, aggregation_caveats, aggregation_of, specs_of
-from kl_plugins.patches.guards import UnsupportedHostError
-from kl_plugins.patches.verl import support
-from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession, checked
+from kl_plugins.adapters.verl import ADAPTER, refusals
+from kl_plugins.adapters.verl.config import Specs, aggregation_of, behaviour_source, statement_of
+from kl_plugins.adapters.versions import UnsupportedHostError
+from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession
 from kl_plugins.spec import KLSpec, KLSpecError
 from tests.support.verl.configs import composed as config
 from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
@@ -35,13 +34,13 @@ BYPASS = "algorithm.rollout_correction.bypass_mode=True"
 
 
 def test_verls_defaults_hold_no_spec():
-    assert not specs_of(config())
-    assert not checked(config())
+    assert not ADAPTER.specs_of(config())
+    assert not ADAPTER.checked(config())
 
 
 @pytest.mark.parametrize("overrides", [LOSS, EXACT, REWARD, ADVANTAGE, (*LOSS, *REWARD)])
 def test_good_configs_pass(overrides):
-    assert checked(config(*overrides))
+    assert ADAPTER.checked(config(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_good_configs_pass(overrides):
 )
 def test_contradictions_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
-        checked(config(*overrides))
+        ADAPTER.checked(config(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -104,11 +103,11 @@ def test_contradictions_are_refused(overrides, message):
 def test_parts_that_were_not_tested_are_refused_by_name(overrides, part, monkeypatch):
     chosen = config(*LOSS, *overrides)
     with pytest.raises(UnsupportedHostError, match=part):
-        checked(chosen)
+        ADAPTER.checked(chosen)
     monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")
     with pytest.warns(RuntimeWarning, match=part):
-        assert checked(chosen)
-    assert not checked(config(*overrides)), "without a spec nothing is refused"
+        assert ADAPTER.checked(chosen)
+    assert not ADAPTER.checked(config(*overrides)), "without a spec nothing is refused"
 
 
 @V1
@@ -118,9 +117,9 @@ def test_trainers_that_were_not_tested_are_refused_by_name():
     class MyTrainer(PPOTrainerSync):
         pass
 
-    support.check_trainer(PPOTrainerSync)
+    refusals.check_trainer(PPOTrainerSync)
     with pytest.raises(UnsupportedHostError, match="MyTrainer"):
-        support.check_trainer(MyTrainer)
+        refusals.check_trainer(MyTrainer)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,7 @@ def test_trainers_that_were_not_tested_are_refused_by_name():
     ],
 )
 def test_behaviour_source(text, overrides, source):
-    assert guards.behaviour_source(KLSpec.parse(text), config(*overrides)) == source
+    assert behaviour_source(KLSpec.parse(text), config(*overrides)) == source
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,7 @@ def test_aggregation_of_a_loss(mode, kind):
     actor = config(f"actor_rollout_ref.actor.loss_agg_mode={mode}").actor_rollout_ref.actor
     found = aggregation_of(actor, "loss")
     assert (found.kind, found.setting) == (kind, f"actor_rollout_ref.actor.loss_agg_mode={mode}")
-    caveats = aggregation_caveats(actor, "loss")
+    caveats = (*found.caveats, *statement_of(KLSpec.parse("k2@loss"), actor).caveats)
     assert len(caveats) == (kind in ("sequence mean", "constant"))
     assert ("loss_scale_factor" in str(caveats)) == (kind == "constant")
 
@@ -218,7 +217,7 @@ def test_terms_of_whole_sessions_are_refused_where_an_agent_loop_gives_several_o
 
 def test_a_spec_error_reaches_the_user_as_one():
     with pytest.raises(KLSpecError):
-        checked(config("actor_rollout_ref.actor.kl_loss_type=k2@loss/is:tokn"))
+        ADAPTER.checked(config("actor_rollout_ref.actor.kl_loss_type=k2@loss/is:tokn"))
 
 
 def main_ppo(*overrides, environment=None, folder=None):

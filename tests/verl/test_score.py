@@ -13,9 +13,9 @@ from kl_plugins import KLSpec, kl_penalty
 from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.controller import BetaChangedError
 from kl_plugins.adapters.log_probs import LogProbError
-from kl_plugins.adapters.verl import guards
-from kl_plugins.adapters.verl.beta import ScoreBeta, read_state, write_state
-from kl_plugins.adapters.verl.score import PENALTY
+from kl_plugins.adapters.checkpoints import read_state, write_state
+from kl_plugins.adapters.verl import refusals
+from kl_plugins.adapters.verl.score import PENALTY, ScoreController
 from tests.support.verl.ray_support import TRAINERS
 
 ROWS, LENGTH, BETA = 6, 5, 0.3
@@ -48,7 +48,7 @@ def rollout(seed=0):
 
 def shaped(text, data=None, control=None):
     data = rollout() if data is None else data
-    control = control or ScoreBeta(KLSpec.parse(text), core_algos.FixedKLController(BETA))
+    control = control or ScoreController(KLSpec.parse(text), core_algos.FixedKLController(BETA))
     return ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=text)
 
 
@@ -95,7 +95,7 @@ def test_advantage_penalty_comes_after_normalisation(estimator, version, text):
 
 
 def test_a_penalty_that_no_advantage_takes_is_pending():
-    control, other = (ScoreBeta(KLSpec.parse("k1@advantage"), core_algos.FixedKLController(BETA)) for _ in range(2))
+    control, other = (ScoreController(KLSpec.parse("k1@advantage"), core_algos.FixedKLController(BETA)) for _ in range(2))
     data, _ = shaped("k1@advantage", control=control)
     left, _ = shaped("k1@advantage", control=other)
     assert control.pending
@@ -114,7 +114,7 @@ def test_verls_own_controller_sees_the_kl_per_token_although_nothing_is_subtract
     controllers = [core_algos.AdaptiveKLController(BETA, target_kl=kl / 1.1, horizon=100) for _ in range(2)]
     ray_trainer.apply_kl_penalty(rollout(), controllers[0], "kl")
     assert controllers[0].value == pytest.approx(BETA * (1 + 0.1 * ROWS / 100), rel=1e-6)
-    _, metrics = shaped(text, control=ScoreBeta(KLSpec.parse(text), controllers[1], adaptive=True))
+    _, metrics = shaped(text, control=ScoreController(KLSpec.parse(text), controllers[1]))
     assert controllers[1].value == pytest.approx(controllers[0].value, rel=1e-6)
     assert metrics["actor/reward_kl_penalty"] == pytest.approx(kl, rel=1e-5)
     assert metrics["actor/reward_kl_penalty_coeff"] == metrics["kl/beta"] == BETA
@@ -150,15 +150,15 @@ def sees_every_kl(estimator):
 
 def test_reward_is_allowed_with_the_estimators_that_see_the_kl_of_every_response():
     seeing = {name for name in core_algos.ADV_ESTIMATOR_REGISTRY if sees_every_kl(name)}
-    assert seeing == set(guards.REWARD_ESTIMATORS)
-    assert set(core_algos.ADV_ESTIMATOR_REGISTRY) - seeing == set(guards.WITHOUT_KL)
+    assert seeing == set(refusals.REWARD_ESTIMATORS)
+    assert set(core_algos.ADV_ESTIMATOR_REGISTRY) - seeing == set(refusals.WITHOUT_KL)
 
 
 def test_the_specs_schedule_controls_beta_and_survives_a_checkpoint(tmp_path):
     text = "k1@reward/beta:linear-0-1-4"
 
     def new():
-        return ScoreBeta(KLSpec.parse(text), core_algos.FixedKLController(BETA))
+        return ScoreController(KLSpec.parse(text), core_algos.FixedKLController(BETA))
 
     control, seen = new(), []
     for _ in range(3):
@@ -173,7 +173,7 @@ def test_the_specs_schedule_controls_beta_and_survives_a_checkpoint(tmp_path):
 
 
 def test_the_specs_controller_counts_responses_that_have_a_token():
-    control = ScoreBeta(KLSpec.parse("k1@reward/beta:adaptive-0.001-10"), core_algos.FixedKLController(BETA))
+    control = ScoreController(KLSpec.parse("k1@reward/beta:adaptive-0.001-10"), core_algos.FixedKLController(BETA))
     data = rollout()
     data.batch["response_mask"][4] = 0
     shaped(str(control.spec), data, control)
@@ -182,13 +182,13 @@ def test_the_specs_controller_counts_responses_that_have_a_token():
 
 def test_a_changed_coefficient_is_used_and_is_an_error_beside_a_schedule():
     host = core_algos.FixedKLController(BETA)
-    control = ScoreBeta(KLSpec.parse("k1@advantage"), host)
+    control = ScoreController(KLSpec.parse("k1@advantage"), host)
     host.value = BETA / 2
     _, metrics = shaped("k1@advantage", control=control)
     assert metrics["kl/beta"] == metrics["actor/reward_kl_penalty_coeff"] == BETA / 2
     host = core_algos.FixedKLController(BETA)
     text = "k1@advantage/beta:linear-0-1-4"
-    control = ScoreBeta(KLSpec.parse(text), host)
+    control = ScoreController(KLSpec.parse(text), host)
     host.value = BETA / 2
     with pytest.raises(BetaChangedError, match=r"algorithm\.kl_ctrl\.kl_coef was changed from 0\.3 to 0\.15"):
         shaped(text, control=control)
@@ -196,12 +196,12 @@ def test_a_changed_coefficient_is_used_and_is_an_error_beside_a_schedule():
 
 def test_verls_adaptive_value_survives_a_checkpoint_and_a_fixed_one_follows_the_config(tmp_path):
     spec = KLSpec.parse("k1@reward")
-    before = ScoreBeta(spec, core_algos.AdaptiveKLController(0.7, 1.0, 10), adaptive=True)
-    after = ScoreBeta(spec, core_algos.AdaptiveKLController(0.1, 1.0, 10), adaptive=True)
-    after.restore(json.loads(json.dumps(before.saved())))
+    before = ScoreController(spec, core_algos.AdaptiveKLController(0.7, 1.0, 10))
+    after = ScoreController(spec, core_algos.AdaptiveKLController(0.1, 1.0, 10))
+    after.restore(json.loads(json.dumps(before.saved())), host_value=True)
     assert after.value == 0.7
-    fixed = ScoreBeta(spec, core_algos.FixedKLController(0.1))
-    fixed.restore(ScoreBeta(spec, core_algos.FixedKLController(0.7)).saved())
+    fixed = ScoreController(spec, core_algos.FixedKLController(0.1))
+    fixed.restore(ScoreController(spec, core_algos.FixedKLController(0.7)).saved(), host_value=False)
     assert fixed.value == 0.1
 
 

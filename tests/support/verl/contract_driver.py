@@ -16,11 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kl_plugins import KLSpec
-from kl_plugins.adapters.verl import guards
-from kl_plugins.adapters.verl.beta import ScoreBeta
+from kl_plugins.adapters.verl.config import behaviour_source, sampling_of
 from kl_plugins.adapters.verl.metrics import finish
-from kl_plugins.adapters.verl.receipts import collect
-from kl_plugins.adapters.verl.settings import sampling_of
+from kl_plugins.adapters.verl.score import ScoreController
+from kl_plugins.adapters.verl.session import collect
 from kl_plugins.receipts import Receipt
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
 from tests.support.verl import main_ppo, remote
@@ -118,7 +117,7 @@ class VerlDriver:
         tensors = {key: batch.padded(values) for key, values in log_probs.items()}
         data = DataProto.from_single_dict({**tensors, "response_mask": mask, "token_level_scores": scores})
         data.non_tensor_batch["uid"] = np.array([str(row // 4) for row in range(len(mask))], dtype=object)
-        control = ScoreBeta(KLSpec.parse(spec), core_algos.FixedKLController(BETA))
+        control = ScoreController(KLSpec.parse(spec), core_algos.FixedKLController(BETA))
         try:
             data, metrics = ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=spec)
             data = ray_trainer.compute_advantage(data, adv_estimator="grpo", num_repeat=4)
@@ -142,7 +141,7 @@ class VerlDriver:
         """See the protocol."""
         config, parsed = _config(spec, sampled, sampler), KLSpec.parse(spec)
         self._single.use(spec, receipts=False, reset=False)
-        source = guards.behaviour_source(parsed, config)
+        source = behaviour_source(parsed, config)
         (found,) = collect(self._single.workers, parsed, source, sampling_of(config))
         return found
 
