@@ -1,4 +1,8 @@
-"""``@loss``: what OpenRLHF's training step knows is carried to its KL function, which gets the spec's term instead."""
+"""What OpenRLHF's tensors mean: a micro-batch of its training step, and the sampler's log-probs, known or missing.
+
+OpenRLHF writes 0.0 where a log-prob of the sampler is missing, which would be a probability of 1. So the hooks around
+generation mark missing ones with :data:`MISSING`, and training reads the mark as NaN.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +10,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import POLICY, count_not_finite, require_finite, used
-from kl_plugins.adapters.micro_batch import CarriedBatch
-from kl_plugins.adapters.openrlhf.sampler import unmarked
-from kl_plugins.adapters.openrlhf.settings import behaviour_source
+from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.openrlhf.config import behaviour_source
 from kl_plugins.spec import KLSpec
 
 if TYPE_CHECKING:
-    from kl_plugins.adapters.openrlhf.session import Session
+    from kl_plugins.adapters.openrlhf.session import WorkerSession
+
+MISSING = 2.0**-100
+"""Marks a missing log-prob: no log-prob is positive, and in a difference of float32 log-probs it is OpenRLHF's 0.0."""
 
 
 @dataclass
-class MicroBatch(CarriedBatch):
-    """What one training step of OpenRLHF's actor holds.
+class MicroBatch(LossBatch):
+    """What one training step of OpenRLHF's actor holds."""
 
-    Attributes:
-        session: of the worker; it takes the results as soon as they are there.
-        kl: (B, T) the estimator's own values, detached, nats; filled by :meth:`term`.
-        difference: sum of |difference| of two references over the response tokens, nats, 0-d; of exact terms alone.
-    """
+    loss = "training step"
 
-    host, loss = "OpenRLHF", "training step"
-
-    session: Session | None = None
-    kl: Tensor | None = None
-    difference: Tensor | None = None
+    session: WorkerSession
 
     @classmethod
-    def read(cls, session: Session, args: Any, experience: Any) -> MicroBatch:
+    def read(cls, session: WorkerSession, experience: Any) -> MicroBatch:
         """Take the tensors out of OpenRLHF's ``Experience``.
 
         Args:
             session: of the worker.
-            args: OpenRLHF's nested arguments.
             experience: one micro-batch.
         """
-        source = behaviour_source(session.spec, args)
-        old = experience.action_log_probs
+        source, old = session.behaviour, experience.action_log_probs
         # An agent may return log-probs that nobody asked for: the receipt says what the weight divides by.
         given = None if source == "old" else experience.rollout_log_probs
         sampler = unmarked(given, old, source == "sampler")
-        return cls(session.spec, experience.action_mask.bool(), old, sampler, source=source, session=session)
-
-    def term(self, logp: Tensor, ref_logp: Tensor) -> Tensor:
-        """See :meth:`CarriedBatch.term`; the session takes the results."""
-        loss = super().term(logp, ref_logp)
-        self.kl = loss.detach()
-        if self.session is not None:
-            self.session.take(self)
-        return loss
+        return cls(session, experience.action_mask.bool(), old, sampler, source)
 
 
 def check_rollout(spec: KLSpec, args: Any, samples: Sequence[Any]) -> None:
@@ -87,3 +76,67 @@ def check_rollout(spec: KLSpec, args: Any, samples: Sequence[Any]) -> None:
         counts = number if counts is None else counts + number
     if counts is not None:
         require_finite(counts, spec)
+
+
+class OutputKeeper:
+    """Stands in for the engine that an executor generates with, and keeps the engine's last output.
+
+    Attributes:
+        output: what the engine's last ``generate`` returned.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """Take over an engine."""
+        self._engine = engine
+        self.output: Any = None
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the engine does."""
+        self.output = await self._engine.generate(*args, **kwargs)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def mark_missing(log_probs: list[float], start: int, tokens: Sequence[int], found: Sequence[Any]) -> None:
+    """Mark, in place, the sampled tokens that vLLM gave no log-prob for.
+
+    Args:
+        log_probs: one number per token of prompt and response.
+        start: position of the first response token.
+        tokens: the response.
+        found: vLLM's log-probs per response token, by token.
+    """
+    for position, (token, by_token) in enumerate(zip(tokens, found, strict=False), start):
+        if by_token.get(token) is None:
+            log_probs[position] = MISSING
+
+
+def filled_up(log_probs: list[float], length: int) -> list[float]:
+    """Mark as missing what an executor left out at the end; OpenRLHF's padding would make it 0.0 later.
+
+    Args:
+        log_probs: one number per token, from the first one on.
+        length: number of tokens.
+
+    Returns:
+        One number per token.
+    """
+    return log_probs + [MISSING] * (length - len(log_probs))
+
+
+def unmarked(log_probs: Tensor | None, like: Tensor, required: bool) -> Tensor | None:
+    """Read the sampler's log-probs, with NaN for missing ones, so that one check finds them all.
+
+    Args:
+        log_probs: (B, T) of OpenRLHF's ``Experience``, nats, or None where the whole batch has none.
+        like: (B, T) the trainer's log-probs, for the shape.
+        required: a weight divides by the sampler's log-probs, so that without any all of them are missing.
+
+    Returns:
+        (B, T) nats, or None.
+    """
+    if log_probs is None:
+        return torch.full_like(like, torch.nan) if required else None
+    return log_probs.masked_fill(log_probs == MISSING, torch.nan)

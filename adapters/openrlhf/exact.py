@@ -1,4 +1,4 @@
-"""Full-vocabulary KL from the logits of OpenRLHF's training step and those of a reference beside it."""
+"""Full-vocabulary KL from the logits of OpenRLHF's training step and those of a reference in the same process."""
 
 from __future__ import annotations
 
@@ -9,42 +9,31 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
+from kl_plugins.adapters.openrlhf.batch import MicroBatch
 from kl_plugins.exact import ExactKL, exact_kl
-from kl_plugins.spec import KLSpec
 from kl_plugins.term import behaviour_log_probs
 
 
-def cost(spec: KLSpec, args: Any) -> str:
-    """What exact terms add to OpenRLHF's own work, in words; empty for sampled specs."""
-    if not spec.needs_exact:
-        return ""
-    copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
-    return f"{copy}a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
-
-
-def states_kl(
-    spec: KLSpec, logits: Tensor, reference: Callable[[], Tensor], experience: Any, sampler_logp: Tensor | None
-) -> ExactKL:
-    """KL(policy || reference) in the states that the response tokens were drawn in.
+def states_kl(batch: MicroBatch, logits: Tensor, reference: Callable[[], Tensor], experience: Any) -> ExactKL:
+    """Compute KL(policy || reference) in the states that the response tokens were drawn in.
 
     Args:
-        spec: a spec with exact terms.
+        batch: a micro-batch of a spec with exact terms.
         logits: (B, L, V) of the policy, scaled by the temperature, with their graph.
         reference: gives the same of the reference.
-        experience: OpenRLHF's micro-batch: ``sequences`` (B, L), ``action_mask`` (B, T), ``action_log_probs`` (B, T).
-        sampler_logp: (B, T) the sampler's log-probs, nats, where the weight divides by them.
+        experience: OpenRLHF's micro-batch; its ``sequences`` are (B, L).
 
     Returns:
         (B, T) each, nats, float32.
     """
-    mask, sequences = experience.action_mask.bool(), experience.sequences
+    spec, mask, sequences = batch.session.spec, batch.mask, experience.sequences
     states = slice(-mask.shape[1] - 1, -1)
-    # Whole rows, most of them left out: a slice of the logits would be a copy.
+    # Labels for whole rows, and most of them -100, which is left out. A slice of the logits would be a copy.
     labels = torch.full_like(sequences, -100)
     labels[:, states] = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
     behaviour = None
     if spec.top is not None and spec.needs_behaviour:
-        chosen = behaviour_log_probs(spec, experience.action_log_probs, sampler_logp)
+        chosen = behaviour_log_probs(spec, batch.old_logp, batch.sampler_logp)
         assert chosen is not None
         behaviour = torch.zeros(sequences.shape, dtype=chosen.dtype, device=chosen.device)
         behaviour[:, states] = chosen
@@ -54,7 +43,7 @@ def states_kl(
 
 
 def reference_difference(found: ExactKL, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """Sum of |difference| between the log-probs of the reference here and of OpenRLHF's reference actor.
+    """Sum |difference| between the log-probs of the reference here and of OpenRLHF's reference actor.
 
     Args:
         found: per-token results.

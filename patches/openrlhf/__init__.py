@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from kl_plugins.patches.on_import import ImportHooks
+from pathlib import Path
 
-HOOKS = ImportHooks(
-    host="OpenRLHF",
-    table="kl_plugins.patches.openrlhf.targets",
-    modules=(
-        "openrlhf.utils.config",
-        "openrlhf.utils.agent",
-        "openrlhf.utils.deepspeed.deepspeed",
-        "openrlhf.trainer.ray.vllm_engine",
-        "openrlhf.trainer.ray.ppo_actor",
-        "openrlhf.trainer.ppo_utils.experience_maker",
-        "openrlhf.trainer.ppo_utils.samples_generator",
-        "openrlhf.trainer.ppo_trainer",
-    ),
-)
-"""The table in ``targets`` names no other modules."""
+from kl_plugins.adapters.openrlhf import HOST
+from kl_plugins.patches.engine.on_import import ImportHooks
 
-attach, detach = HOOKS.attach, HOOKS.detach
+ARGUMENTS = "openrlhf.utils.config"
+AGENT = "openrlhf.utils.agent"
+STRATEGY = "openrlhf.utils.deepspeed.deepspeed"
+ENGINE = "openrlhf.trainer.ray.vllm_engine"
+ACTOR = "openrlhf.trainer.ray.ppo_actor"
+MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
+SAMPLES = "openrlhf.trainer.ppo_utils.samples_generator"
+TRAINER = "openrlhf.trainer.ppo_trainer"
+
+HOOKS = ImportHooks(HOST, Path(__file__).parent, (ARGUMENTS, AGENT, STRATEGY, ENGINE, ACTOR, MAKER, SAMPLES, TRAINER))

@@ -1,46 +1,52 @@
-"""Hooks in OpenRLHF's trainer process, sync and async: receipts, controllers, metrics, checkpoints."""
+"""Hooks in OpenRLHF's trainer process, sync and async: receipts, controllers, penalties, metrics, checkpoints.
+
+The experience maker runs in the same process: ``@reward`` and ``@advantage`` specs work there.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from kl_plugins.adapters import checkpoints
-from kl_plugins.adapters.openrlhf.score import ScoreBeta
-from kl_plugins.patches.arguments import Function, arguments, replaced
-from kl_plugins.patches.openrlhf import worker
-from kl_plugins.patches.openrlhf.cli import checked
-from kl_plugins.patches.patch import Hook
+from kl_plugins.adapters import checkpoints, receipts
+from kl_plugins.adapters.openrlhf import ADAPTER, HOST, require_receipts
+from kl_plugins.adapters.openrlhf.batch import check_rollout
+from kl_plugins.adapters.openrlhf.config import spec_of, statement_of
+from kl_plugins.adapters.openrlhf.refusals import require_processed
+from kl_plugins.adapters.openrlhf.score import ScoreController, shaping
+from kl_plugins.patches.engine.arguments import Function, arguments, replaced
+from kl_plugins.patches.engine.patch import Hook
+from kl_plugins.patches.openrlhf import HOOKS, MAKER, worker
 from kl_plugins.spec import KLSpec
 
 ATTRIBUTE = "_kl_plugins"
-"""Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock OpenRLHF."""
+"""Attribute of a trainer that holds its run; absent on a trainer without a spec, which then is stock OpenRLHF."""
 
 STATE_KEY = "kl_plugins"
 """Where spec and controllers lie in the client states of OpenRLHF's checkpoints."""
 
 
 @dataclass
-class TrainerSession:
+class TrainerRun:
     """Spec of one trainer, and whether its workers have shown their receipts."""
 
     spec: KLSpec
     confirmed: bool = False
 
 
-def session_of(trainer: Any) -> TrainerSession | None:
-    """The trainer's session, or None where it trains as stock OpenRLHF."""
-    session: TrainerSession | None = vars(trainer).get(ATTRIBUTE)
-    return session
+def run_of(trainer: Any) -> TrainerRun | None:
+    """Return what the trainer runs, or None where it trains as stock OpenRLHF."""
+    run: TrainerRun | None = vars(trainer).get(ATTRIBUTE)
+    return run
 
 
 def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Around ``BasePPOTrainer.__init__``: the checks once more, where the trainer runs; then its session."""
-    spec = checked(arguments(wrapped, args, kwargs)["strategy"].args)
+    """Around ``BasePPOTrainer.__init__``: the checks once more, where the trainer runs."""
+    spec = ADAPTER.checked(arguments(wrapped, args, kwargs)["strategy"].args)
     wrapped(*args, **kwargs)
     if spec is not None:
         trainer.kl_ctl = trainer.experience_maker.kl_ctl
-        setattr(trainer, ATTRIBUTE, TrainerSession(spec))
+        setattr(trainer, ATTRIBUTE, TrainerRun(spec))
         _bind_hooks(trainer)
 
 
@@ -55,102 +61,133 @@ def _bind_hooks(trainer: Any) -> None:
 
 def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the first thing that training does, before any rollout: receipts, then spec and state of a checkpoint."""
-    session = session_of(trainer)
-    if session is None:
+    run = run_of(trainer)
+    if run is None:
         return wrapped(*args, **kwargs)
-    if session.spec.placement == "loss":
-        # Imported here: it needs Ray.
-        from kl_plugins.adapters.openrlhf.receipts import collect, require_processed
-
-        require_processed(trainer.vllm_engines, session.spec, trainer.args)
-        collect(trainer.actor_model_group, session.spec, trainer.args)
-    session.confirmed = True
+    if run.spec.placement == "loss":
+        require_processed(trainer.vllm_engines, run.spec, trainer.args)
+        require_receipts(trainer.actor_model_group, trainer.args)
+    run.confirmed = True
     states = wrapped(*args, **kwargs)
     if states.get("global_step"):
-        _restore(trainer, session, states.get(STATE_KEY))
+        _restore(trainer, run, states.get(STATE_KEY))
     return states
 
 
 def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around one rollout batch: a score spec's KL metrics go into the status that OpenRLHF logs."""
-    session = session_of(trainer)
-    if session is None:
+    run = run_of(trainer)
+    if run is None:
         return wrapped(*args, **kwargs)
-    if not session.confirmed:
+    if not run.confirmed:
         # The async trainer is asked for its states by remote call, which goes to Ray's copy and not through the hook.
         trainer.init_checkpoint_states()
     status, step = wrapped(*args, **kwargs)
-    if isinstance(trainer.kl_ctl, ScoreBeta):
+    if isinstance(trainer.kl_ctl, ScoreController):
         status.update(trainer.kl_ctl.metrics.total())
     return status, step
 
 
 def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the update of all workers: what goes in must hold the penalty, what comes out the KL metrics."""
-    session = session_of(trainer)
-    if session is None:
+    run = run_of(trainer)
+    if run is None:
         return wrapped(*args, **kwargs)
-    if isinstance(trainer.kl_ctl, ScoreBeta) and trainer.kl_ctl.pending:
+    if isinstance(trainer.kl_ctl, ScoreController) and trainer.kl_ctl.penalties:
         raise RuntimeError(
-            f"kl-plugins: the penalty of {session.spec} was computed, but never reached the advantages; this trainer "
+            f"kl-plugins: the penalty of {run.spec} was computed, but never reached the advantages; this trainer "
             "takes a path that kl-plugins does not know, and would train without the regulariser"
         )
     status = wrapped(*args, **kwargs)
-    if session.spec.placement == "loss" and "policy_loss" in status and "kl/active" not in status:
+    if run.spec.placement == "loss" and "policy_loss" in status and "kl/active" not in status:
         raise RuntimeError(
-            f"kl-plugins: the workers' update returned no kl/ metrics, so {session.spec} was not applied in it"
+            f"kl-plugins: the workers' update returned no kl/ metrics, so {run.spec} was not applied in it"
         )
     return status
 
 
+def init_maker(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Around ``RemoteExperienceMaker.__init__``: the checks and the receipt; a score spec takes over the controller."""
+    spec = ADAPTER.checked(arguments(wrapped, args, kwargs)["strategy"].args)
+    wrapped(*args, **kwargs)
+    if spec is not None and spec.placement != "loss":
+        receipts.announce(receipts.made(HOST, spec, statement_of(spec, maker.args), HOOKS.summary([MAKER])))
+        maker.kl_ctl = ScoreController(spec, maker.kl_ctl)
+
+
+def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the forward passes over a rollout batch, which end in the KL of each batch of samples."""
+    spec = spec_of(maker.args)
+    if spec is None:
+        return wrapped(*args, **kwargs)
+    if spec.placement == "loss":
+        made = wrapped(*args, **kwargs)
+        check_rollout(spec, maker.args, made)
+        return made
+    control = maker.kl_ctl
+    if not isinstance(control, ScoreController):
+        raise RuntimeError(
+            f"kl-plugins: the experience maker's controller was replaced ({type(control).__qualname__}), so {spec} "
+            "would not be applied; set it before the maker is built, or leave it alone"
+        )
+    with shaping(control, arguments(wrapped, args, kwargs)["samples_list"]):
+        return wrapped(*args, **kwargs)
+
+
+def compute_advantages(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around rewards, advantages and their normalisation; ``@advantage`` is subtracted after all of it."""
+    control = maker.kl_ctl
+    if not (isinstance(control, ScoreController) and control.penalties):
+        return wrapped(*args, **kwargs)
+    control.suppress_in_reward()
+    experiences = wrapped(*args, **kwargs)
+    control.subtract(experiences)
+    return experiences
+
+
 def save_logs_and_checkpoints(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around logging and the regular checkpoint: spec and controllers' state go into its client states."""
-    named = arguments(wrapped, args, kwargs)
-    if session_of(trainer) is not None and named["global_step"] % trainer.args.ckpt.save_steps == 0:
-        states = _with_state(trainer, named["client_states"])
-        args, kwargs = replaced(wrapped, args, kwargs, client_states=states)
-    return wrapped(*args, **kwargs)
+    due = arguments(wrapped, args, kwargs)["global_step"] % trainer.args.ckpt.save_steps == 0
+    return _saving(wrapped, trainer, args, kwargs, due)
 
 
 def save_best_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same around the checkpoint of the best model."""
-    named = arguments(wrapped, args, kwargs)
-    if session_of(trainer) is not None and named["eval_metrics"]:
-        states = _with_state(trainer, named["client_states"])
+    """Around the checkpoint of the best model: spec and controllers' state go into its client states."""
+    return _saving(wrapped, trainer, args, kwargs, bool(arguments(wrapped, args, kwargs)["eval_metrics"]))
+
+
+def _saving(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], due: bool) -> Any:
+    run = run_of(trainer)
+    if run is not None and due:
+        given = arguments(wrapped, args, kwargs)["client_states"]
+        states = {} if given is None else given  # in place: OpenRLHF goes on with the same dict
+        states[STATE_KEY] = _saved(trainer, run)
         args, kwargs = replaced(wrapped, args, kwargs, client_states=states)
     return wrapped(*args, **kwargs)
 
 
-def _with_state(trainer: Any, client_states: dict[str, Any] | None) -> dict[str, Any]:
-    states = {} if client_states is None else client_states  # in place: OpenRLHF goes on with the same dict
-    session = session_of(trainer)
-    if session is not None:
-        states[STATE_KEY] = _saved(trainer, session)
-    return states
-
-
-def _saved(trainer: Any, session: TrainerSession) -> dict[str, Any]:
+def _saved(trainer: Any, run: TrainerRun) -> dict[str, Any]:
     control, state = trainer.kl_ctl, None
-    if isinstance(control, ScoreBeta):
-        state = control.control.saved()
-    elif session.spec.beta is not None:
+    if isinstance(control, ScoreController):
+        state = control.controller.saved()
+    elif run.spec.beta is not None:
         state = _call(trainer.actor_model_group._actor_handlers[:1], worker.saved)[0]
     # OpenRLHF alone forgets what its adaptive controller has learnt.
-    return {**checkpoints.record(session.spec, state), "host_value": float(_host_of(control).value)}
+    return {**checkpoints.record(run.spec, state), "host_value": float(_host_of(control).value)}
 
 
-def _restore(trainer: Any, session: TrainerSession, saved: dict[str, Any] | None) -> None:
-    control, state = trainer.kl_ctl, checkpoints.resumed(saved, session.spec)
+def _restore(trainer: Any, run: TrainerRun, saved: dict[str, Any] | None) -> None:
+    control, state = trainer.kl_ctl, checkpoints.resumed(saved, run.spec)
     if saved is not None and "host_value" in saved and trainer.args.algo.kl.target:
         _host_of(control).value = saved["host_value"]
-    if isinstance(control, ScoreBeta):
-        control.control.restore(state)
-    elif session.spec.beta is not None:
+    if isinstance(control, ScoreController):
+        control.controller.restore(state)
+    elif run.spec.beta is not None:
         _call(trainer.actor_model_group._actor_handlers, worker.restore, state)
 
 
 def _host_of(control: Any) -> Any:
-    return control.host if isinstance(control, ScoreBeta) else control
+    return control.host if isinstance(control, ScoreController) else control
 
 
 def _call(workers: list[Any], function: Function, *args: Any) -> list[Any]:

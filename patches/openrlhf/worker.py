@@ -2,52 +2,66 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from kl_plugins.adapters import receipts
 from kl_plugins.adapters.controller import Controller
-from kl_plugins.adapters.micro_batch import carried, current
-from kl_plugins.adapters.openrlhf.exact import cost
-from kl_plugins.adapters.openrlhf.host import COEFFICIENT_FLAG
-from kl_plugins.adapters.openrlhf.loss import MicroBatch
-from kl_plugins.adapters.openrlhf.session import Session
-from kl_plugins.adapters.openrlhf.settings import aggregation_of, behaviour_source, caveats_of, sampling_of, spec_of
-from kl_plugins.adapters.receipts import announce
-from kl_plugins.patches.arguments import Function, arguments, replaced
-from kl_plugins.patches.openrlhf import exact
+from kl_plugins.adapters.micro_batch import KLSource, carried, current, unknown_place
+from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, HOST
+from kl_plugins.adapters.openrlhf.batch import MicroBatch
+from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
+from kl_plugins.adapters.openrlhf.exact import reference_difference, states_kl
+from kl_plugins.adapters.openrlhf.session import WorkerSession
+from kl_plugins.patches.engine.arguments import Function, arguments, replaced
+from kl_plugins.patches.engine.patch import hooked
+from kl_plugins.patches.openrlhf import ACTOR, HOOKS, STRATEGY
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import looks_like_spec
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of an ``ActorPPOTrainer`` that holds its session; absent where it trains as stock OpenRLHF."""
 
+PLACES = (
+    "a @loss spec works in ActorPPOTrainer.training_step, a @reward or @advantage spec in "
+    "RemoteExperienceMaker.make_experience"
+)
+"""Where OpenRLHF may ask for the KL of a spec."""
 
-def session_of(trainer: Any) -> Session | None:
-    """The session of a worker's trainer, or None where it trains without a ``@loss`` spec."""
-    session: Session | None = vars(trainer).get(ATTRIBUTE)
+Forward = Callable[[Any], Tensor]
+"""Reference logits (B, L, V) of OpenRLHF's micro-batch, scaled by the temperature."""
+
+
+def session_of(trainer: Any) -> WorkerSession | None:
+    """Return the session of a worker's trainer, or None where it trains without a ``@loss`` spec."""
+    session: WorkerSession | None = vars(trainer).get(ATTRIBUTE)
     if session is None:
-        spec = spec_of(trainer.args)
+        args = trainer.args
+        spec = spec_of(args)
         if spec is None or spec.placement != "loss":
             return None
-        control = Controller(spec.beta, trainer.args.algo.kl.init_coef, COEFFICIENT_FLAG)
-        session = Session(spec, control, rounded=trainer.args.ds.param_dtype != "fp32")
+        control = Controller(spec.beta, args.algo.kl.init_coef, COEFFICIENT_FLAG)
+        session = WorkerSession(
+            HOST, spec, control, behaviour_source(spec, args), rounded=args.ds.param_dtype != "fp32"
+        )
         setattr(trainer, ATTRIBUTE, session)
     return session
 
 
 def approx_kl(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around ``compute_approx_kl`` by the name under which the training step calls it: a spec gets its own term."""
+    """Around ``compute_approx_kl``, by the names under which training step and experience maker call it."""
     named = arguments(wrapped, args, kwargs)
     text = named["kl_estimator"]
     if not looks_like_spec(text):
         return wrapped(*args, **kwargs)
-    batch = current()
-    if batch is None:
-        raise RuntimeError(
-            f"kl-plugins: {text} reached OpenRLHF's KL function from a place that kl-plugins does not know; a @loss "
-            "spec works in ActorPPOTrainer.training_step"
-        )
-    return batch.term(named["log_probs"], named["log_probs_base"])
+    source = current(KLSource)
+    if source is None:
+        raise unknown_place(text, HOST.title, PLACES)
+    return source.term(named["log_probs"], named["log_probs_base"])
 
 
 def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,14 +69,15 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    session.require_confirmed()
+    session.require_confirmed("require_receipts(actor_group, args)")
     named = arguments(wrapped, args, kwargs)
-    batch = MicroBatch.read(session, trainer.args, named["experience"])
+    batch = MicroBatch.read(session, named["experience"])
     args, kwargs = replaced(wrapped, args, kwargs, kl_ctl=session.coefficient(named["kl_ctl"]))
     engine = trainer.actor.model
     before = engine.global_steps
-    with carried(batch), exact.watching(trainer, session.reference, batch, named["experience"]):
+    with carried(batch), logits_watched(trainer, session, batch, named["experience"]):
         status = wrapped(*args, **kwargs)
+    session.keep(batch)
     if engine.global_steps != before and session.unchecked:
         raise RuntimeError(
             f"kl-plugins: DeepSpeed made an optimizer step under {session.spec} that did not go through "
@@ -73,12 +88,12 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
 
 def optimizer_step(wrapped: Function, strategy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around DeepSpeed's step, the last place where all ranks can stop together before weights change."""
-    batch = current()
-    if isinstance(batch, MicroBatch) and batch.session is not None:
+    batch = current(MicroBatch)
+    if batch is not None:
         model = arguments(wrapped, args, kwargs)["model"]
         engine = getattr(model, "model", model)  # OpenRLHF's Actor holds the engine
         if engine.is_gradient_accumulation_boundary():
-            batch.session.before_step(strategy.ds_device_mesh["dp"].get_group())
+            batch.session.check_step(strategy.ds_device_mesh["dp"].get_group())
     return wrapped(*args, **kwargs)
 
 
@@ -92,7 +107,7 @@ def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: di
 
 
 def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
-    """The receipt of a policy worker, and with it the leave to train.
+    """Make the receipt of a policy worker, and with it let the worker train.
 
     Args:
         process: the Ray actor's object, a ``PolicyModelActor``.
@@ -103,51 +118,112 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         RuntimeError: the worker's loss would not go through the hooks, or it holds another spec.
         UnsupportedHostError: this OpenRLHF is not one that was checked.
     """
-    from kl_plugins.patches.openrlhf.support import check_process
-    from kl_plugins.patches.openrlhf.targets import ACTOR, PATCHES, STRATEGY
-    from kl_plugins.patches.patch import hooked
-
-    check_process()
+    HOOKS.check_process()
     trainer = process.trainer
     if not hooked(type(trainer), "training_step"):
         raise RuntimeError(f"its {type(trainer).__qualname__} overrides the training step that has the hook")
     session = session_of(trainer)
     if session is None or str(session.spec) != spec:
         raise RuntimeError(f"it was started with {trainer.args.algo.kl.estimator}, not with {spec}")
-    source = behaviour_source(session.spec, trainer.args)
-    if source != behaviour:
-        raise RuntimeError(f"it takes the behaviour policy's log-probs from {source}, not from {behaviour}")
+    if session.behaviour != behaviour:
+        raise RuntimeError(f"it takes the behaviour policy's log-probs from {session.behaviour}, not from {behaviour}")
     if session.spec.needs_exact and session.reference is None:
-        session.reference = exact.reference_of(trainer)
-    used = [patch for patch in PATCHES.patches if patch.module in (ACTOR, STRATEGY)]
-    made = Receipt(
-        rank=int(process._rank),
-        world_size=int(process._world_size),
-        host="OpenRLHF",
-        host_version=version("openrlhf"),
-        patches=tuple(patch.qualname for patch in used),
-        fingerprint=PATCHES.fingerprint(used),
-        spec=str(session.spec),
-        target=session.spec.target,
-        behaviour=source,
-        aggregation=str(aggregation_of(session.spec, trainer.args)),
-        sampling=str(sampling_of(trainer.args)),
-        caveats=caveats_of(session.spec, trainer.args),
-        cost=cost(session.spec, trainer.args),
-    )
+        session.reference = reference_of(trainer)
+    statement = statement_of(session.spec, trainer.args)
+    wrapped = HOOKS.summary([ACTOR, STRATEGY])
+    made = receipts.made(HOST, session.spec, statement, wrapped, int(process._rank), int(process._world_size))
     session.confirmed = True
-    announce(made)
+    receipts.announce(made)
     return made
 
 
 def saved(process: Any) -> dict[str, Any]:
-    """The controller's state of a policy worker; runs there."""
+    """Return the controller's state of a policy worker; runs there."""
     session = session_of(process.trainer)
-    return {} if session is None else session.beta.saved()
+    return {} if session is None else session.controller.saved()
 
 
 def restore(process: Any, state: dict[str, Any] | None) -> None:
     """Give a policy worker a checkpoint's controller state; runs there."""
     session = session_of(process.trainer)
     if session is not None:
-        session.beta.restore(state)
+        session.controller.restore(state)
+
+
+@contextmanager
+def logits_watched(trainer: Any, session: WorkerSession, batch: MicroBatch, experience: Any) -> Iterator[None]:
+    """Within the block, the actor's forward pass gives the micro-batch the KL of its states.
+
+    Args:
+        trainer: an ``ActorPPOTrainer``.
+        session: of the worker; without exact terms it has no reference, and nothing is done.
+        batch: gets the KL.
+        experience: OpenRLHF's micro-batch.
+    """
+    reference: Forward | None = session.reference
+    if reference is None:
+        yield
+        return
+
+    def after_actor(actor: Any, given: Any, output: Any) -> None:
+        handle.remove()  # under LoRA the reference's pass is one of the same module
+        found = states_kl(batch, output[1]["logits"], lambda: reference(experience), experience)
+        session.keep_difference(reference_difference(found, experience.base_action_log_probs, batch.mask))
+        batch.exact = found.kl
+
+    handle = trainer.actor.register_forward_hook(after_actor)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def reference_of(trainer: Any) -> Forward:
+    """Make the reference's forward pass: the actor without its adapter under LoRA, else a second, frozen copy.
+
+    Args:
+        trainer: an ``ActorPPOTrainer``.
+    """
+    if trainer.args.ds.lora.rank > 0:
+        return _without_adapter(trainer.actor, trainer.strategy)
+    from openrlhf.trainer.ray.launcher import ReferenceModelActor
+
+    host: Any = ReferenceModelActor.__ray_metadata__.modified_class
+
+    class LocalReference(host):  # type: ignore[misc]
+        """OpenRLHF's reference actor in a process whose process group is there already."""
+
+        def __init__(self) -> None: ...
+
+        def _setup_distributed(self, strategy: Any) -> None:
+            self.strategy = strategy
+
+    reference = LocalReference()
+    reference.init_model_from_pretrained(trainer.strategy, trainer.args.actor.model_name_or_path)
+    return lambda experience: _logits(reference.model, trainer.strategy, experience)
+
+
+def _without_adapter(actor: Any, strategy: Any) -> Forward:
+    def forward(experience: Any) -> Tensor:
+        training = actor.training
+        actor.eval()
+        try:
+            with actor.model.module.disable_adapter():
+                return _logits(actor, strategy, experience)
+        finally:
+            actor.train(training)
+
+    return forward
+
+
+def _logits(model: Any, strategy: Any, experience: Any) -> Tensor:
+    with torch.no_grad():
+        _, output = model(
+            experience.sequences,
+            experience.action_mask,
+            attention_mask=experience.attention_mask,
+            return_output=True,
+            ring_attn_group=strategy.ring_attn_group,
+        )
+    logits: Tensor = output["logits"]
+    return logits
