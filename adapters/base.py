@@ -21,6 +21,9 @@ from kl_plugins.adapters.versions import ALLOW_UNTESTED, refuse_untested
 from kl_plugins.hosts import Finding, Host
 from kl_plugins.spec import KLSpec
 
+PATCHES = "kl_plugins.patches.{host}"
+"""Name of the package of a host's patches, the only way from adapters to patches."""
+
 parse = lru_cache(maxsize=64)(KLSpec.parse)
 """Reads a spec's text once per process; hosts ask for it in every micro-batch."""
 
@@ -74,7 +77,7 @@ class HostAdapter:
     @property
     def hooks(self) -> Hooks:
         """The host's hooks; imports ``kl_plugins.patches.<host>``."""
-        return cast(Hooks, importlib.import_module(f"kl_plugins.patches.{self.host.name}").HOOKS)
+        return cast(Hooks, importlib.import_module(PATCHES.format(host=self.host.name)).HOOKS)
 
     def attach(self) -> None:
         """Put the hooks into the host. Safe to call twice."""

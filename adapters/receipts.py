@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from kl_plugins.adapters.base import PATCHES
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.hosts import Host
 from kl_plugins.receipts import MissingReceiptError, Receipt, check_receipts
@@ -115,7 +116,7 @@ def collect(ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec, behaviou
     Raises:
         MissingReceiptError: a worker gave none or runs something else; rank, pid and node are named.
     """
-    question, module = _question(), f"kl_plugins.patches.{host.name}.worker"
+    question, module = _question(), f"{PATCHES.format(host=host.name)}.worker"
     pending = [worker.__ray_call__.remote(question, module, str(spec), behaviour) for worker in workers]
     limit = timeout()
     done, _ = ray.wait(pending, num_returns=len(pending), timeout=limit)

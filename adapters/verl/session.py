@@ -60,7 +60,7 @@ def session_of(worker: Any) -> Session | None:
     """Return the session of a worker's present loss function, or None where it trains as veRL alone does."""
     loss_fn = getattr(worker, "loss_fn", None)
     config = getattr(loss_fn, "keywords", {}).get("config")
-    if not getattr(config, "use_kl_loss", False):
+    if config is None or not getattr(config, "use_kl_loss", False):
         return None
     spec = spec_in(LOSS_KEY, getattr(config, "kl_loss_type", None))
     if spec is None:

@@ -57,6 +57,10 @@ def test_importing_verl_imports_next_to_nothing_of_ours():
         "kl_plugins.patches.engine.on_import",
         "kl_plugins.patches.verl",
         "kl_plugins.patches.verl.entry",
+        "kl_plugins.spec",
+        "kl_plugins.spec.errors",
+        "kl_plugins.spec.grammar",
+        "kl_plugins.spec.presets",
     }
 
 
