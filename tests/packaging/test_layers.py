@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {"kl_plugins": "kl_plugins", "adapters": "kl_plugins.adapters", "patches": "kl_plugins.patches"}
 HOSTS = {"trl", "verl", "openrlhf"}
+ENTRY_POINT = "kl_plugins.patches.verl.entry"  # the doctor tells users of an older veRL to name it
 # These packages are dependencies of hosts. The folders of a host may use them; code that all hosts share may not.
 HOST_STACK = {"ray", "transformers", "accelerate", "deepspeed", "vllm", "peft", "datasets", "megatron"}
 

@@ -61,6 +61,8 @@ def _text_of(node: ast.AST, function: ast.FunctionDef, file: str) -> str | None:
         value = node.exc.args[0]
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield):
         value = node.value.value
+    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and _is_error(node.value):
+        value = node.value.args[0]
     elif isinstance(node, ast.Return) and function.name == "problem":
         value = node.value
     elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in _CALLS:
@@ -68,6 +70,11 @@ def _text_of(node: ast.AST, function: ast.FunctionDef, file: str) -> str | None:
     if not isinstance(value, ast.Constant | ast.JoinedStr | ast.BinOp):
         return None
     return _rendered(value, constants(file))
+
+
+def _is_error(call: ast.Call) -> bool:
+    """Return whether a call makes an exception, which another function then raises."""
+    return bool(call.args) and isinstance(call.func, ast.Name) and call.func.id.endswith("Error")
 
 
 _CALLS = {"refuse", "refuse_untested"}

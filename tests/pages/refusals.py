@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.pages.messages import ROOT, Message, messages_in
 from tests.pages.parts import table
 
-EARLY = ("guards", "settings", "support", "unsloth", "ray_job", "sampling", "checks", "config")
+EARLY = ("refusals", "config", "unsloth", "launch", "sampling", "versions")
 """Names of the files whose refusals come before a model is loaded; the refusals of all other files come later."""
 
 SHARED = (
@@ -20,20 +20,23 @@ SHARED = (
     "adapters/controller.py",
     "adapters/log_probs.py",
     "adapters/micro_batch.py",
-    "patches/checks.py",
-    "patches/guards.py",
+    "adapters/session.py",
+    "adapters/versions.py",
+    "patches/engine/fingerprint.py",
+    "patches/engine/on_import.py",
+    "patches/engine/patch.py",
 )
 """Files whose refusals can occur in every host."""
 
 INTERNAL = (
     "adapters/trl/__init__.py",
-    "adapters/openrlhf/flag.py",
     "adapters/trl/config.py:parse",
     "patches/trl/__init__.py:attach",
-    "adapters/verl/settings.py:aggregation_of",
+    "adapters/verl/config.py:aggregation_of",
     "patches/verl/worker.py:receipt",
     "patches/openrlhf/worker.py:receipt",
-    "adapters/openrlhf/settings.py:require_weights",
+    "adapters/openrlhf/config.py:require_weights",
+    "adapters/openrlhf/launch.py:estimator",
 )
 """Files and functions whose texts are not separate refusals, so that the tables leave them out."""
 
