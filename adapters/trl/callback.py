@@ -1,4 +1,4 @@
-"""The trainer's public events: receipts at the start, a check before each update, beta after it, checkpoints."""
+"""The trainer's public events: receipts at the start, a check before each update, beta after it, and checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.receipts import announce
-from kl_plugins.adapters.trl.receipts import exchange
+from kl_plugins.adapters.trl.ranks import exchange
 from kl_plugins.adapters.trl.session import Session
 
 STATE_KEY = "kl_plugins"
@@ -42,20 +42,20 @@ class KLCallback(TrainerCallback):  # type: ignore[misc]
         """Stop before an update that would go without the regulariser.
 
         Raises:
-            RuntimeError: the host went around a seam.
+            RuntimeError: TRL went around a hook.
         """
         needed = {"loss", "rollout"} if self.session.is_score else {"loss"}
-        missing = needed - self.session.applied
+        missing = needed - self.session.passed
         if missing:
             raise RuntimeError(
                 f"kl-plugins: {self.session.spec} was not applied before update {state.global_step + 1}: the trainer "
                 f"never went through TRL's own {' and '.join(sorted(missing))} code. Attach before training and detach "
                 "after it; a subclass has to call super() in the methods it overrides"
             )
-        self.session.applied.discard("loss")
+        self.session.passed.discard("loss")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One controller update per optimizer step."""
+        """Advance the controller, once per optimizer step."""
         accelerator = self.session.accelerator
         self.session.controller.step(lambda sums: accelerator.reduce(sums, reduction="sum"))
         self._save(state)

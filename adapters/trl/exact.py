@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.adapters.trl.log_probs import Scored
 from kl_plugins.exact import ExactKL, linear_kl
-from kl_plugins.spec import KLSpec
+
+if TYPE_CHECKING:
+    from kl_plugins.adapters.trl.batch import Scored
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names that model configs give to a factor on the logits."""
@@ -29,23 +30,13 @@ class StateKL(Protocol):
         """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states."""
 
     def joined(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-        """(B, T) KL of one host call's batches, and how far the head's log-probs are from the host's; 0: they agree."""
+        """Join the batches of one host call: (B, T) KL, and how far the head's log-probs are from the host's, or 0."""
 
     def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, float, Tensor]:
-        """The same for a rollout's states, without graph, and the policy's log-probs of its tokens."""
+        """Compute the same for a rollout, without graph, and the policy's log-probs of its tokens."""
 
 
-def cost(spec: KLSpec) -> str:
-    """What exact terms add to TRL's own work, in words; empty for sampled specs."""
-    if not spec.needs_exact:
-        return ""
-    if spec.placement != "loss":
-        return "one more forward pass of policy and reference, with their heads, per rollout"
-    passes = "forward and backward" if spec.estimator == "exact" else "forward"
-    return f"a forward pass of the reference and both heads once more ({passes}), per micro-batch"
-
-
-class Head(NamedTuple):
+class OutputHead(NamedTuple):
     """How a model turns hidden states into logits.
 
     Attributes:
@@ -61,8 +52,8 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-def head_of(model: Any) -> Head:
-    """The output head of a transformers causal language model.
+def head_of(model: Any) -> OutputHead:
+    """Return the output head of a transformers causal language model.
 
     Args:
         model: the model without its wrappers, inside its forward pass, where a sharded head is whole.
@@ -80,7 +71,7 @@ def head_of(model: Any) -> Head:
     assert weight is not None
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, _logit_scale(config), None if softcap is None else float(softcap))
+    return OutputHead(weight, bias, _logit_scale(config), None if softcap is None else float(softcap))
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
@@ -103,23 +94,23 @@ def _logit_scale(config: Any) -> float:
 
 def kl_of_states(
     hidden: Tensor,
-    head: Head,
+    head: OutputHead,
     ref_hidden: Tensor,
-    ref_head: Head,
+    ref_head: OutputHead,
     input_ids: Tensor,
     attended: Tensor,
     temperature: float,
 ) -> ExactKL:
-    """KL(policy || reference) in the state before each of the last T tokens.
+    """Compute KL(policy || reference) in the state before each of the last T tokens.
 
     Args:
         hidden: (B, L, D) last hidden states of the policy, with their graph.
         head: the policy's head.
-        ref_hidden: (B, L, D') those of the reference.
+        ref_hidden: (B, L, D') last hidden states of the reference.
         ref_head: the reference's head.
         input_ids: (B, L) int64.
         attended: (B, T) bool; elsewhere the result is 0 without a gradient.
-        temperature: divides the logits of both.
+        temperature: divides the logits of policy and reference.
 
     Returns:
         (B, T) each, nats, float32.
@@ -141,7 +132,7 @@ def kl_of_states(
     )
 
 
-def _scaled(hidden: Tensor, head: Head) -> Tensor:
+def _scaled(hidden: Tensor, head: OutputHead) -> Tensor:
     if head.scale != 1.0 and head.bias is not None:
         raise TypeError("kl-plugins: a head with a bias and a logit scale is not one that exact terms know")
     hidden = hidden.to(head.weight.dtype)  # cast_lm_head_to_fp32
@@ -154,7 +145,7 @@ def in_16_bits(hidden: Tensor) -> bool:
 
 
 def deviation_of(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool) -> float:
-    """How far the head's log-probs are from TRL's own on average, nats; 0 where rounding explains it.
+    """Return how far the head's log-probs are from TRL's own on average, nats; 0 where rounding explains it.
 
     Args:
         exact: (B, T) per-token results.

@@ -1,17 +1,29 @@
-"""What all ranks have to know together before an update, or before a penalty is used: one gather carries all of it.
+"""What all ranks have to know together: the numbers of a micro-batch, and the receipts before the first update.
 
-A rank that raised alone would leave the others waiting in the host's next collective.
+A rank that raised alone would leave the others waiting in the host's next collective. So one gather carries everything
+that a micro-batch or a rollout has to agree on. Receipts go without a collective, which could hang.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kl_plugins.adapters.receipts import timeout
+from kl_plugins.receipts import Receipt, check_receipts
+
+DEFAULT_TIMEOUT = 120.0
+"""Seconds that a process waits for the others' receipts; they arrive together, after the host's own model set-up."""
+
+_exchanges = count()
 
 
 @dataclass(frozen=True)
@@ -35,7 +47,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Together:
-    """The same of all ranks; equal on every one of them.
+    """What all ranks found together; equal on every one of them.
 
     Attributes:
         not_finite: five counts.
@@ -56,7 +68,7 @@ def together(found: Found, accelerator: Any) -> Together:
     """Exchange what each rank found; one collective, and one transfer from the device.
 
     Args:
-        found: this rank's.
+        found: what this rank found.
         accelerator: TRL's accelerator.
     """
     counts = found.not_finite
@@ -76,3 +88,48 @@ def together(found: Found, accelerator: Any) -> Together:
         sums={key: sum(column) for key, column in zip(found.sums, sums, strict=True)},
         maxima={key: max(column) for key, column in zip(found.maxima, maxima, strict=True)},
     )
+
+
+def exchange(receipt: Receipt) -> list[Receipt]:
+    """Exchange the receipts of all processes, and check them.
+
+    A process without the hooks gives none and would not take part in a collective, which would then hang. So receipts
+    go through the key-value store of ``torch.distributed``, where waiting has an end.
+
+    Args:
+        receipt: this process's own.
+
+    Returns:
+        Every process's receipt, by rank.
+
+    Raises:
+        MissingReceiptError: a rank gave none in time, or runs something else.
+    """
+    receipts = _through_store(receipt) if receipt.world_size > 1 else [receipt]
+    check_receipts(receipts, receipt.world_size)
+    return receipts
+
+
+def _through_store(receipt: Receipt) -> list[Receipt]:
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        # Without a process group there is no store (TPU); the launcher's own collective is all there is.
+        from accelerate.utils import gather_object
+
+        return [Receipt.from_dict(data) for data in gather_object([receipt.to_dict()])]
+    store = dist.distributed_c10d._get_default_store()
+    prefix = f"kl_plugins/receipt/{next(_exchanges)}"
+    store.set(f"{prefix}/{receipt.rank}", json.dumps(receipt.to_dict()))
+    limit = timeout(DEFAULT_TIMEOUT)
+    found = []
+    for rank in range(receipt.world_size):
+        key = f"{prefix}/{rank}"
+        try:
+            # One rank uses up the whole limit; the rest have had that long to arrive.
+            store.wait([key], timedelta(seconds=limit))
+        except (RuntimeError, TimeoutError):  # DistStoreError, or what older stores raise
+            limit = 0.1
+            continue
+        found.append(Receipt.from_dict(json.loads(store.get(key))))
+    return found

@@ -1,187 +1,157 @@
-"""What one trainer carries while it trains under a spec."""
+"""What one trainer carries while it trains under a spec, and its metrics in TRL's own log."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kl_plugins.adapters.controller import Controller
-from kl_plugins.adapters.log_probs import count_not_finite, finite_or, require_finite, used
-from kl_plugins.adapters.metrics import sums_and_maxima, warn_if_floored
+from kl_plugins.adapters import session as shared
+from kl_plugins.adapters.log_probs import require_finite
+from kl_plugins.adapters.metrics import joined, sums_and_maxima, warn_if_floored
 from kl_plugins.adapters.trl.exact import StateKL, require_head
-from kl_plugins.adapters.trl.log_probs import OLD, REFERENCE, SAMPLER, Recorder, Scored, policy_and_reference
-from kl_plugins.adapters.trl.loss import loss_term, response_mask
-from kl_plugins.adapters.trl.metrics import Window
 from kl_plugins.adapters.trl.ranks import Found, Together, together
-from kl_plugins.metrics import penalty_metrics
-from kl_plugins.penalty import kl_penalty
 from kl_plugins.receipts import Receipt
-from kl_plugins.spec import KLSpec
 
-PENALTY = "kl_plugins_penalty"
-"""Key of the penalty (B, T), per unit beta, in the micro-batches that TRL buffers."""
+if TYPE_CHECKING:
+    from kl_plugins.adapters.trl.batch import Scored
 
-ADVANTAGE_PENALTY = "kl_plugins_advantage_penalty"
-"""The same, beta of the rollout included, where one importance ratio per sequence multiplies the advantages."""
-
-BETA = "kl_plugins_beta"
-"""Key of the beta that was applied to the rollout; a 0-d tensor, which TRL neither splits nor shuffles."""
+_ALWAYS = "kl/active"
 
 
-@dataclass
-class Session:
-    """Spec, controller and records of one trainer.
+class Window:
+    """What has been added up since TRL last logged, over micro-batches and ranks.
 
-    Attributes:
-        spec: what the user named.
-        behaviour: where the behaviour policy's log-probs come from.
-        accelerator: the trainer's.
-        controller: of beta.
-        receipt: makes this process's receipt.
-        state_kl: source of full-vocabulary KLs, where the spec needs them.
-        recorder: the host's log-prob calls.
-        applied: seams the host has gone through since the last optimizer step (``loss``) or ever (``rollout``).
-        windows: metrics since the host last logged, in training and in evaluation.
+    TRL averages each list of its log when it logs, and empties the log afterwards. So each list holds one number, that
+    of the whole window, and a log without it means that a new window has begun.
     """
 
-    spec: KLSpec
-    behaviour: str
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(
+        self, log: MutableMapping[str, list[float]], sums: Mapping[str, float], maxima: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Add a micro-batch and put the window's metrics into TRL's log.
+
+        Args:
+            log: TRL's ``_metrics[mode]``.
+            sums: totals over all ranks, see :func:`kl_plugins.adapters.metrics.sums_and_maxima`.
+            maxima: the largest of all ranks.
+
+        Returns:
+            The metrics of the window before this one where a new one begins; else nothing.
+        """
+        ended: dict[str, float] = {}
+        if not log.get(_ALWAYS) and self._sums:
+            ended = joined(self._sums, self._maxima)
+            self._sums, self._maxima = {}, {}
+        for key, value in sums.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        for key, value in maxima.items():
+            self._maxima[key] = max(self._maxima.get(key, value), value)
+        for key, value in joined(self._sums, self._maxima).items():
+            log[key] = [value]
+        return ended
+
+
+@dataclass(kw_only=True)
+class Session(shared.Session):
+    """Spec, controller and records of one trainer.
+
+    Other hosts sum over the ranks once before an optimizer step. TRL's log needs maxima as well, so here one gather per
+    micro-batch carries the checks and the metrics: see :meth:`agree`.
+
+    Attributes:
+        accelerator: the trainer's.
+        receipt: makes this process's receipt.
+        score_policy: scores the tokens of a recorded call under the policy: one forward pass without gradient.
+        states: source of full-vocabulary KLs, where the spec needs them.
+        training: False in evaluation, which moves no controller.
+        passed: our code that TRL has gone through since the last optimizer step (``loss``) or ever (``rollout``).
+        deviation: how far log-probs computed for exact terms are from TRL's own, nats; 0 where they agree.
+        windows: metrics since TRL last logged, in training and in evaluation.
+    """
+
     accelerator: Any
-    controller: Controller
     receipt: Callable[[], Receipt]
-    state_kl: StateKL | None = None
-    recorder: Recorder = field(default_factory=Recorder)
-    applied: set[str] = field(default_factory=set)
+    score_policy: Callable[[Scored], Tensor]
+    states: StateKL | None = None
+    training: bool = True
+    passed: set[str] = field(default_factory=set)
+    deviation: float = 0.0
     windows: dict[bool, Window] = field(default_factory=lambda: {True: Window(), False: Window()})
-    _deviation: float = 0.0
+    _host_beta: float = math.nan
+    _shown: tuple[Tensor, ...] = ()
 
     @property
     def is_score(self) -> bool:
         """Whether the KL sits in the rewards or advantages, not in the loss."""
         return self.spec.placement != "loss"
 
-    def beta(self, host: float) -> float:
-        """The coefficient to use now.
-
-        A change that the spec's own schedule forbids is reported later, by all ranks together: see :meth:`_agreed`.
+    def coefficient(self, host: float) -> float:
+        """Return the beta of the rollout or micro-batch that begins now; see the base class.
 
         Args:
             host: the trainer's ``beta`` now.
         """
-        return self.controller.due(host)
+        self._host_beta = float(host)
+        return super().coefficient(host)
 
-    def rollout_penalty(
-        self, score_policy: Callable[[Scored], Tensor], host_beta: float, mask: Tensor | None = None
-    ) -> Tensor:
-        """(B, T) penalty of the rollout per unit beta, from the log-probs that the host has just computed.
+    def add(self, not_finite: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> None:
+        """Keep what one micro-batch has shown, until :meth:`conclude`. See the base class for the arguments."""
+        self._counts, self._shown = not_finite, (logp, ref_logp, mask)
 
-        Args:
-            score_policy: scores the same tokens under the policy, where the host did not.
-            host_beta: the trainer's ``beta`` now.
-            mask: (B, T) response tokens; by default the response part of the attention mask that the host scored with.
-
-        Raises:
-            LogProbError: a log-prob of policy or reference is not finite, on any rank.
-            BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
-        """
-        calls, exact = self.recorder.calls, None
-        if self.state_kl is not None:
-            exact, self._deviation, scored = self.state_kl.of_rollout(calls[-1], score_policy)
-            policy, reference, attended = policy_and_reference(calls, lambda _: scored)
-        else:
-            policy, reference, attended = policy_and_reference(calls, score_policy)
-        mask = attended if mask is None else mask
-        used_here = used(self.spec, self.behaviour, policy=policy, reference=reference, old=None, sampler=None)
-        self._agreed(host_beta, count_not_finite(used_here, mask))
-        self.applied.add("rollout")
-        return kl_penalty(self.spec, policy, reference, mask, exact=exact)
-
-    def exact_of(self, states: list[Any], call: Scored) -> Tensor | None:
-        """(B, T) full-vocabulary KL of what the host has just scored, where the spec needs it."""
-        if self.state_kl is None:
-            return None
-        exact, self._deviation = self.state_kl.joined(states, call.logp, call.response_mask())
-        return exact
-
-    def beta_times_loss(
-        self, inputs: Mapping[str, Any], logp: Tensor, host_kl: Tensor, beta: float, exact: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Beta times the spec's (B, T) term, in the place of the host's, and the term's metrics.
-
-        Args:
-            inputs: the host's micro-batch.
-            logp: (B, T) the policy's log-probs, nats, with their graph.
-            host_kl: the host's own KL, for its shape.
-            beta: the coefficient.
-            exact: (B, T) full-vocabulary KL of the states, where the spec needs it.
-
-        Raises:
-            RuntimeError: the host's KL has another shape, so the host would aggregate ours in another way.
-        """
-        term = loss_term(self.spec, self.behaviour, inputs, logp, exact)
-        if host_kl.shape != term.loss.shape:
-            raise RuntimeError(
-                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term "
-                f"{tuple(term.loss.shape)}; this loss aggregates the KL in a way that kl-plugins does not know"
-            )
-        return beta * term.loss, term.metrics
-
-    def finish_loss(
-        self,
-        inputs: Mapping[str, Any],
-        logp: Tensor,
-        found: dict[str, Tensor] | None,
-        log: MutableMapping[str, list[float]],
-        training: bool,
-        host_beta: float,
+    def conclude(
+        self, found: Mapping[str, Tensor], mask: Tensor, beta: float, log: MutableMapping[str, list[float]]
     ) -> None:
-        """Check the log-probs, observe the KL and log the metrics; every rank, every micro-batch, before backward.
+        """Check a micro-batch on all ranks together, and log its metrics.
 
         Args:
-            inputs: the host's micro-batch.
-            logp: (B, T) the policy's log-probs, nats.
-            found: the loss term's metrics; None for score placements, which get the penalty's.
-            log: the host's metrics of this mode.
-            training: False in evaluation, which moves no controller.
-            host_beta: the trainer's ``beta`` now.
+            found: the metrics of the micro-batch, 0-d tensors by key.
+            mask: (B, T), True on response tokens.
+            beta: the coefficient that was applied to this micro-batch.
+            log: TRL's metrics of this mode.
 
         Raises:
             LogProbError: a log-prob that the spec needs is not finite, on any rank.
             BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
         """
-        mask, reference, old = response_mask(inputs), inputs[REFERENCE], inputs.get(OLD)
-        logp = logp.detach()
-        needed = used(self.spec, self.behaviour, policy=logp, reference=reference, old=old, sampler=inputs.get(SAMPLER))
-        if found is None:
-            found = penalty_metrics(inputs[PENALTY], logp, reference, finite_or(old, logp), mask)
-        beta = float(inputs[BETA]) if self.is_score else self.beta(host_beta)
-        agreed = self._agreed(host_beta, count_not_finite(needed, mask), *sums_and_maxima(found, mask, beta))
-        ended = self.windows[training].add(log, agreed.sums, agreed.maxima)
-        if training:
+        assert self._counts is not None
+        agreed = self.agree(self._counts, *sums_and_maxima(found, mask, beta))
+        ended = self.windows[self.training].add(log, agreed.sums, agreed.maxima)
+        if self.training:
             if self.accelerator.is_main_process:
                 warn_if_floored(self.spec, ended)
-            self.controller.observe(logp, reference, mask)
-        self.applied.add("loss")
+            self.controller.observe(*self._shown)
+        self._shown = ()
+        self.passed.add("loss")
 
-    def _agreed(
+    def agree(
         self,
-        host_beta: float,
         not_finite: Tensor,
         sums: Mapping[str, Tensor] | None = None,
         maxima: Mapping[str, Tensor] | None = None,
     ) -> Together:
-        """What all ranks found; where one of them found a reason to stop, all raise the same error."""
-        forbidden = float(host_beta) if self.controller.forbids(host_beta) else math.nan
-        found = Found(not_finite, forbidden, self._deviation, sums or {}, maxima or {})
-        self._deviation = 0.0
+        """Exchange what each rank found. If one of them found a reason to stop, all raise the same error.
+
+        Args:
+            not_finite: (5,) counts of :func:`kl_plugins.adapters.log_probs.count_not_finite`.
+            sums: 0-d tensors to add up over ranks, the same keys on every rank.
+            maxima: 0-d tensors of which the largest counts, the same keys on every rank.
+        """
+        forbidden = math.nan if self._changed is None else self._host_beta
+        found = Found(not_finite, forbidden, self.deviation, sums or {}, maxima or {})
+        self._counts, self._changed, self.deviation = None, None, 0.0
         agreed = together(found, self.accelerator)
         require_finite(agreed.not_finite, self.spec)
         for beta in agreed.forbidden_betas:
             self.controller.beta(beta)
-        if self.state_kl is not None:
-            require_head(agreed.deviation, self.state_kl.model)
+        if self.states is not None:
+            require_head(agreed.deviation, self.states.model)
         return agreed

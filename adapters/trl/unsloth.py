@@ -1,13 +1,15 @@
-"""Unsloth, which puts rewritten trainers in the place of TRL's: found by name, and refused where a spec is used.
+"""Unsloth puts rewritten trainers in the place of TRL's: this module finds it by name and refuses specs beside it.
 
-Its trainers compute loss and KL in code of their own, made from TRL's source as text. No hook of ours is called there,
-so a spec would be ignored. Nothing of Unsloth is imported here.
+Its trainers compute loss and KL in code of their own, made from TRL's source as text. They call none of our hooks, so a
+spec would be ignored. Nothing of Unsloth is imported here.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+
+from kl_plugins.adapters.versions import UnsupportedHostError
 
 NAME = "unsloth"
 
@@ -28,7 +30,7 @@ REMEDY = (
 
 
 def problem() -> str | None:
-    """What Unsloth has done in this process, as the middle of a sentence; None where it is absent."""
+    """Say what Unsloth has done in this process, as the middle of a sentence; None if it is absent."""
     found = next(_rewritten(), None)
     if found is not None:
         place, cls = found
@@ -45,7 +47,7 @@ def problem() -> str | None:
 
 
 def refuse(subject: str) -> None:
-    """Raise where Unsloth is in this process.
+    """Raise if Unsloth is in this process.
 
     Args:
         subject: what cannot be done, as the beginning of a sentence: ``kl='k2@loss' cannot be used here``.
@@ -57,13 +59,11 @@ def refuse(subject: str) -> None:
     found = problem()
     if found is None:
         return
-    from kl_plugins.patches.guards import UnsupportedHostError
-
     raise UnsupportedHostError(f"kl-plugins: {subject}: {found}. {REMEDY}.")
 
 
 def _rewritten() -> Iterator[tuple[str, type]]:
-    # Only what is there already: reading a name of TRL's lazy module would import its trainers.
+    # Looks only at names that are there already: reading a name of TRL's lazy module would import its trainers.
     for module, names in PLACES.items():
         present = vars(sys.modules[module]) if module in sys.modules else {}
         for name in names:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.trl.batch import Scored
 from kl_plugins.adapters.trl.exact import deviation_of, head_of, in_16_bits, kl_of_states
-from kl_plugins.adapters.trl.log_probs import Scored
 from kl_plugins.exact import ExactKL
 
 

@@ -6,7 +6,7 @@ import trl
 from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from kl_plugins.adapters.trl.guards import LUSPO_MASKS_PADDING
+from kl_plugins.adapters.trl.refusals import LUSPO_MASKS_PADDING
 from tests.support.trl import trainers
 from tests.support.trl.trainers import BETA, log_ratio
 

@@ -113,9 +113,9 @@ def test_diagnosis_of_the_installed_trl():
 
 
 def test_diagnosis_of_an_unknown_version(monkeypatch):
-    from kl_plugins.adapters.trl import diagnosis
+    from kl_plugins.adapters import base
 
-    monkeypatch.setattr(diagnosis, "version", lambda name: "1.17.0")
+    monkeypatch.setattr(base, "version", lambda name: "1.17.0")
     fault = diagnose()[0]
     assert fault.level == "fault"
     assert "<1.17" in fault.message

@@ -9,7 +9,7 @@ import trl
 
 from kl_plugins import KLSpecError
 from kl_plugins.adapters import trl as adapter
-from kl_plugins.patches.patch import Hook
+from kl_plugins.patches.engine.patch import Hook
 from tests.support.trl import trainers
 
 

@@ -6,7 +6,7 @@ import pytest
 import trl
 from packaging.version import Version
 
-from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
+from kl_plugins.adapters.trl.config import ROLLOUT_WITHOUT_VLLM
 from tests.contract.table import Row, rows
 from tests.support.trl.contract_driver import TRLDriver
 

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from kl_plugins.adapters.trl.guards import LUSPO_MASKS_PADDING
+from kl_plugins.adapters.trl.refusals import LUSPO_MASKS_PADDING
 from tests.support.trl import trainers
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -43,7 +43,7 @@ def test_k3_is_the_hosts_k3(loss_type, model, tmp_path):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_terms_are_aggregated_as_the_receipt_says(loss_type, model, tmp_path):
-    from kl_plugins.patches.trl.shared import session_of
+    from kl_plugins.patches.trl.trainer import session_of
 
     if not known(loss_type) or (loss_type == "luspo" and Version(trl.__version__) < LUSPO_MASKS_PADDING):
         pytest.skip(f"this TRL has no loss_type {loss_type} that is supported")
@@ -174,7 +174,7 @@ def test_metrics_stand_beside_the_hosts_own(model, tmp_path):
 
 def test_a_logging_window_is_joined_as_one_batch(model, tmp_path):
     """Maxima are maxima, and means count tokens, over micro-batches and over steps."""
-    from kl_plugins.patches.trl.shared import session_of
+    from kl_plugins.patches.trl.trainer import session_of
 
     changes = {"kl": "k2@loss/is:token", "max_steps": 3, **OFF_POLICY}
     each = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, **changes)

@@ -10,8 +10,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from kl_plugins.patches.fingerprint import fingerprint, fingerprint_in_file
-from kl_plugins.patches.guards import UnsupportedHostError
-from kl_plugins.patches.patch import Hook, Patch, PatchSet, hooked
+from kl_plugins.adapters.versions import UnsupportedHostError
+from kl_plugins.patches.engine.patch import Hook, Patch, PatchSet, hooked
 
 SOURCE = """
 class Host:

@@ -52,11 +52,11 @@ def test_contradictions_of_old_versions(version, changes, reason, tmp_path):
     from types import SimpleNamespace
 
     from kl_plugins import KLSpec
-    from kl_plugins.adapters.trl.guards import _contradictions
+    from kl_plugins.adapters.trl.refusals import contradictions
 
     spec = changes.pop("kl", "k2@loss") if "kl" in changes else "k2@loss"
     settings = SimpleNamespace(**{"beta": 0.1, "loss_type": "dapo", "importance_sampling_level": "token", **changes})
-    found = list(_contradictions(KLSpec.parse(spec), settings, "GRPO", Version(version)))
+    found = list(contradictions(KLSpec.parse(spec), settings, "GRPO", Version(version)))
     assert [reason in problem for problem in found] == ([True] if reason else [])
 
 
@@ -180,17 +180,17 @@ def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):
 
 
 def test_unknown_version_is_refused(monkeypatch):
+    from kl_plugins.adapters import versions
     from kl_plugins.adapters.trl import attach
-    from kl_plugins.patches import guards
 
-    monkeypatch.setattr(guards.importlib.metadata, "version", lambda name: "1.17.0")
-    with pytest.raises(guards.UnsupportedHostError, match=r"1\.17\.0"):
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: "1.17.0")
+    with pytest.raises(versions.UnsupportedHostError, match=r"1\.17\.0"):
         attach()
 
 
 def test_changed_source_is_refused(monkeypatch):
     from kl_plugins.adapters.trl import attach
-    from kl_plugins.patches.guards import UnsupportedHostError
+    from kl_plugins.adapters.versions import UnsupportedHostError
 
     def _compute_loss(self, model, inputs):
         return 0

@@ -77,7 +77,7 @@ def some_unscorable(completions, **_):
 
 
 def test_unscorable_completions_stay_unscorable(model, tmp_path):
-    from kl_plugins.adapters.trl.reward import with_column
+    from kl_plugins.adapters.trl.score import with_column
 
     rewards = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
     column = with_column(rewards, torch.tensor([0.5, 0.25]))[:, -1]

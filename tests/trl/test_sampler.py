@@ -7,8 +7,8 @@ from packaging.version import Version
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
-from kl_plugins.patches.trl.shared import session_of
+from kl_plugins.adapters.trl.config import ROLLOUT_WITHOUT_VLLM
+from kl_plugins.patches.trl.trainer import session_of
 from tests.support.trl import trainers
 
 GAP = 0.3

@@ -4,7 +4,7 @@ import pytest
 from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from kl_plugins.adapters.trl.sampling import ASSUME_VARIABLE, PROCESSED, SERVED_BY_VLLM, mode_in, sampling_of
+from kl_plugins.adapters.trl.config import ASSUME_VARIABLE, PROCESSED, SERVED_BY_VLLM, mode_in, sampling_of
 from tests.contract.checks import BY_OLD, BY_SAMPLER
 from tests.support.trl import trainers
 from tests.support.trl.contract_driver import environment, refusal_of, rollout, vllm_server

@@ -10,7 +10,7 @@ import trl
 from trl.trainer import grpo_trainer
 
 from kl_plugins.adapters import trl as adapter
-from kl_plugins.patches.guards import ALLOW_UNTESTED, UnsupportedHostError
+from kl_plugins.adapters.versions import ALLOW_UNTESTED, UnsupportedHostError
 from tests.support.trl import trainers
 from tests.support.trl.launch import LIMIT, ROOT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
-from kl_plugins.adapters.trl.session import PENALTY
+from kl_plugins.adapters.trl.batch import PENALTY
 from tests.support.trl import trainers
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm]

@@ -5,7 +5,7 @@ import trl
 from packaging.version import Version
 
 from benchmarks.study.settings import Settings
-from kl_plugins.adapters.trl.guards import ROLLOUT_WITHOUT_VLLM
+from kl_plugins.adapters.trl.config import ROLLOUT_WITHOUT_VLLM
 
 QUICK = Settings(steps=5, evaluate_every=5, pretrain_steps=30, prompts=4, generations=4, learning_rate=2e-2)
 

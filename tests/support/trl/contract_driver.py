@@ -22,7 +22,7 @@ import torch
 import trl
 
 from kl_plugins.adapters import trl as adapter
-from kl_plugins.adapters.trl.sampling import ASSUME_VARIABLE
+from kl_plugins.adapters.trl.config import ASSUME_VARIABLE
 from kl_plugins.receipts import Receipt
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
 from tests.support.trl import contract_batch, trainers
@@ -82,7 +82,7 @@ class TRLDriver:
 
     def receipt(self, spec: str, *, sampled: Sampled = WHOLE, sampler: bool = True) -> Receipt:
         """The receipt of a trainer that is built."""
-        from kl_plugins.patches.trl.shared import session_of
+        from kl_plugins.patches.trl.trainer import session_of
 
         trainer_class, config = contract_batch.ours()
         settings = trainers.settings(self._folder, kl=spec, **_generation(sampled))

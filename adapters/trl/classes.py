@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import trl
 
-from kl_plugins.adapters.trl import unsloth
-from kl_plugins.adapters.trl.config import HELP
-from kl_plugins.patches.trl import shared, targets
+from kl_plugins.adapters.trl import ADAPTER, unsloth
+from kl_plugins.adapters.trl.config import HELP, TAKEN, is_taken
 
-# Before classes are derived from what is no longer TRL's.
+# This comes before classes are derived from what is no longer TRL's.
 unsloth.refuse("kl_plugins.adapters.trl cannot derive its classes from TRL's")
 
 
@@ -27,7 +26,7 @@ class _OnlyForHookedTrainers:
         Raises:
             RuntimeError: the trainer is one that would ignore ``kl``.
         """
-        if self.kl is not None and not shared.is_taken(self):
+        if self.kl is not None and not is_taken(self):
             raise RuntimeError(
                 f"kl-plugins: kl={self.kl!r} is set, but this trainer would ignore it: it is not one of kl-plugins'. "
                 "Use GRPOTrainer or RLOOTrainer of kl_plugins.adapters.trl, or call kl_plugins.adapters.trl.attach() "
@@ -36,8 +35,8 @@ class _OnlyForHookedTrainers:
         return super().place_model_on_device  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the note that a trainer has taken this config: the next one may be another."""
-        return {name: value for name, value in vars(self).items() if name != shared.TAKEN}
+        """Return all but the note that a trainer has taken this config: the next one may be another."""
+        return {name: value for name, value in vars(self).items() if name != TAKEN}
 
 
 @dataclass
@@ -78,7 +77,4 @@ class RLOOTrainer(trl.RLOOTrainer):  # type: ignore[misc]
     """TRL's ``RLOOTrainer``; trains under ``args.kl`` where that is set."""
 
 
-targets.on_subclass(GRPOConfig, targets.GRPO_CONFIG)
-targets.on_subclass(RLOOConfig, targets.RLOO_CONFIG)
-targets.on_subclass(GRPOTrainer, targets.GRPO_TRAINER)
-targets.on_subclass(RLOOTrainer, targets.RLOO_TRAINER)
+cast(Any, ADAPTER.hooks).put_on(GRPOConfig, RLOOConfig, GRPOTrainer, RLOOTrainer)

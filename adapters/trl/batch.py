@@ -1,0 +1,196 @@
+"""What TRL's tensors mean: the log-probs that it computes, its micro-batches, and the term in the place of its KL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from kl_plugins.adapters.log_probs import count_not_finite, finite_or, used
+from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.trl.score import per_sequence
+from kl_plugins.adapters.trl.session import Session
+from kl_plugins.exact import ExactKL
+from kl_plugins.metrics import penalty_metrics
+
+OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"
+"""GRPO's own keys of a micro-batch. RLOO keeps none of them, so the first two are added there."""
+
+PENALTY = "kl_plugins_penalty"
+"""Key of the penalty (B, T), per unit beta, in the micro-batches that TRL buffers."""
+
+ADVANTAGE_PENALTY = "kl_plugins_advantage_penalty"
+"""Key of the penalty times the rollout's beta, where one importance ratio per sequence multiplies the advantages."""
+
+BETA = "kl_plugins_beta"
+"""Key of the beta that was applied to the rollout; a 0-d tensor, which TRL neither splits nor shuffles."""
+
+
+def response_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Return (B, T) bool: the tokens that the policy wrote.
+
+    Tool output and truncated completions are left out, as in TRL.
+
+    Args:
+        inputs: TRL's micro-batch or rollout.
+    """
+    mask: Tensor = inputs["completion_mask"]
+    tool_mask = inputs.get("tool_mask")
+    return mask.bool() if tool_mask is None else (mask * tool_mask).bool()
+
+
+class Scored(NamedTuple):
+    """One call of TRL's log-prob function: its result (B, T) in nats, and its arguments."""
+
+    logp: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def response_mask(self) -> Tensor:
+        """Return (B, T) bool: the response part of the attention mask that TRL scored with."""
+        named = (
+            dict(zip(("model", "input_ids", "attention_mask", "logits_to_keep"), self.args, strict=False)) | self.kwargs
+        )
+        mask: Tensor = named["attention_mask"]
+        return mask[:, -named["logits_to_keep"] :].bool()
+
+
+class Calls:
+    """Something during which TRL computes log-probs; while it is entered, the hook notes every call here.
+
+    Attributes:
+        session: of the trainer.
+        calls: in the order in which TRL made them.
+    """
+
+    session: Session
+    calls: list[Scored]
+
+    def note(self, scored: Scored) -> None:
+        """Keep one call.
+
+        Args:
+            scored: the call.
+        """
+        self.calls.append(scored)
+
+
+@dataclass
+class MicroBatch(LossBatch, Calls):
+    """A micro-batch on its way through ``_compute_loss``, under a spec of any placement.
+
+    Attributes:
+        session: of the trainer.
+        inputs: TRL's micro-batch, for its ``_compute_loss``.
+        averaged: see :func:`kl_plugins.adapters.trl.score.per_sequence`.
+        calls: TRL's log-prob calls; the last one scored the policy.
+        states: full-vocabulary KLs of the policy's forward passes, where the spec needs them.
+    """
+
+    loss: ClassVar[str] = "_compute_loss"
+
+    session: Session
+    inputs: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+    calls: list[Scored] = field(default_factory=list)
+    states: list[ExactKL] = field(default_factory=list)
+    _advantages: Tensor | None = None
+
+    @classmethod
+    def of(cls, session: Session, inputs: dict[str, Any], averaged: bool) -> MicroBatch:
+        """Read TRL's micro-batch.
+
+        Args:
+            session: of the trainer.
+            inputs: TRL's micro-batch.
+            averaged: see :func:`kl_plugins.adapters.trl.score.per_sequence`.
+
+        Raises:
+            ValueError: the sampler's log-probs are missing.
+        """
+        source, old, sampler = session.behaviour, inputs.get(OLD), inputs.get(SAMPLER)
+        if source == "sampler" and sampler is None:
+            raise ValueError(
+                "kl-plugins: the sampler's log-probs were expected, but TRL handed none over; return 'logprobs' from "
+                "rollout_func, or say behaviour:old in the spec"
+            )
+        # If a weight divides by one of them, the term gets no other; else both serve the metrics.
+        old = None if source == "sampler" else old
+        sampler = sampler if source in ("sampler", "unused") else None
+        batch = cls(session, response_mask(inputs), old, sampler, source, inputs=inputs, averaged=averaged)
+        if ADVANTAGE_PENALTY in inputs:
+            # Held back until the policy's log-probs are there: code that reads it earlier fails instead of going
+            # without the penalty.
+            batch.inputs = dict(inputs)
+            batch._advantages = batch.inputs.pop("advantages")
+        return batch
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within the block, the policy's forward pass also gives the full-vocabulary KL that a ``@loss`` spec needs."""
+        source = self.session.states
+        if source is None or self.session.is_score:
+            yield
+            return
+        positions, differentiable = self.mask.shape[1], self.session.spec.estimator == "exact"
+        with source.watching(positions, differentiable) as self.states:
+            yield
+
+    def note(self, scored: Scored) -> None:
+        """Keep one call; put the advantages back, with the penalty, where they were held back.
+
+        Args:
+            scored: the call; it scored the policy.
+        """
+        super().note(scored)
+        if self._advantages is not None:
+            self.inputs["advantages"] = per_sequence(
+                self._advantages, self.inputs[ADVANTAGE_PENALTY], scored.logp, self.mask, averaged=self.averaged
+            )
+
+    def times_beta(self, host_kl: Tensor) -> Tensor:
+        """Return beta times the spec's (B, T) term, in the place of TRL's own; 0 for scores.
+
+        Args:
+            host_kl: TRL's own KL, for its shape.
+
+        Raises:
+            RuntimeError: TRL's KL has another shape, so TRL would aggregate ours in another way.
+        """
+        session, scored = self.session, self.calls[-1]
+        if session.is_score:
+            return host_kl.new_zeros(())
+        if session.states is not None:
+            self.exact, session.deviation = session.states.joined(self.states, scored.logp, scored.response_mask())
+        if self.source != "sampler" and self.old_logp is None:
+            self.old_logp = scored.logp.detach()  # TRL drops the old log-probs where they equal the policy's
+        loss = self.term(scored.logp, self.inputs[REFERENCE])
+        if host_kl.shape != loss.shape:
+            raise RuntimeError(
+                f"kl-plugins: TRL's per-token KL has shape {tuple(host_kl.shape)}, the spec's term "
+                f"{tuple(loss.shape)}; this loss aggregates the KL in a way that kl-plugins does not know"
+            )
+        return session.applied * loss
+
+    def finish(self, log: MutableMapping[str, list[float]]) -> None:
+        """Check the log-probs and log the metrics; on every rank, for every micro-batch, before backward.
+
+        Args:
+            log: TRL's metrics of this mode.
+
+        Raises:
+            LogProbError: a log-prob that the spec needs is not finite, on any rank.
+            BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
+        """
+        session, reference = self.session, self.inputs[REFERENCE]
+        beta = session.applied
+        if self.metrics is None:
+            logp, beta = self.calls[-1].logp.detach(), float(self.inputs[BETA])
+            old = finite_or(self.old_logp, logp)
+            self.metrics = penalty_metrics(self.inputs[PENALTY], logp, reference, old, self.mask)
+            entering = used(session.spec, self.source, policy=logp, reference=reference, old=None, sampler=None)
+            session.add(count_not_finite(entering, self.mask), logp, reference, self.mask)
+        session.conclude(self.metrics, self.mask, beta, log)
