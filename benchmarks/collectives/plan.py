@@ -93,9 +93,10 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
     if spec.placement != "loss":
         return Added()  # OpenRLHF's driver shapes rewards and advantages
     pooled = sum(how == "pooled" for how in REDUCTIONS.values())
-    # All in float64. Once per optimizer step: four counts of log-probs that are not finite, and tokens; with a schedule
-    # what its controller observes; with exact terms how far two references are apart.
-    check = 8 * (5 + 3 * bool(controller) + spec.needs_exact)
+    # All in float64. Once per optimizer step: four counts of log-probs that are not finite, the tokens, and whether a
+    # coefficient was changed beside a schedule; with a schedule what its controller observes; with exact terms how far
+    # two references are apart.
+    check = 8 * (5 + 1 + 3 * bool(controller) + spec.needs_exact)
     # Once per rollout batch, not per micro-batch: means with beta, tokens and micro-batches, two squares that pooled
     # metrics are made of, and the estimator's mean with its tokens; maxima.
     return Added((), (8 * (means - pooled + 3 + 2 + 2), 8 * largest, check))

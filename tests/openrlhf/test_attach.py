@@ -13,16 +13,13 @@ from openrlhf.trainer.ppo_utils import experience_maker, samples_generator
 from openrlhf.trainer.ray import ppo_actor, vllm_engine
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 
-from kl_plugins.adapters.openrlhf import attach, detach, diagnose, run
-from kl_plugins.adapters.openrlhf.host import HOST
-from kl_plugins.adapters.openrlhf.ray_job import HOOK, OWN_HOOK, VARIABLE, with_hook
+from kl_plugins.adapters.openrlhf import HOST, attach, detach, diagnose, run
+from kl_plugins.adapters.openrlhf.launch import HOOK, OWN_HOOK, VARIABLE, extended_flag, with_hook
+from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.hosts import installed_hosts
-from kl_plugins.patches.guards import UnsupportedHostError
-from kl_plugins.patches.openrlhf import HOOKS, support
-from kl_plugins.patches.openrlhf.cli import extended_flag
-from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
-from kl_plugins.patches.openrlhf.targets import PATCHES
-from kl_plugins.patches.patch import Hook
+from kl_plugins.patches.engine.patch import Hook
+from kl_plugins.patches.openrlhf import HOOKS
+from kl_plugins.patches.openrlhf.hooks import PATCHES
 from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 
@@ -58,7 +55,8 @@ def test_the_table_names_the_modules_that_are_watched():
     assert {patch.module for patch in PATCHES.patches} == set(HOOKS.modules)
     unchecked = {patch.qualname for patch in PATCHES.patches if not patch.fingerprints}
     assert unchecked == {"SamplingParams"}
-    assert {name.partition(":")[2] for name in FINGERPRINTS} | unchecked == {p.qualname for p in PATCHES.patches}
+    known = {name.partition(":")[2] for name in HOOKS.sources.checked}
+    assert known | unchecked == {patch.qualname for patch in PATCHES.patches}
 
 
 def test_every_name_that_openrlhf_calls_has_its_hook():
@@ -71,7 +69,7 @@ def test_every_name_that_openrlhf_calls_has_its_hook():
         (samples_generator, "SamplingParams"),
     ]:
         assert isinstance(vars(owner)[name], Hook), name
-    support.check_process()
+    HOOKS.check_process()
 
 
 def test_a_hook_travels_by_reference():
@@ -89,11 +87,11 @@ def test_detach_restores_openrlhfs_own_objects_and_attach_comes_back():
         assert [vars(owner)[name] for owner, name in places] == [hook.__wrapped__ for hook in hooks]
         assert not any(isinstance(vars(owner)[name], Hook) for owner, name in places)
         with pytest.raises(UnsupportedHostError, match="has no hook in this process"):
-            support.check_process()
+            HOOKS.check_process()
         detach()
     finally:
         attach()
-    support.check_process()
+    HOOKS.check_process()
 
 
 def test_a_hook_that_failed_is_an_error_at_the_first_use_of_a_spec(monkeypatch, caplog):
@@ -101,11 +99,11 @@ def test_a_hook_that_failed_is_an_error_at_the_first_use_of_a_spec(monkeypatch, 
         raise AttributeError("module has no attribute 'compute_approx_kl'")
 
     monkeypatch.setattr(HOOKS, "failures", [])
-    monkeypatch.setattr(type(PATCHES), "apply_to", broken)
+    monkeypatch.setattr(type(PATCHES), "apply", broken)
     HOOKS._imported(ppo_actor)  # an error here would break OpenRLHF where no spec is used
     assert "a KL spec will be refused" in caplog.text
     with pytest.raises(UnsupportedHostError, match=r"could not attach to OpenRLHF .* no attribute 'compute_approx_kl'"):
-        support.check_process()
+        HOOKS.check_process()
 
 
 def test_the_ray_job_gets_the_hook_and_keeps_the_rest():
@@ -135,7 +133,7 @@ def test_a_setup_hook_of_the_users_is_an_error_that_says_what_to_do():
 
 WORKER = """
 import json, os, shutil, sys, tempfile
-from kl_plugins.adapters.openrlhf.ray_job import VARIABLE, with_hook
+from kl_plugins.adapters.openrlhf.launch import VARIABLE, with_hook
 os.environ[VARIABLE] = with_hook(os.environ)
 import ray
 folder = tempfile.mkdtemp(prefix="klp")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kl_plugins.adapters.openrlhf.settings import spec_of
+from kl_plugins.adapters.openrlhf.config import spec_of
 from tests.support.guides import arguments, blocks
 from tests.support.openrlhf import command_line
 

@@ -8,17 +8,18 @@ import sys
 import pytest
 from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
+from kl_plugins.adapters import receipts
 from kl_plugins.adapters.log_probs import LogProbError
-from kl_plugins.adapters.openrlhf import attach, guards, require_receipts
-from kl_plugins.adapters.openrlhf.sampler import MISSING
-from kl_plugins.adapters.openrlhf.settings import (
+from kl_plugins.adapters.openrlhf import ADAPTER, HOST, attach, require_receipts
+from kl_plugins.adapters.openrlhf.batch import MISSING
+from kl_plugins.adapters.openrlhf.config import (
     aggregation_of,
     behaviour_source,
-    caveats_of,
     needs_sampler,
     spec_of,
+    statement_of,
 )
-from kl_plugins.patches.guards import UnsupportedHostError
+from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
 from tests.support.openrlhf import remote
 from tests.support.openrlhf.command_line import ADVANTAGE, CORRECTED, LOSS, ONE_STEP, REWARD, SAMPLER, SPEC, parse
@@ -66,7 +67,7 @@ def test_unknown_advantage_estimators_are_refused(assets):
     args = parse(assets, ADVANTAGE)
     args.algo.advantage.estimator = "brand_new"
     with pytest.raises(ValueError, match=r"--algo\.advantage\.estimator brand_new"):
-        guards.checked(args)
+        ADAPTER.checked(args)
 
 
 @pytest.mark.parametrize(
@@ -165,9 +166,10 @@ def test_what_happens_to_the_terms_of_all_tokens(assets, flags, kind, caveat):
     found = aggregation_of(spec, args)
     assert found.kind == kind
     assert ("--actor." in found.setting) == (spec.placement != "loss")
-    assert any(caveat in text for text in caveats_of(spec, args))
+    caveats = receipts.made(HOST, spec, statement_of(spec, args), ((), "")).caveats
+    assert any(caveat in text for text in caveats)
     for other in ("every response is weighted", "late tokens count more"):
-        assert caveat or not any(other in text for text in caveats_of(spec, args))
+        assert caveat or not any(other in text for text in caveats)
 
 
 def test_a_missing_reference_of_a_loss_is_an_error(harness, rollouts):

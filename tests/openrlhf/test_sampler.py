@@ -14,8 +14,8 @@ from openrlhf.utils.agent import SingleTurnAgentExecutor
 from vllm import SamplingParams
 
 from kl_plugins.adapters.openrlhf import attach
-from kl_plugins.adapters.openrlhf.sampler import MISSING, unmarked
-from kl_plugins.patches.openrlhf import cli
+from kl_plugins.adapters.openrlhf.batch import MISSING, unmarked
+from kl_plugins.patches.openrlhf import launcher
 from tests.support.openrlhf.command_line import CORRECTED, LOSS, REWARD, SAMPLER, SPEC, parse
 
 GSPO = ("--actor.policy_loss_type", "gspo")
@@ -73,7 +73,7 @@ def test_log_probs_are_asked_for_where_the_spec_or_openrlhf_needs_them(cluster, 
 PREFIX = ("--algo.kl.use_loss", SPEC, "k2@loss/is:prefix/behaviour:sampler")
 
 
-def test_settings_that_only_a_launcher_of_ones_own_passes_are_checked(cluster, assets, monkeypatch):
+def test_settings_that_only_another_launcher_passes_are_checked(cluster, assets, monkeypatch):
     monkeypatch.delenv("KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS", raising=False)
     for given, words in (({"top_k": 20}, "top_k 20"), ({"top_p": 0.9}, "top_p 0.9")):
         with pytest.raises(ValueError, match=f"is:prefix multiplies .* truncated sampling .{words}"):
@@ -192,6 +192,6 @@ def test_arguments_of_another_program_leave_the_engines_alone(assets):
     from openrlhf.utils.config import hierarchize
 
     parse(assets, SAMPLER)
-    assert cli._launched
+    assert launcher._launched
     assert hierarchize(SimpleNamespace(**{"model.name": "x"})).model.name == "x"
-    assert not cli._launched
+    assert not launcher._launched

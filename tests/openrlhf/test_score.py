@@ -10,8 +10,8 @@ from openrlhf.trainer.ppo_utils.kl_controller import FixedKLController
 
 from kl_plugins import KLSpec, kl_penalty
 from kl_plugins.adapters.controller import BetaChangedError
-from kl_plugins.adapters.openrlhf import score
-from kl_plugins.adapters.openrlhf.guards import ADVANTAGE_ESTIMATORS
+from kl_plugins.adapters.openrlhf.config import reward_site
+from kl_plugins.adapters.openrlhf.refusals import ADVANTAGE_ESTIMATORS
 from kl_plugins.controllers import LARGEST_OBSERVED
 from tests.support.openrlhf import by_hand
 from tests.support.openrlhf.command_line import ADVANTAGE, REWARD, SPEC
@@ -184,7 +184,7 @@ def test_a_checkpoint_holds_the_controller_and_resume_restores_it(harness, rollo
     trainer.save_logs_and_checkpoints(2, {}, {"episode": 0, "global_step": 2})
     resumed = harness.start((*flags, "--ckpt.load_enable"))
     resumed.init_checkpoint_states()
-    assert resumed.kl_ctl.control.state == trainer.kl_ctl.control.state
+    assert resumed.kl_ctl.controller.state == trainer.kl_ctl.controller.state
     assert resumed.kl_ctl.value == 0.5
     assert harness.train(resumed, rollouts)[0][0]["kl/beta"] == 0.5
 
@@ -208,7 +208,7 @@ def test_the_receipt_says_what_openrlhf_does_with_the_kl(started, capsys, harnes
     assert "kl-plugins: k1@reward active in OpenRLHF" in shown
     args = copy.deepcopy(started.args)
     args.algo.advantage.estimator = estimator
-    assert f"reward site: {score.site(KLSpec.parse('k1@reward'), args)}" in shown
+    assert f"reward site: {reward_site(KLSpec.parse('k1@reward'), args)}" in shown
     assert "aggregation token mean (--actor.loss_agg_mode token-mean), sampling: the whole distribution" in shown
 
 

@@ -12,12 +12,10 @@ import openrlhf
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from kl_plugins.adapters.openrlhf import attach, diagnose
-from kl_plugins.adapters.openrlhf.host import HOST
-from kl_plugins.patches.fingerprint import fingerprints_in_folder
-from kl_plugins.patches.guards import UnsupportedHostError
-from kl_plugins.patches.openrlhf import support
-from kl_plugins.patches.openrlhf.fingerprints import FINGERPRINTS
+from kl_plugins.adapters.openrlhf import HOST, attach, diagnose
+from kl_plugins.adapters.versions import UnsupportedHostError
+from kl_plugins.patches.engine.fingerprint import fingerprints_in_folder
+from kl_plugins.patches.openrlhf import HOOKS
 from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 FOLDER = Path(openrlhf.__file__).parent
@@ -34,16 +32,16 @@ def test_the_range_and_the_table_agree():
     assert [v for v in VERSIONS if SpecifierSet(HOST.supported).contains(v)] == list(VERSIONS)
     assert not SpecifierSet(HOST.supported).contains("0.10.1.post2")
     assert not SpecifierSet(HOST.supported).contains("0.11.3")
-    for name, digests in FINGERPRINTS.items():
+    for name, digests in HOOKS.sources.checked.items():
         assert next(iter(digests)) == VERSIONS[0], name
         assert set(digests) <= set(VERSIONS), name
         assert len(set(digests.values())) == len(digests), name
 
 
 def test_the_installed_sources_are_known():
-    for name, digest in fingerprints_in_folder(FOLDER, FINGERPRINTS).items():
-        assert digest in FINGERPRINTS[name].values(), name
-    support.check_sources()
+    for name, digest in fingerprints_in_folder(FOLDER, HOOKS.sources.checked).items():
+        assert digest in HOOKS.sources.checked[name].values(), name
+    HOOKS.sources.check()
 
 
 @pytest.mark.parametrize("version", ["0.10.1.post2", "0.11.3", "0.12.0"])
@@ -51,10 +49,10 @@ def test_other_versions_are_refused(monkeypatch, version):
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: version if name == "openrlhf" else real(name))
     with pytest.raises(UnsupportedHostError, match=rf"openrlhf {version} is not among .*KL_PLUGINS_ALLOW_UNTESTED=1"):
-        support.check_process()
+        HOOKS.check_process()
     monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")
     with pytest.warns(RuntimeWarning, match="going on because"):
-        support.check_process()
+        HOOKS.check_process()
 
 
 PROGRAM = """
@@ -63,12 +61,12 @@ from kl_plugins.adapters.openrlhf import attach, diagnose
 attach()
 found = {"faults": [finding.subject for finding in diagnose() if finding.level == "fault"]}
 import openrlhf.trainer.ray.ppo_actor
-from kl_plugins.patches.openrlhf import support
-for check in (support.check_process, support.check_sources):
+from kl_plugins.patches.openrlhf import HOOKS
+for name, check in (("process", HOOKS.check_process), ("sources", HOOKS.sources.check)):
     try:
         check()
     except Exception as error:
-        found[check.__name__] = f"{type(error).__name__}: {error}"
+        found[name] = f"{type(error).__name__}: {error}"
 print(json.dumps(found))
 """
 
@@ -89,7 +87,7 @@ def in_copy(tmp_path, edit):
 def test_an_edited_source_is_refused_in_the_launcher_and_in_the_worker(tmp_path):
     found = in_copy(tmp_path, lambda text: text.replace("kl_loss * kl_ctl", "kl_loss * kl_ctl * 0"))
     assert found["faults"] == [f"openrlhf {metadata.version('openrlhf')} {STEP}"]
-    for check in ("check_process", "check_sources"):
+    for check in ("process", "sources"):
         assert "UnsupportedHostError" in found[check]
         assert "ActorPPOTrainer.training_step" in found[check]
 

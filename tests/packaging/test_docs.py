@@ -71,7 +71,7 @@ def test_every_refusal_is_on_the_page_of_its_host(host: str) -> None:
 
 
 def test_messages_are_read_with_their_constants() -> None:
-    found = [message.text for message in messages_in("adapters/openrlhf/guards.py")]
+    found = [message.text for message in messages_in("adapters/openrlhf/refusals.py")]
     assert any(text.startswith("--algo.kl.init_coef is 0, so OpenRLHF loads no reference model") for text in found)
 
 

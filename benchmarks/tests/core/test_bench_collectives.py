@@ -13,8 +13,9 @@ from benchmarks.collectives.count import Counter, Seen, ours, payload
 from benchmarks.collectives.plan import SCHEDULE, Added, paper
 from kl_plugins import KLSpec
 from kl_plugins.adapters.controller import Controller
-from kl_plugins.adapters.openrlhf.loss import MicroBatch
-from kl_plugins.adapters.openrlhf.session import Session
+from kl_plugins.adapters.openrlhf import HOST
+from kl_plugins.adapters.openrlhf.batch import MicroBatch
+from kl_plugins.adapters.openrlhf.session import WorkerSession
 from kl_plugins.metrics import REDUCTIONS
 
 
@@ -30,10 +31,12 @@ def test_the_plugins_collectives_are_told_from_others(group: None) -> None:
     mask = torch.ones(2, 3, dtype=torch.bool)
     logp = torch.randn(2, 3)
     spec = KLSpec.parse("k3@loss")
-    session = Session(spec, Controller(spec.beta, 0.1, "beta"))
+    session = WorkerSession(HOST, spec, Controller(spec.beta, 0.1, "beta"))
+    batch = MicroBatch(session, mask, logp, None)
     with Counter() as counter:
-        MicroBatch(spec, mask, logp, None, session=session).term(logp, logp - 0.1)
-        session.before_step(None)
+        batch.term(logp, logp - 0.1)
+        session.check_step(None)
+        session.keep(batch)
         session.report()
         dist.all_reduce(torch.zeros(5))
     added = ours(counter.seen)

@@ -137,7 +137,7 @@ def exact_losses(actor, cases, experience, beta, path):
 
 def controller(actor):
     """State of a worker's beta controller."""
-    return dict(actor.trainer._kl_plugins.beta.state)
+    return dict(actor.trainer._kl_plugins.controller.state)
 
 
 def pack_without_flash_attention(actor):

@@ -76,7 +76,7 @@ def parse(assets: Path, flags: Sequence[str], *, attached: bool = True) -> Any:
         stack.enter_context(mock.patch("ray.is_initialized", return_value=True))
         stack.enter_context(mock.patch.object(sys, "argv", [MODULE, *defaults, *map(str, flags)]))
         if attached:
-            from kl_plugins.patches.openrlhf.cli import extended_flag
+            from kl_plugins.adapters.openrlhf.launch import extended_flag
 
             stack.enter_context(extended_flag())
         try:

@@ -82,10 +82,10 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
 
     prepare_extensions()
     if attached:
-        from kl_plugins.adapters.openrlhf import attach, ray_job
+        from kl_plugins.adapters.openrlhf import attach, launch
 
         attach()
-        os.environ[ray_job.VARIABLE] = ray_job.with_hook(os.environ)
+        os.environ[launch.VARIABLE] = launch.with_hook(os.environ)
     folder = tempfile.mkdtemp(prefix="klp")  # Ray's sockets need a short path
     defaults = {
         "address": "local",
@@ -99,7 +99,7 @@ def local_cluster(*, attached: bool = False, **settings: Any) -> Iterator[None]:
         ray.init(**{**defaults, **settings})
     finally:
         if attached:
-            del os.environ[ray_job.VARIABLE]  # of this job alone, not of what its tests start
+            del os.environ[launch.VARIABLE]  # of this job alone, not of what its tests start
     ray.cloudpickle.register_pickle_by_value(remote)
     try:
         yield

@@ -22,7 +22,7 @@ def main(assets: str, *second: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    from kl_plugins.adapters.openrlhf import attach, ray_job
+    from kl_plugins.adapters.openrlhf import attach, launch
     from tests.support.openrlhf import remote
     from tests.support.openrlhf.harness import Harness
     from tests.support.openrlhf.rollouts import make_rollouts
@@ -34,7 +34,7 @@ def main(assets: str, *second: str) -> None:
         path = os.pathsep.join([*second, str(CPU_HOST)])
         cluster.add_node(**room, env_vars={**ENVIRONMENT, "PYTHONPATH": path})
         cluster.wait_for_nodes()
-        os.environ[ray_job.VARIABLE] = ray_job.with_hook(os.environ)
+        os.environ[launch.VARIABLE] = launch.with_hook(os.environ)
         ray.init(address=cluster.address, log_to_driver=False)
         ray.cloudpickle.register_pickle_by_value(remote)
         harness = Harness(Path(assets), 2, spread=True)

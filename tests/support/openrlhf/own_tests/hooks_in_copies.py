@@ -7,8 +7,9 @@ import importlib.util
 from pathlib import Path
 
 from kl_plugins.adapters.openrlhf import attach
-from kl_plugins.patches.openrlhf.targets import ACTOR, ESTIMATORS, PATCHES
-from kl_plugins.patches.patch import Hook
+from kl_plugins.patches.engine.patch import Hook
+from kl_plugins.patches.openrlhf import ACTOR
+from kl_plugins.patches.openrlhf.hooks import ESTIMATORS, PATCHES
 
 _copies = {}
 _original = importlib.util.spec_from_file_location
