@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ class Sources:
             ModuleNotFoundError: there is none.
         """
         package = self.host.packages[0]
-        spec = PathFinder.find_spec(package)
+        # Editable installations may be found by a finder of their own only.
+        spec = PathFinder.find_spec(package) or find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError(f"kl-plugins: the package folder of {package} is not importable; reinstall it")
         return Path(next(iter(spec.submodule_search_locations)))

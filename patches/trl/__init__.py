@@ -73,16 +73,15 @@ class ClassHooks:
             PatchSet(HOST, own, cls).apply()
 
     def check_process(self) -> None:
-        """Raise unless TRL was checked, and the hooks are still where :meth:`attach` put them.
+        """Raise unless TRL is a version that was checked.
+
+        The hooks need no check here: it is a hook that asks, and :class:`~kl_plugins.adapters.trl.callback.KLCallback`
+        stops a run that went around one.
 
         Raises:
-            UnsupportedHostError: unknown version, changed source, or a hook that is no longer in.
+            UnsupportedHostError: it is another version.
         """
-        from kl_plugins.patches.trl.hooks import PATCHES
-
         check_version(HOST.distribution, HOST.supported)
-        if PATCHES.active:
-            PATCHES.check_imported()
 
     def summary(self, modules: Collection[str] = (), functions: Collection[str] = ()) -> tuple[tuple[str, ...], str]:
         """Name the wrapped functions for a receipt; see :meth:`~kl_plugins.patches.engine.patch.PatchSet.summary`."""
