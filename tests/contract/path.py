@@ -89,7 +89,24 @@ def stop(process: object = None) -> list[str]:
     return found
 
 
+def in_guide(host: str) -> list[str]:
+    """Return the functions that the guide lists for a host, as ``module:function``, in its order.
+
+    Args:
+        host: the host's name as the guide's headings spell it.
+    """
+    text = GUIDE.read_text(encoding="utf-8").partition("## Follow one spec")[2].partition("\n## ")[0]
+    part = text.partition(f"### {host}\n")[2].partition("\n### ")[0]
+    items = re.findall(r"^\d+\. `(\S+)\.py`, `(\S+?)`", part, re.MULTILINE)
+    found = []
+    for file, function in items:
+        module = file.removeprefix("kl_plugins/").removesuffix("/__init__").replace("/", ".")
+        found.append(f"{module}:{function}")
+    return found
+
+
 def listed(*parts: Iterable[str]) -> list[str]:
     """Join the functions of several processes, each name once; all hook objects of the engine count as one function."""
     names = [name for part in parts for name in part]
-    return list(dict.fromkeys("patches:Hook" if ".Hook." in name else name for name in names))
+    names = ["patches.engine.patch:Hook" if ".Hook." in name else name for name in names]
+    return list(dict.fromkeys(name.replace(".<locals>", "") for name in names))

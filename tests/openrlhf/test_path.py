@@ -22,3 +22,4 @@ def test_the_path_of_a_spec_is_short(harness: Harness, rollouts: Rollouts) -> No
     print(f"\n{len(functions)} functions:", *functions, sep="\n  ")
     assert functions[-1] == "term:kl_term"
     assert len(functions) <= path.LIMIT
+    assert functions == path.in_guide("OpenRLHF"), "the guide lists other functions"

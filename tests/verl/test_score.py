@@ -10,10 +10,9 @@ from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 
 from kl_plugins import KLSpec, kl_penalty
-from kl_plugins.adapters.checkpoints import record, resumed
+from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.controller import BetaChangedError
 from kl_plugins.adapters.log_probs import LogProbError
-from kl_plugins.adapters.checkpoints import read_state, write_state
 from kl_plugins.adapters.verl import refusals
 from kl_plugins.adapters.verl.score import PENALTY, ScoreController
 from tests.support.verl.ray_support import TRAINERS
@@ -95,7 +94,9 @@ def test_advantage_penalty_comes_after_normalisation(estimator, version, text):
 
 
 def test_a_penalty_that_no_advantage_takes_is_pending():
-    control, other = (ScoreController(KLSpec.parse("k1@advantage"), core_algos.FixedKLController(BETA)) for _ in range(2))
+    control, other = (
+        ScoreController(KLSpec.parse("k1@advantage"), core_algos.FixedKLController(BETA)) for _ in range(2)
+    )
     data, _ = shaped("k1@advantage", control=control)
     left, _ = shaped("k1@advantage", control=other)
     assert control.pending
