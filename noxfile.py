@@ -219,7 +219,7 @@ def verl_vllm(session: nox.Session) -> None:
 
 @nox.session
 def openrlhf(session: nox.Session) -> None:
-    """Test the OpenRLHF adapter with real actors, a run with vLLM on the CPU, two Ray nodes, and OpenRLHF's own tests."""
+    """Test the OpenRLHF adapter with real actors, a run with vLLM on the CPU, two Ray nodes, and tests of OpenRLHF."""
     OPENRLHF.run(session, *TESTS, "tests/openrlhf", "benchmarks/tests/openrlhf")
 
 
