@@ -178,8 +178,8 @@ def check_size(folder: Path, most: int = MOST) -> None:
     if total > most:
         largest = ", ".join(f"{name} ({mebibytes(each)})" for each, name in sizes[:3])
         raise BundleError(
-            f"the wheels have {mebibytes(total)}, but all together may have at most {mebibytes(most)}; the largest are "
-            f"{largest}"
+            f"the wheels hold {mebibytes(total)}, more than the {mebibytes(most)} that is allowed for all of them; the "
+            f"largest: {largest}"
         )
 
 
