@@ -1,5 +1,5 @@
-# Everything sets itself up: python3 with venv, git and make are enough; a C++ compiler makes it faster.
-# PYTHON picks the interpreter; ARGS replaces what a session runs, for example
+# Each target makes the environments that it needs. They require python3 with venv, git and make. Some tests and
+# benchmarks are faster with a C++ compiler. PYTHON sets the interpreter. ARGS replaces the command of a session:
 #   make test-trl ARGS="-m pytest tests/trl -k resume"
 PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
@@ -10,82 +10,82 @@ nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/complete  ## train under five regularisers, draw the curves into out/demo (10 min on 2 cores)
+demo: .venv/complete  ## train a tiny model under five regularisers and draw the curves into out/demo (10 min on 2 cores)
 	$(call nox,demo)
 
-demo-llm: .venv/complete  ## a real language model under four regularisers, into out/demo-llm (a few minutes on a GPU)
+demo-llm: .venv/complete  ## train a real language model under four regularisers; writes out/demo-llm (a few minutes on a GPU)
 	$(call nox,demo_llm)
 
-test: .venv/complete  ## lint, every test, every benchmark at its smallest size: what CI runs
+test: .venv/complete  ## run all that CI runs: lint, the tests, and every benchmark at its smallest size
 	$(call nox,lint core trl verl openrlhf bench_smoke)
 
-test-full: .venv/complete  ## the same with the slow tests, older hosts, vLLM, the built wheel and fresh installations
+test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel and fresh installations
 	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm openrlhf_full)
 
-test-core: .venv/complete  ## tests that need no host framework
+test-core: .venv/complete  ## run the tests that need no host framework
 	$(call nox,core)
 
-test-wheel: .venv/complete  ## the tests of the core against the built wheel
+test-wheel: .venv/complete  ## run the tests of the core against the built wheel
 	$(call nox,wheel)
 
-test-install: .venv/complete  ## a fresh environment per host, installed as the docs say; runs the host's examples
+test-install: .venv/complete  ## install each host into a fresh environment as the docs say, and run its examples
 	$(call nox,install)
 
-test-trl: .venv/complete  ## tests against the newest TRL
+test-trl: .venv/complete  ## run the tests against the newest TRL
 	$(call nox,trl)
 
-test-verl: .venv/complete  ## tests against veRL: real Ray workers and runs on the CPU (4 min on 2 cores)
+test-verl: .venv/complete  ## run the tests against veRL, with real Ray workers and runs on the CPU (4 min on 2 cores)
 	$(call nox,verl)
 
-test-openrlhf: .venv/complete  ## tests against OpenRLHF: real Ray actors, runs with vLLM on the CPU (6 min on 2 cores)
+test-openrlhf: .venv/complete  ## run the tests against OpenRLHF, with real Ray actors and vLLM on the CPU (6 min on 2 cores)
 	$(call nox,openrlhf)
 
 docs: .venv/complete  ## build the documentation into out/site; fails on a broken link (1 min)
 	$(call nox,docs)
 
-lint: .venv/complete  ## ruff and mypy
+lint: .venv/complete  ## run ruff and mypy
 	$(call nox,lint)
 
-bench-variance: .venv/complete  ## bias and variance of every estimator, against exact enumeration
+bench-variance: .venv/complete  ## measure bias and variance of every estimator against exact enumeration
 	$(call nox,bench_variance)
 
-bench-staleness: .venv/complete  ## why a weighted KL can run away on stale data, and what stops it, in one state (5 min)
+bench-staleness: .venv/complete  ## show in one state why a weighted KL can diverge on stale data, and what prevents it (5 min)
 	$(call nox,bench_staleness)
 
-bench-kernel: .venv/complete  ## the exact KL against its peers, time and memory (a quiet machine, please)
+bench-kernel: .venv/complete  ## measure time and memory of the exact KL and of its peers (needs an otherwise idle machine)
 	$(call nox,bench_kernel)
 
-bench-host-terms: .venv/complete  ## sampled terms against the hosts' own expressions
+bench-host-terms: .venv/complete  ## measure the sampled terms against the hosts' own expressions
 	$(call nox,bench_host_terms)
 
-bench-hosts: .venv/complete  ## every spec in every host: coefficients, losses and gradients against the core (5 min on 2 cores)
+bench-hosts: .venv/complete  ## compare coefficients, losses and gradients of every spec in every host with the core (5 min on 2 cores)
 	$(call nox,bench_hosts)
 
-bench-overhead: .venv/complete  ## a step under a spec against a step under the host's own KL (a quiet machine, please)
+bench-overhead: .venv/complete  ## time a step under a spec and under the host's own KL (needs an otherwise idle machine)
 	$(call nox,bench_overhead)
 
-bench-collectives: .venv/complete  ## the communication that the plugin adds, counted and on paper
+bench-collectives: .venv/complete  ## count the communication that the plugin adds, and derive it
 	$(call nox,bench_collectives)
 
-bench-study: .venv/complete  ## published claims in real RL runs, resumable (hours; ARGS="--dry-run" says how many)
+bench-study: .venv/complete  ## test published claims in real RL runs; can be resumed (hours; ARGS="--dry-run" says how many)
 	$(call nox,bench_study)
 
-bench-default: .venv/complete  ## choose the default spec on stale data, resumable (an hour; ARGS="--dry-run" says how many runs)
+bench-default: .venv/complete  ## choose the default spec on stale data; can be resumed (1 h; ARGS="--dry-run" shows the number of runs)
 	.venv/bin/nox -s trl -- -m benchmarks.study.stale $(ARGS)
 
-bench-report: .venv/complete  ## all results under out/bench on one page
+bench-report: .venv/complete  ## put all results under out/bench on one page
 	$(call nox,bench_report)
 
-bench-smoke: .venv/complete  ## every benchmark at its smallest size (some minutes)
+bench-smoke: .venv/complete  ## run every benchmark at its smallest size (some minutes)
 	$(call nox,bench_smoke)
 
-gpu-bundle: .venv/complete  ## all that the GPU stages need where there is no network, into out/gpu-bundle (95 MiB)
+gpu-bundle: .venv/complete  ## collect the files that the GPU stages need on a machine without a network; writes out/gpu-bundle (95 MiB)
 	$(call nox,gpu_bundle)
 
 clean:  ## remove environments, builds and outputs
 	rm -rf .venv .nox build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# The stamp comes last, so that an interrupted installation is never taken for a complete one.
+# The stamp is written last, so that an interrupted installation does not count as complete.
 .venv/complete: constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,7 @@
-"""The sessions behind the Makefile: environments, checks, tests and runs.
+"""The nox sessions that the Makefile calls: environments, checks, tests, benchmarks and the demo.
 
-``nox -s NAME -- ARGS`` runs ``python ARGS`` in the environment of the session instead of its own commands, for example
-``nox -s trl -- -m pytest tests/trl -k resume``.
+``nox -s NAME -- ARGS`` runs ``python ARGS`` in the environment of a session instead of the session's own commands, for
+example ``nox -s trl -- -m pytest tests/trl -k resume``.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ import nox
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "tests" / "constraints"
-# Nothing here needs a model hub, and one thread per process is fastest for models of this size.
+# No session needs a model hub. One thread per process is the fastest setting for models of this size.
 RUN_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 RUN_ENV |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-# Torch takes code that it compiled for one instruction set from its cache for another one too, and then the code writes
-# beyond its buffers. By default all runs of a user share the cache.
+# torch reuses cached code that it compiled for another instruction set, and such code can write beyond its buffers. By
+# default all runs of a user share one cache, so each instruction set gets its own folder here.
 COMPILED = ROOT / ".nox" / f"inductor-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
 RUN_ENV |= {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED)}
-# Pytest in two processes, which take whole files, so that what the tests of a file share is made once.
-# conftest.py puts the files into an order.
+# pytest runs in two processes. Each takes whole files, so that the fixtures of a file are built once. conftest.py sorts
+# the files.
 TESTS = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 CORE_TESTS = ("tests/core", "tests/oracle", "tests/cli", "tests/packaging", "benchmarks/tests/core")
@@ -36,16 +36,27 @@ nox.options.default_venv_backend = "none"
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment that sessions share: made once, and made anew when what it was made from changed."""
+    """A virtual environment that sessions share. It is made once, and again if its definition or its files change.
+
+    Attributes:
+        name: name of its folder in ``.nox``.
+        extras: extras of kl-plugins to install, separated by commas.
+        constraints: file with the pinned versions.
+        packages: further packages to install.
+        locked: whether the constraints file lists all packages; they are then installed without resolution.
+        sources: packages that are installed last, without dependencies, and built against the installed packages.
+        build_env: environment variables of these builds.
+        prepare: program that runs at the end of the installation.
+    """
 
     name: str
     extras: str
     constraints: Path
     packages: tuple[str, ...] = ()
-    locked: bool = False  # the constraints file is the whole list, installed without resolution
-    sources: tuple[str, ...] = ()  # installed last and alone, built against what is there by then
-    build_env: tuple[tuple[str, str], ...] = ()  # variables of those builds
-    prepare: str = ""  # a program that ends the installation
+    locked: bool = False
+    sources: tuple[str, ...] = ()
+    build_env: tuple[tuple[str, str], ...] = ()
+    prepare: str = ""
 
     @property
     def python(self) -> str:
@@ -54,18 +65,18 @@ class Environment:
 
     @property
     def folder(self) -> Path:
-        """Where the environment lives."""
+        """Folder of the environment."""
         return ROOT / ".nox" / self.name
 
     def key(self) -> str:
-        """Hash of everything the environment is made from."""
+        """Return a hash of the definition of the environment and of the files that it depends on."""
         digest = hashlib.sha256(f"{ROOT}{sys.version}{self!r}{inspect.getsource(Environment)}".encode())
         for path in (ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "constraints.txt", self.constraints):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
     def ensure(self, session: nox.Session) -> None:
-        """Make the environment unless a complete and current one is there."""
+        """Make the environment unless it exists, is complete, and is up to date."""
         stamp, key = self.folder / ".complete", self.key()
         if stamp.exists() and stamp.read_text() == key:
             return
@@ -76,20 +87,20 @@ class Environment:
             self._pip(session, "--no-deps", "-r", str(self.constraints))
             self._pip(session, "--no-deps", "--no-build-isolation", "-e", ".")
         else:
-            self._pip(session, "setuptools")  # isolated builds would fetch an unpinned one
+            self._pip(session, "setuptools")  # pinned here, because an isolated build would download an unpinned one
             self._pip(session, "--no-build-isolation", "-e", f".[{self.extras}]", *self.packages)
         if self.sources:
             self._pip(session, "--no-deps", "--no-build-isolation", *self.sources, env=dict(self.build_env))
         if self.prepare:
             session.run(self.python, "-c", self.prepare, external=True, env=RUN_ENV)
-        stamp.write_text(key)  # last: an interrupted installation leaves none
+        stamp.write_text(key)  # written last, so that an interrupted installation leaves no stamp
 
     def _pip(self, session: nox.Session, *arguments: str, env: dict[str, str] | None = None) -> None:
         pins = () if self.locked else ("-c", str(self.constraints))
         session.run(self.python, "-m", "pip", "install", *pins, *arguments, external=True, env=env)
 
     def run(self, session: nox.Session, *default: str) -> None:
-        """Run ``python`` with the session's own arguments, or with `default` where there are none."""
+        """Run ``python`` with the arguments of the command line, or with `default` if there are none."""
         self.ensure(session)
         session.run(self.python, *(session.posargs or default), external=True, env=RUN_ENV)
 
@@ -97,7 +108,7 @@ class Environment:
 CORE = Environment("core", "test,lint,bench,triton", ROOT / "constraints.txt")
 TRL = Environment("trl-1.16", "trl,test,bench", CONSTRAINTS / "trl-1.16.txt", ("peft",))
 TRL_OLDER = [
-    # TRL 1.0 imports requests and does not require it.
+    # TRL 1.0 imports requests but does not declare it as a requirement.
     Environment(f"trl-{version}", "trl,test,bench", CONSTRAINTS / f"trl-{version}.txt", ("peft", "requests"))
     for version in ("1.0", "0.28")
 ]
@@ -116,21 +127,21 @@ OPENRLHF = Environment(
     build_env=(("DS_ACCELERATOR", "cpu"), ("DS_BUILD_OPS", "0")),
     prepare="from tests.support.openrlhf.ray_support import prepare_extensions; prepare_extensions()",
 )
-# Reads the sources and imports none of them: no PyTorch.
+# The build of the documentation reads the sources without importing them, so this environment has no PyTorch.
 DOCS = Environment("docs", "", ROOT / "docs" / "requirements.txt", locked=True)
-# Peers of the kernel benchmark run single files of theirs, which need nothing that they depend on.
+# The kernel benchmark runs single files of other projects. These files do not need the dependencies of their projects.
 BENCH_KERNEL = Environment(
     "bench-kernel",
     "trl,bench",
     CONSTRAINTS / "trl-1.16.txt",
-    packages=("triton==3.9.0",),  # the file of veRL's that is measured imports it
+    packages=("triton==3.9.0",),  # the file of veRL that is measured imports it
     sources=("liger-kernel==0.8.5", "verl==0.9.1"),
 )
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's checks and formatting, then strict mypy."""
+    """Run ruff's checks, check the format, and run mypy in strict mode."""
     CORE.ensure(session)
     for command in (["-m", "ruff", "check"], ["-m", "ruff", "format", "--check"], [".ci/typecheck.py"]):
         session.run(CORE.python, *command, external=True)
@@ -138,19 +149,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation; a broken link or an unlisted page is an error; writes out/site."""
+    """Build the documentation and write out/site; a broken link or a page outside the navigation is an error."""
     DOCS.run(session, "-m", "mkdocs", "build", "--strict")
 
 
 @nox.session
 def core(session: nox.Session) -> None:
-    """Test everything that needs no host framework."""
+    """Run the tests that need no host framework."""
     CORE.run(session, *TESTS, *CORE_TESTS)
 
 
 @nox.session
 def core_full(session: nox.Session) -> None:
-    """Test the same, slow tests included."""
+    """Run the tests that need no host framework, including the slow ones."""
     CORE.run(session, "-m", "pytest", "--full", *CORE_TESTS)
 
 
@@ -177,7 +188,7 @@ def trl(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("environment", [TRL, *TRL_OLDER], ids=["1.16", "1.0", "0.28"])
 def trl_full(session: nox.Session, environment: Environment) -> None:
-    """Test the TRL adapter, slow tests included, against each TRL of the supported range."""
+    """Test the TRL adapter, including slow tests, against several TRL versions of the supported range."""
     environment.run(session, "-m", "pytest", "--full", "tests/trl", "benchmarks/tests/trl")
 
 
@@ -189,14 +200,14 @@ def trl_vllm(session: nox.Session) -> None:
 
 @nox.session
 def verl(session: nox.Session) -> None:
-    """Test the veRL adapter: real workers, a real run on the CPU, two Ray nodes, veRL's own tests."""
+    """Test the veRL adapter with real workers, a real run on the CPU, two Ray nodes, and tests of veRL itself."""
     VERL.run(session, *TESTS, "tests/verl", "benchmarks/tests/verl")
 
 
 @nox.session
 @nox.parametrize("environment", [VERL, *VERL_OLDER], ids=["0.9.1", "0.9.0", "0.8"])
 def verl_full(session: nox.Session, environment: Environment) -> None:
-    """Test the veRL adapter, all real runs included, against each veRL of the supported range."""
+    """Test the veRL adapter, including all real runs, against several veRL versions of the supported range."""
     environment.run(session, "-m", "pytest", "--full", "tests/verl", "benchmarks/tests/verl")
 
 
@@ -208,31 +219,31 @@ def verl_vllm(session: nox.Session) -> None:
 
 @nox.session
 def openrlhf(session: nox.Session) -> None:
-    """Test the OpenRLHF adapter: real actors, a real run with vLLM on the CPU, two Ray nodes, OpenRLHF's own tests."""
+    """Test the OpenRLHF adapter with real actors, a run with vLLM on the CPU, two Ray nodes, and tests of OpenRLHF."""
     OPENRLHF.run(session, *TESTS, "tests/openrlhf", "benchmarks/tests/openrlhf")
 
 
 @nox.session
 def openrlhf_full(session: nox.Session) -> None:
-    """Test the OpenRLHF adapter, all real runs included."""
+    """Test the OpenRLHF adapter, including all real runs."""
     OPENRLHF.run(session, "-m", "pytest", "--full", "tests/openrlhf", "benchmarks/tests/openrlhf")
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train under five regularisers and draw what each of them does; writes out/demo."""
+    """Train a tiny model under five regularisers and draw the effect of each; writes out/demo."""
     TRL.run(session, "-m", "benchmarks.demo")
 
 
 @nox.session
 def demo_llm(session: nox.Session) -> None:
-    """Train a real language model under four regularisers and show what each does to it; writes out/demo-llm."""
+    """Train a real language model under four regularisers and show the effect of each; writes out/demo-llm."""
     TRL.run(session, "-m", "benchmarks.demo_llm")
 
 
 @nox.session
 def gpu_bundle(session: nox.Session) -> None:
-    """Collect what the GPU stages need on a machine without a network; writes out/gpu-bundle."""
+    """Collect the files that the GPU stages need on a machine without a network; writes out/gpu-bundle."""
     CORE.ensure(session)
     session.run(CORE.python, "-m", "benchmarks.gpu.bundle", *session.posargs, external=True, env=RUN_ENV)
 
@@ -245,14 +256,14 @@ def bench_variance(session: nox.Session) -> None:
 
 @nox.session
 def bench_staleness(session: nox.Session) -> None:
-    """Show in one state why a weighted KL can run away on stale data; writes out/bench/staleness."""
+    """Show in one state why a weighted KL can diverge on stale data; writes out/bench/staleness."""
     CORE.ensure(session)
     session.run(CORE.python, "-m", "benchmarks.staleness", *session.posargs, external=True, env=RUN_ENV)
 
 
 @nox.session
 def bench_kernel(session: nox.Session) -> None:
-    """Measure the exact KL against its peers, in time and memory; writes out/bench/kernel."""
+    """Measure time and memory of the exact KL and of its peers; writes out/bench/kernel."""
     BENCH_KERNEL.ensure(session)
     session.run(BENCH_KERNEL.python, "-m", "benchmarks.kernel", *session.posargs, external=True, env=RUN_ENV)
 
@@ -260,13 +271,13 @@ def bench_kernel(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("environment", [TRL, VERL, OPENRLHF], ids=["trl", "verl", "openrlhf"])
 def bench_host_terms(session: nox.Session, environment: Environment) -> None:
-    """Measure sampled terms against each host's own expression; writes out/bench/host_terms."""
+    """Measure the sampled terms against each host's own expressions; writes out/bench/host_terms."""
     environment.ensure(session)
     session.run(environment.python, "-m", "benchmarks.host_terms", *session.posargs, external=True, env=RUN_ENV)
 
 
 def over_hosts(session: nox.Session, name: str, *arguments: str) -> list[str]:
-    """Make the environments of a benchmark that starts the hosts' own interpreters; the command that runs it."""
+    """Make the environments of a benchmark that starts the interpreters of all hosts, and return its command."""
     CORE.ensure(session)
     command = [CORE.python, "-m", f"benchmarks.{name}"]
     for host, environment in (("trl", TRL), ("verl", VERL), ("openrlhf", OPENRLHF)):
@@ -276,7 +287,7 @@ def over_hosts(session: nox.Session, name: str, *arguments: str) -> list[str]:
 
 
 def run_in_pairs(session: nox.Session, commands: list[list[str]]) -> None:
-    """Run commands two at a time, and print what each said once it has ended; a failure leaves out the rest."""
+    """Run commands two at a time and print the output of each when it has ended; a failure skips the remaining ones."""
 
     def run(command: list[str]) -> str:
         return session.run(*command, external=True, env=RUN_ENV, silent=True)
@@ -288,13 +299,13 @@ def run_in_pairs(session: nox.Session, commands: list[list[str]]) -> None:
 
 @nox.session
 def bench_hosts(session: nox.Session) -> None:
-    """Compare what every spec does in each host with the core and with the host's own KL; writes out/bench/hosts."""
+    """Compare every spec in each host with the core and with the host's own KL; writes out/bench/hosts."""
     session.run(*over_hosts(session, "hosts", *session.posargs), external=True, env=RUN_ENV)
 
 
 @nox.session
 def bench_overhead(session: nox.Session) -> None:
-    """Time each host's step with its own KL and with the spec of the same meaning; writes out/bench/overhead."""
+    """Time a step of each host with its own KL and with the spec of the same gradient; writes out/bench/overhead."""
     session.run(*over_hosts(session, "overhead", *session.posargs), external=True, env=RUN_ENV)
 
 
@@ -313,14 +324,14 @@ def bench_study(session: nox.Session) -> None:
 
 @nox.session
 def bench_report(session: nox.Session) -> None:
-    """Put all results that lie under out/bench on one page, out/bench/report.html."""
+    """Put all results under out/bench on one page; writes out/bench/report.html."""
     CORE.ensure(session)
     session.run(CORE.python, "-m", "benchmarks.report", *session.posargs, external=True, env=RUN_ENV)
 
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """Run every benchmark end to end at its smallest size; writes out/bench-smoke. The numbers mean nothing."""
+    """Run every benchmark from end to end at its smallest size; writes out/bench-smoke. The numbers have no meaning."""
     smallest = (
         ("study", TRL, ("--smoke", "--fresh")),
         ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
@@ -328,7 +339,7 @@ def bench_smoke(session: nox.Session) -> None:
         ("staleness", CORE, ("--smoke",)),
         *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
     )
-    # The longest come first, so that none of them runs alone at the end.
+    # The longest benchmarks start first, so that none of them runs alone at the end.
     commands = [
         over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}")
         for name in ("collectives", "overhead", "hosts")

@@ -1,7 +1,7 @@
-"""Package list: three source folders, installed as one package.
+"""Lists the packages to install; the three source folders are installed as one package.
 
-``adapters/`` and ``patches/`` stand beside ``kl_plugins/`` in the repository and are installed inside it. The packages
-are found, not written down, so that a new ``adapters/<host>`` cannot be forgotten.
+In the repository, ``adapters/`` and ``patches/`` are beside ``kl_plugins/``; they are installed inside it. This program
+finds the packages itself, so that no list has to be changed for a new ``adapters/<host>``.
 """
 
 from setuptools import find_packages, setup

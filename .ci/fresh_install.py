@@ -1,8 +1,9 @@
 """Install a host and kl-plugins into a fresh environment, as docs/installation.md says, and run the host's examples.
 
-``python .ci/fresh_install.py HOST`` makes the environment, a copy of the sources and a copy of the tests in a temporary
-folder. Only torch and the host are pinned; everything else is what the host's own requirements bring. OpenRLHF's
-requirements cannot be met without a GPU, so its environment is the one that its tests are pinned to.
+The command ``python .ci/fresh_install.py HOST`` makes the environment, a copy of the sources and a copy of the tests in
+a temporary folder. Only torch and the host are pinned; pip chooses all other versions by the requirements of the host.
+OpenRLHF is an exception: its requirements cannot be met without a GPU, so its environment has the versions to which its
+tests are pinned.
 """
 
 import json
@@ -23,12 +24,20 @@ ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREAD
 
 @dataclass(frozen=True)
 class Fresh:
-    """How a host gets into an environment."""
+    """How to install a host into an environment.
+
+    Attributes:
+        pins: constraints file with the versions of the host and of torch.
+        extra: the extra of kl-plugins that installs the host on a fresh machine; empty if there is none.
+        host: arguments of the calls of ``pip install`` that install the host, one tuple for each call.
+        tools: packages that the tests of the examples need in addition to the host.
+        build_env: environment variables of all calls of pip.
+    """
 
     pins: Path
-    extra: str  # the extra of kl-plugins that installs the host on a fresh machine; empty where there is none
-    host: tuple[tuple[str, ...], ...]  # arguments of pip, one call each
-    tools: tuple[str, ...] = ()  # what the tests of the examples need beside the host
+    extra: str
+    host: tuple[tuple[str, ...], ...]
+    tools: tuple[str, ...] = ()
     build_env: tuple[tuple[str, str], ...] = ()
 
 
@@ -50,7 +59,7 @@ HOSTS = {
 
 
 class Environment:
-    """A virtual environment in `folder`, and pip in it under the pins of torch and the host."""
+    """A virtual environment in `folder`, in which pip keeps to the pinned versions of torch and of the host."""
 
     def __init__(self, folder: Path, name: str):
         self.name, self.fresh = name, HOSTS[name]
@@ -62,22 +71,22 @@ class Environment:
         self.pins.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines) if line.startswith(wanted)))
 
     def install(self, what: str, *arguments: str) -> None:
-        """Run ``pip install``, and say how long it took."""
+        """Run ``pip install`` with these arguments, and print how long it took to install `what`."""
         start = time.monotonic()
         command = (self.python, "-m", "pip", "install", "--quiet", "-c", self.pins, *arguments)
         subprocess.run(command, check=True, env=os.environ | dict(self.fresh.build_env))
         print(f"{self.name}: installed {what} in {time.monotonic() - start:.0f} s", flush=True)
 
     def installed(self) -> dict[str, str]:
-        """The installed version of each distribution."""
+        """Return the installed version of each distribution."""
         listed = subprocess.check_output((self.python, "-m", "pip", "list", "--format", "json"), text=True)
         return {entry["name"]: entry["version"] for entry in json.loads(listed)}
 
     def check_by_doctor(self) -> None:
-        """Ask ``kl-plugins doctor``, away from the repository, whether all is well.
+        """Check, in a folder outside the repository, that ``kl-plugins doctor`` reports no problem.
 
         Raises:
-            RuntimeError: it finds a fault, or does not find the host.
+            RuntimeError: It reports a fault or a warning, or it does not find the host.
         """
         command = (self.python.with_name("kl-plugins"), "doctor", "--json")
         answer = subprocess.run(command, cwd=self.pins.parent, stdout=subprocess.PIPE, text=True)
@@ -88,10 +97,14 @@ class Environment:
 
 
 def check_nothing_changed(before: dict[str, str], after: dict[str, str]) -> None:
-    """Check that installing kl-plugins into the host's environment left the host's packages alone.
+    """Check that installing kl-plugins into the environment of a host did not change the packages there.
+
+    Args:
+        before: versions before the installation, by distribution.
+        after: versions after the installation, by distribution.
 
     Raises:
-        RuntimeError: it changed one, or brought more than its own small requirements.
+        RuntimeError: The installation changed a package, or it added more than the requirements of kl-plugins itself.
     """
     changed = {name: (old, after.get(name)) for name, old in before.items() if after.get(name) != old}
     added = set(after) - set(before) - BROUGHT
@@ -100,7 +113,7 @@ def check_nothing_changed(before: dict[str, str], after: dict[str, str]) -> None
 
 
 def main(name: str) -> int:
-    """Install host `name` and kl-plugins, and run the host's examples; returns the exit status of these."""
+    """Install the host `name` and kl-plugins, run the host's examples, and return their exit status."""
     with tempfile.TemporaryDirectory(prefix=f"kl-plugins-{name}-") as folder:
         work = Path(folder).resolve()
         sources, environment = copy(SOURCES, work / "kl-plugins"), Environment(work, name)
@@ -114,7 +127,7 @@ def main(name: str) -> int:
             environment.install("the extra", f"{sources}[{environment.fresh.extra}]")
         if environment.fresh.tools:
             environment.install("the test tools", *environment.fresh.tools)
-        # veRL brings pytest-asyncio, which warns without settings of its own; warnings are errors in the tests.
+        # veRL requires pytest-asyncio, which warns if it is not configured. The tests treat warnings as errors.
         tests = ("-m", "pytest", "--full", "-p", "no:asyncio", f"tests/{name}/test_examples.py")
         tree = copy(NEEDED, work / "tree")
         return subprocess.run((environment.python, *tests), cwd=tree, env=os.environ | ENV).returncode

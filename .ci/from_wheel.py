@@ -1,9 +1,9 @@
 """Run the tests of the core against the built wheel, in an environment that does not see the source folders.
 
-An editable install finds every file of the repository, so tests on it cannot show that the wheel lacks one. Here the
-wheel is installed into a virtual environment of its own, which borrows its dependencies from the environment that runs
-this program. The tests run from a copy of the folders that they need, and ``kl_plugins/``, ``adapters/`` and
-``patches/`` are not among these.
+An editable install finds every file of the repository, so tests with it cannot show that a file is missing in the
+wheel. This program installs the wheel into a separate virtual environment, which uses the dependencies of the
+environment that runs the program. The tests run in a copy of the folders that they need. ``kl_plugins/``, ``adapters/``
+and ``patches/`` are not in that copy.
 """
 
 import shutil
@@ -22,7 +22,7 @@ LOCATE = "import kl_plugins, kl_plugins.adapters, kl_plugins.patches; print(kl_p
 
 
 def copy(names: tuple[str, ...], folder: Path) -> Path:
-    """Copy files and folders of the repository into a new `folder`; returns it."""
+    """Copy files and folders of the repository into a new `folder`, and return that folder."""
     folder.mkdir()
     for name in names:
         if (ROOT / name).is_dir():
@@ -33,13 +33,17 @@ def copy(names: tuple[str, ...], folder: Path) -> Path:
 
 
 def make_environment(folder: Path, wheel: Path) -> Path:
-    """Make an environment that holds the wheel and sees the dependencies around us; the path of its interpreter."""
+    """Make an environment with the wheel and with the dependencies of the present environment.
+
+    Returns:
+        The path of its interpreter.
+    """
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     site = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     ).strip()
-    # Python does not read the .pth files of a folder that is itself named in one, so the editable install stays unseen.
+    # Python ignores .pth files in a folder that another .pth file adds, so the editable install has no effect here.
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     command = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     subprocess.run(command, check=True)
@@ -47,10 +51,10 @@ def make_environment(folder: Path, wheel: Path) -> Path:
 
 
 def main() -> int:
-    """Run pytest with the arguments given, or all tests of the core; returns its exit status."""
+    """Run pytest with the arguments of the program, by default all tests of the core, and return its exit status."""
     with tempfile.TemporaryDirectory(prefix="kl-plugins-wheel-") as name:
         work = Path(name).resolve()
-        # Built from a copy: a build folder in the repository would keep files that are gone, and put them into wheels.
+        # The wheel is built from a copy. A build folder in the repository could put files that are deleted into it.
         sources = copy(SOURCES, work / "sources")
         build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", work / "dist", sources)
         subprocess.run(build, check=True, stdout=subprocess.DEVNULL)

@@ -1,8 +1,8 @@
-"""Hooks of the documentation's build (``mkdocs.yml``): where sources are read from, links out of docs/, formulas.
+"""Hooks of the build of the documentation (``mkdocs.yml``): location of the sources, links out of docs/, and formulas.
 
-API pages are read from the sources, which are never imported, so the build needs no PyTorch. The three source folders
-are shown as the one package that they are installed as, like to mypy. MathJax is copied from an installed package, so
-a reader's browser asks no other server for anything.
+API pages are made from the text of the sources, which are not imported, so the build does not need PyTorch. The three
+source folders are linked into one package, as they are for mypy, because they are installed as one package. MathJax is
+copied from an installed package, so that the site loads nothing from another server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TREE = ROOT / "build" / "docs"
-"""Where mkdocstrings finds the package; the same path is in ``mkdocs.yml``."""
+"""Folder in which mkdocstrings finds the package; the same path is in ``mkdocs.yml``."""
 
 LINK = re.compile(r"(?<!!)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)\s*$", re.MULTILINE | re.DOTALL)
@@ -27,7 +27,10 @@ TOGETHER = re.compile(
     r"<b><code>(?:<[^>]+>)*(?P<first>\w+),(?:<[^>]+>)*</code></b>\s*"
     r"\(<code>\(?(?P<others>(?:(?:<[^>]+>)*\w+(?:<[^>]+>)*(?:, )?)+)\)?(?:<[^>]+>)*</code>\)"
 )
-"""Arguments that share a line of a docstring: the parser takes the second and later names for a type."""
+"""HTML of arguments that share one line of a docstring, such as ``a, b: ...``.
+
+The parser of docstrings reads the second and the later names as a type.
+"""
 CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 LONG = re.compile(r"(?<![\w/=.:@&])[\w/=.:@+-]{16,}(?=[^<>]*<)")
 JOINT = re.compile(r"(?<=[/=_.])(?=\w{2})")
@@ -35,7 +38,7 @@ MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
 
 
 def on_config(config: Any) -> Any:
-    """Show the sources as one package."""
+    """Link the source folders into one package."""
     sys.path.insert(0, str(ROOT / ".ci"))
     from typecheck import link_tree
 
@@ -44,7 +47,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point links to files outside docs/ at the repository, or, where its address is not known, show them as text."""
+    """Make links to files outside docs/ lead to the repository, or make them plain text if its address is not known."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def replaced(link: re.Match[str]) -> str:
@@ -64,7 +67,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Drop the roles of docstrings, and let a long setting in a table break at its joints and nowhere else."""
+    """Remove the roles of docstrings, join shared names of arguments, and allow line breaks in long settings in tables.
+
+    A setting may break only after ``/``, ``=``, ``_`` and a full stop.
+    """
     html = ROLE.sub("<code>", html)
     html = TOGETHER.sub(_names, html)
     return CELL.sub(lambda cell: LONG.sub(lambda word: JOINT.sub("<wbr>", word[0]), cell[0]), html)
@@ -75,10 +81,10 @@ def _names(found: re.Match[str]) -> str:
 
 
 def on_post_build(config: Any) -> None:
-    """Put MathJax and its fonts into the site."""
+    """Copy MathJax and its fonts into the site."""
     found = importlib.util.find_spec("mathjax")
     if found is None or found.origin is None:
-        raise SystemExit("MathJax is not installed; run `make docs`, which makes the environment")
+        raise SystemExit("MathJax is not installed; run `make docs`, which makes an environment that has it")
     source, target = Path(found.origin).parent / "static" / "mathjax" / "es5", Path(config.site_dir) / "mathjax"
     for name in MATHJAX:
         origin, copy = source / name, target / name

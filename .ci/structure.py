@@ -1,7 +1,7 @@
 """Measures the host layer: files and lines of code of ``adapters`` and ``patches``, at any commit.
 
-Lines of code are lines that hold a token of the program: docstrings, comments and blank lines do not count. Tables of
-fingerprints are data and are counted on their own.
+Lines of code are lines with at least one token of the program; docstrings, comments and blank lines are not counted.
+Tables of fingerprints are data, so they are counted separately.
 
 Usage::
 
@@ -30,9 +30,9 @@ class Size(NamedTuple):
     """Size of a folder.
 
     Attributes:
-        files: Python files.
-        code: lines of code, tables of fingerprints left out.
-        tables: lines of Python tables of fingerprints.
+        files: number of Python files.
+        code: number of lines of code, without tables of fingerprints.
+        tables: number of lines in tables of fingerprints.
     """
 
     files: int
@@ -41,7 +41,7 @@ class Size(NamedTuple):
 
 
 def docstring_lines(tree: ast.AST) -> set[int]:
-    """Lines of every string that stands alone as a statement: docstrings of modules, functions and attributes."""
+    """Return the line numbers of all strings that are statements, which are docstrings of any kind."""
     return {
         line
         for node in ast.walk(tree)
@@ -51,7 +51,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def code_lines(source: str) -> int:
-    """Number of lines of a Python source that hold code."""
+    """Return the number of lines of code in a Python source."""
     skipped = docstring_lines(ast.parse(source))
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -61,7 +61,7 @@ def code_lines(source: str) -> int:
 
 
 def sources(folder: str, commit: str | None) -> Iterator[tuple[str, str]]:
-    """Path and text of each Python file of a folder, in the working tree or at a commit."""
+    """Yield path and text of each Python file in a folder, from a commit or (None) from the working tree."""
     if commit is None:
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ def sources(folder: str, commit: str | None) -> Iterator[tuple[str, str]]:
 
 
 def size(folder: str, commit: str | None) -> Size:
-    """Measure one folder."""
+    """Measure one folder at a commit, or (None) in the working tree."""
     files = code = tables = 0
     for name, text in sources(folder, commit):
         files += 1

@@ -1,7 +1,8 @@
-"""Run mypy over the three source folders as the one package they are installed as.
+"""Run mypy over the three source folders as one package, because they are installed as one package.
 
-An editable install maps ``adapters/`` and ``patches/`` into ``kl_plugins`` by an import hook, which no static checker
-follows. So mypy is shown a folder of links with the installed layout, and its messages name the real files again.
+An editable install maps ``adapters/`` and ``patches/`` into ``kl_plugins`` by an import hook, which static checkers do
+not follow. This program therefore makes a folder of links with the installed layout and runs mypy there. It then puts
+the names of the real files into the messages of mypy.
 """
 
 import subprocess
@@ -13,7 +14,7 @@ TREE = ROOT / "build" / "typecheck"
 
 
 def link_tree(package: Path) -> None:
-    """Make `package` a folder of links that looks like the installed ``kl_plugins``."""
+    """Make `package` a folder of links with the layout of the installed ``kl_plugins``."""
     package.mkdir(parents=True, exist_ok=True)
     wanted = {
         entry.name: entry for entry in (ROOT / "kl_plugins").iterdir() if not entry.name.startswith(("__py", "."))
@@ -29,7 +30,7 @@ def link_tree(package: Path) -> None:
 
 
 def main() -> int:
-    """Run mypy with the arguments given, and return its exit status."""
+    """Run mypy with the arguments of the program, and return its exit status."""
     link_tree(TREE / "kl_plugins")
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
     command += ["--cache-dir", str(ROOT / ".mypy_cache"), *sys.argv[1:]]

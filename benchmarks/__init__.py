@@ -1,1 +1,1 @@
-"""Measurements: run each as a module from the root of the repository."""
+"""Benchmarks and demonstrations; each runs as a module from the root of the repository."""

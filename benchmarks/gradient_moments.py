@@ -1,7 +1,7 @@
-"""Mean and variance of a KL spec's single-sequence gradient, exactly: no sampling anywhere.
+"""Exact mean and variance of the gradient of one sequence under a KL spec, without sampling.
 
-Sequences of small tabular policies are enumerated (`tests/support/oracle/enumeration.py`); the coefficients are what
-kl-plugins computes for them.
+All sequences of small tabular policies are enumerated (`tests/support/oracle/enumeration.py`). kl-plugins computes
+their coefficients.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ Blocks = Callable[[Problem], Tensor]
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the gradient of one sequence from the data policy, relative to the exact sequence-KL gradient.
+    """Moments of the gradient of one sequence from the data policy, relative to an exact gradient.
 
     Attributes:
-        variance: trace of the covariance over the squared norm.
-        bias_sequence: distance of the mean from the gradient of the sequences' KL, over that gradient's norm.
-        bias_token: the same for the token-local gradient, over the token-local gradient's norm.
-        error_64: root-mean-square error of the mean of 64 sequences as an estimate of the sequence gradient.
+        variance: trace of the covariance, divided by the squared norm of the gradient of the sequences' KL.
+        bias_sequence: distance of the mean from the gradient of the sequences' KL, divided by the norm of the latter.
+        bias_token: distance of the mean from the token-local gradient, divided by the norm of the latter.
+        error_64: relative root-mean-square error of the mean of 64 sequences, as an estimate of the gradient of the
+            sequences' KL.
     """
 
     variance: float
@@ -39,14 +40,14 @@ class Moments:
 
 
 def score(problem: Problem) -> Tensor:
-    """(N, T, V) gradient of log pi(a_t | s_t): one-hot minus the distribution; 0 outside the mask."""
+    """Return the (N, T, V) gradient of log pi(a_t | s_t): one-hot minus the distribution, 0 outside the mask."""
     probabilities = [log_p.exp()[problem.states[:, t]] for t, log_p in enumerate(problem.distributions("current"))]
     one_hot = torch.nn.functional.one_hot(problem.tokens, problem.vocab)
     return ((one_hot - torch.stack(probabilities, 1)) * problem.mask[..., None]).detach()
 
 
 def local_kl_gradient(problem: Problem) -> Tensor:
-    """(N, T, V) gradient of each state's exact KL: pi_j (u_j - KL)."""
+    """Return the (N, T, V) gradient of the exact KL of each state, pi_j (u_j - KL), 0 outside the mask."""
     columns = []
     pairs = zip(problem.distributions("current"), problem.distributions("reference"), strict=True)
     for t, (log_p, log_q) in enumerate(pairs):
@@ -57,12 +58,12 @@ def local_kl_gradient(problem: Problem) -> Tensor:
 
 
 def log_ratio(problem: Problem) -> Tensor:
-    """(N, T) u_t, 0 outside the mask."""
+    """Return the (N, T) log-ratios u_t, nats, 0 outside the mask."""
     return (problem.log_probs("current") - problem.log_probs("reference")).detach()
 
 
 def of_spec(spec: KLSpec, problem: Problem, data: str) -> Tensor:
-    """Return what kl-plugins contributes per sequence: a loss's own gradient, or a score's policy gradient."""
+    """Return what each sequence contributes under a spec: the gradient of a loss, or the policy gradient of a score."""
     if spec.placement != "loss":
         penalty = penalty_for(spec, problem)
         coefficient = reward_to_go(penalty) if spec.placement == "reward" else penalty
@@ -75,12 +76,12 @@ def of_spec(spec: KLSpec, problem: Problem, data: str) -> Tensor:
 
 
 def full_return(problem: Problem) -> Tensor:
-    """Put the whole sequence's log-ratio on every token, without reward-to-go."""
+    """Return the gradient with the log-ratio of the whole sequence on every token, that is, without reward-to-go."""
     return log_ratio(problem).sum(-1)[:, None, None] * score(problem)
 
 
 def exact_with_baseline(problem: Problem) -> Tensor:
-    """Exact own and future KL, less the mean future KL of each position."""
+    """Return the gradient of exact own and future KL, with the mean future KL of each position as baseline."""
     kl = full_vocabulary_kl(problem).detach().nan_to_num(0.0)
     future = reward_to_go(kl) - kl
     weight = problem.probabilities("current").detach()[:, None] * problem.mask
@@ -89,7 +90,7 @@ def exact_with_baseline(problem: Problem) -> Tensor:
 
 
 def mean_gradient(problem: Problem, blocks: Tensor, data: str) -> Tensor:
-    """Average over the policy `data`: flat, in the order of the logit tables."""
+    """Return the mean gradient under the policy `data`, flattened in the order of the logit tables."""
     weighted = problem.probabilities(data).detach()[:, None, None] * blocks
     tables = []
     for t, table in enumerate(problem.policies["current"]):
@@ -98,11 +99,11 @@ def mean_gradient(problem: Problem, blocks: Tensor, data: str) -> Tensor:
 
 
 def moments(problem: Problem, blocks: Tensor, data: str) -> Moments:
-    """Exact moments of the gradient of one sequence from the policy `data`."""
+    """Return the exact moments of the gradient of one sequence from the policy `data`."""
     sequence = target_gradient(problem, "reverse_kl_sequence", "", data)
     token = target_gradient(problem, "reverse_kl_token", "", data)
     mean = mean_gradient(problem, blocks, data)
-    # Each position has its own table, so a sequence's blocks never share a parameter.
+    # Each position has its own table, so the blocks of a sequence have no parameter in common.
     second = problem.expected(blocks.square().sum((-1, -2)), data)
     scale = sequence.norm().square()
     variance = float((second - mean.square().sum()) / scale)
@@ -116,7 +117,7 @@ def moments(problem: Problem, blocks: Tensor, data: str) -> Moments:
 
 
 def problem_at(sequence_kl: float, vocab: int, length: int, seed: int, *, scale: float, staleness: float) -> Problem:
-    """Find the problem of this seed whose current policy is `sequence_kl` nats from the reference, by bisection."""
+    """Find, by bisection, the problem of a seed whose current policy is `sequence_kl` nats from the reference."""
 
     def at(drift: float) -> Problem:
         return make_problem(vocab, length, seed, scale=scale, drift=drift, lag=staleness, mismatch=staleness)
@@ -130,6 +131,6 @@ def problem_at(sequence_kl: float, vocab: int, length: int, seed: int, *, scale:
 
 
 def staleness_kl(problem: Problem) -> float:
-    """KL of the current policy's sequences from the sampler's, nats."""
+    """Return KL(current policy || sampler) of sequences, nats."""
     gap = (problem.log_probs("current") - problem.log_probs("sampler")).sum(-1)
     return float((problem.probabilities("current") * gap).sum().detach())

@@ -1,8 +1,8 @@
-"""What does a spec's sampled term cost beside the host's own expression of the same KL? Forward and backward, in turns.
+"""Measures the time of a sampled term and of the host's own expression of the same KL, forward and backward, in turns.
 
 Run as ``python -m benchmarks.host_terms`` in the environment of a host; it finds the host by its package and writes
-``out/bench/host_terms/<host>.json``. Where matplotlib is installed, it draws all hosts measured so far.
-Ours includes the diagnostics (``KLTerm.metrics``), which the hosts' expressions do not have.
+``out/bench/host_terms/<host>.json``. If matplotlib is installed, it draws all hosts that were measured so far. The time
+of kl-plugins includes the diagnostics (``KLTerm.metrics``), which the hosts' expressions do not have.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ Expression = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Pair(NamedTuple):
-    """A host's own KL (policy, reference and old log-probs -> per-token KL) and the spec that means the same."""
+    """A host's own KL and the spec with the same gradient.
+
+    Attributes:
+        name: name of the host's KL.
+        host: computes the KL of each token from log-probs of policy, reference and old policy.
+        spec: the spec.
+    """
 
     name: str
     host: Expression
@@ -39,7 +45,7 @@ class Pair(NamedTuple):
 
 
 def trl() -> Iterator[Pair]:
-    """TRL writes its KL in line, so its formula is written here once more."""
+    """Yield the pairs of TRL, which has no function for its KL; the formula is therefore repeated here."""
 
     def k3(logp: Tensor, ref_logp: Tensor, old_logp: Tensor) -> Tensor:
         return torch.exp(ref_logp - logp) - (ref_logp - logp) - 1
@@ -52,7 +58,7 @@ def trl() -> Iterator[Pair]:
 
 
 def verl() -> Iterator[Pair]:
-    """veRL's ``kl_penalty``."""
+    """Yield the pairs of veRL, with its function ``kl_penalty``."""
     from verl.trainer.ppo.core_algos import kl_penalty
 
     def of(name: str) -> Expression:
@@ -63,7 +69,10 @@ def verl() -> Iterator[Pair]:
 
 
 def openrlhf() -> Iterator[Pair]:
-    """OpenRLHF's ``compute_approx_kl``, whose package imports flash-attn: on a CPU, the tests' stand-in."""
+    """Yield the pairs of OpenRLHF, with its function ``compute_approx_kl``.
+
+    Its package imports flash-attn, for which the tests have a stand-in on a CPU.
+    """
     from tests.support.openrlhf.ray_support import CPU_HOST
 
     sys.path.append(str(CPU_HOST))
@@ -81,12 +90,12 @@ HOSTS = {"trl": trl, "verl": verl, "openrlhf": openrlhf}
 
 
 def ours(spec: KLSpec, mask: Tensor) -> Expression:
-    """The spec's term."""
+    """Return a function that computes the term of the spec."""
     return lambda logp, ref_logp, old_logp: kl_term(spec, logp, ref_logp, mask, old_logp=old_logp).loss
 
 
 def milliseconds(expression: Expression, tensors: tuple[Tensor, Tensor, Tensor], repeats: int) -> float:
-    """One forward and backward pass, averaged over ``repeats``."""
+    """Return the milliseconds of one forward and backward pass, as a mean over ``repeats`` passes."""
     start = time.perf_counter()
     for _ in range(repeats):
         tensors[0].grad = None
@@ -97,7 +106,7 @@ def milliseconds(expression: Expression, tensors: tuple[Tensor, Tensor, Tensor],
 
 
 def measure(pair: Pair, shape: tuple[int, int], device: str, rounds: int) -> dict[str, Any]:
-    """Time both on the same tensors, taking turns."""
+    """Time both expressions on the same tensors in turns."""
     generator = torch.Generator().manual_seed(0)
     logp, ref_logp, old_logp = (-torch.rand(shape, generator=generator).to(device) for _ in range(3))
     tensors = (logp.requires_grad_(), ref_logp, old_logp)
@@ -120,11 +129,11 @@ def measure(pair: Pair, shape: tuple[int, int], device: str, rounds: int) -> dic
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("out/bench/host_terms"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("out/bench/host_terms"),
     rounds: Annotated[int, typer.Option(min=3, help="Measurements per expression and size.")] = 15,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Measure the hosts that are installed here, print a table, write JSON, draw what there is."""
+    """Measure the hosts that are installed here, print a table, write JSON, and draw all results so far."""
     present = [name for name in HOSTS if importlib.util.find_spec(name)]
     if not present:
         raise typer.BadParameter(f"none of {', '.join(HOSTS)} is installed here")
@@ -142,7 +151,7 @@ def main(
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Our time over the host's, one panel per host."""
+    """Draw the time of kl-plugins divided by the host's, with one panel per host."""
     import matplotlib as mpl
 
     mpl.use("Agg")

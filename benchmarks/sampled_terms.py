@@ -1,7 +1,7 @@
-"""What does compiling the sampled terms save per call? Eager and compiled ``kl_term``, interleaved.
+"""Measures the time that compiling the sampled terms saves per call, with eager and compiled ``kl_term`` in turns.
 
-Run as ``python -m benchmarks.sampled_terms``; writes ``out/bench/sampled_terms`` (JSON and a plot).
-:data:`kl_plugins.kernels.backend.COMPILE_ABOVE` weighs it against the seconds that compiling takes.
+Run it by ``python -m benchmarks.sampled_terms``. It writes JSON and a plot into ``out/bench/sampled_terms``.
+:data:`kl_plugins.kernels.backend.COMPILE_ABOVE` compares this time with the seconds that compilation takes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BACKENDS = ("eager", "compiled")
 
 
 class Timing(NamedTuple):
-    """Milliseconds of forward plus backward: median and quartiles over rounds."""
+    """Time of forward and backward pass in milliseconds: median and quartiles over the rounds."""
 
     median: float
     lower: float
@@ -36,7 +36,7 @@ class Timing(NamedTuple):
 
 
 def timed_call(spec: KLSpec, tensors: tuple[torch.Tensor, ...], backend: str, repeats: int) -> float:
-    """Milliseconds of one forward and backward, averaged over ``repeats``."""
+    """Return the milliseconds of one forward and backward pass, as a mean over ``repeats`` passes."""
     os.environ[ENVIRONMENT_VARIABLE] = backend
     logp, ref_logp, old_logp, mask = tensors
     start = time.perf_counter()
@@ -68,7 +68,7 @@ def measure(spec: KLSpec, shape: tuple[int, int], device: str, rounds: int) -> d
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where JSON and plot go.")] = Path("out/bench/sampled_terms"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and plot.")] = Path("out/bench/sampled_terms"),
     rounds: Annotated[int, typer.Option(min=3, help="Measurements per backend and size.")] = 15,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -102,7 +102,7 @@ def main(
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Speed-up of the compiled path over tokens, one line per spec."""
+    """Draw the speed-up of the compiled path over the number of tokens, with one line per spec."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,7 +1,7 @@
-"""How noisy and how biased each KL gradient is, by exact enumeration: `python -m benchmarks.variance`.
+"""Computes variance and bias of KL gradients by exact enumeration; run it by `python -m benchmarks.variance`.
 
-Policies are tabular and small enough to sum over every sequence, so the numbers carry no sampling noise; they
-depend on the problem, which is stated with them (tokens, positions, logit scale, seeds, KL to the reference).
+The policies are tables, small enough to sum over every sequence, so the numbers have no sampling noise. They depend on
+the problem, whose description is part of the output (tokens, positions, logit scale, seeds, KL to the reference).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.oracle.enumeration import Problem
 
 VOCAB, LOGIT_SCALE, STALENESS = 3, 1.0, 0.3
 SETTINGS = ((4, 0.26), (6, 0.12), (6, 0.26))
-"""(positions, KL of sequences to the reference in nats)."""
+"""Pairs of the number of positions and the KL of sequences to the reference in nats."""
 SWEEP = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0)
 
 OWN_EXPRESSIONS: dict[str, Blocks] = {
@@ -78,7 +78,14 @@ OFF_POLICY = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One family of problems: everything but the seed."""
+    """A family of problems that differ only in the seed.
+
+    Attributes:
+        length: number of positions of a sequence.
+        sequence_kl: KL of sequences from the policy to the reference, nats.
+        data: the policy that the data come from, ``current`` or ``sampler``.
+        rows: specs and own expressions to measure.
+    """
 
     length: int
     sequence_kl: float
@@ -87,24 +94,24 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """What the numbers of this setting are for."""
+        """Description of the setting, for tables."""
         source = "on-policy" if self.data == "current" else "data from a stale, mismatched sampler"
         return f"V={VOCAB}, T={self.length}, {self.sequence_kl:g} nats per sequence to the reference, {source}"
 
 
 def measure(row: str, problem: Problem, data: str) -> Moments:
-    """Exact moments of one row on one problem."""
+    """Return the exact moments of one row on one problem."""
     blocks = OWN_EXPRESSIONS[row](problem) if row in OWN_EXPRESSIONS else of_spec(KLSpec.parse(row), problem, data)
     return moments(problem, blocks, data)
 
 
 def target_of(row: str) -> str:
-    """Name the declared target, or what the row's own expression stands for."""
+    """Return the declared target of a spec, or the target of one of the expressions that are not specs."""
     return "reverse_kl_sequence" if row in OWN_EXPRESSIONS else KLSpec.parse(row).target
 
 
 def run_setting(setting: Setting, seeds: range, progress: Progress) -> dict[str, Any]:
-    """All rows of a setting on all seeds; per-seed numbers and their medians."""
+    """Measure all rows of a setting on all seeds, and return the numbers of each seed and their medians."""
     task = progress.add_task(setting.title, total=len(seeds))
     samples: dict[str, list[Moments]] = {row: [] for row in setting.rows}
     sampler_kl = []
@@ -160,9 +167,9 @@ def show(result: dict[str, Any], console: Console) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for variance.json and variance.png.")] = Path("out/bench/variance"),
     seeds: Annotated[int, typer.Option(help="Problems per setting.", min=1)] = 12,
-    smoke: Annotated[bool, typer.Option(help="One small problem per setting: does it run?")] = False,
+    smoke: Annotated[bool, typer.Option(help="Only test that it runs, with one small problem per setting.")] = False,
 ) -> None:
-    """Tabulate variance and bias of single-sequence KL gradients, exactly."""
+    """Compute variance and bias of the KL gradient of one sequence exactly, print tables and draw a figure."""
     torch.set_num_threads(1)
     settings = (
         [Setting(4, 0.26, "current", ON_POLICY[:6])]
@@ -184,7 +191,7 @@ def main(
         "variance: trace of the covariance of one sequence's gradient over |gradient of the sequences' KL|^2; "
         "bias seq, bias tok: relative distance of its mean from the exact gradient of the sequences' KL, and from the "
         "token-local one; err 64: relative RMS error of a mean of 64 sequences as an estimate of the former. "
-        "In brackets where the spec aims at neither, so that a distance is no error."
+        "Numbers in brackets belong to specs with another target, for which the distance is not an error."
     )
     write_json(out / "variance.json", {"machine": machine(), "settings": results, "sweep": swept})
     plot(results, swept, out / "variance.png")

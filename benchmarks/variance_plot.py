@@ -1,4 +1,4 @@
-"""The figure of `benchmarks.variance`: variance of each row, and how it moves with the KL to the reference."""
+"""The figure of `benchmarks.variance`: variance of each row, and its dependence on the KL to the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Marks and lines that a black-and-white printer keeps apart.
+# The style has marks and lines that are distinguishable in a black-and-white print.
 STYLE = {
     "font.size": 9,
     "axes.grid": True,
@@ -35,7 +35,7 @@ SWEEP_ROWS = (
 
 
 def dots(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
-    """Draw median and range over seeds of every row, one marker per setting."""
+    """Draw the median and the range over seeds of every row, with one marker per setting."""
     rows = list(results[0]["rows"])
     for index, result in enumerate(results):
         for place, row in enumerate(rows):
@@ -49,7 +49,7 @@ def dots(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("trace variance / |sequence gradient|²")
-    # Proxies: the drawn markers are filled by bias.
+    # The legend has its own markers, because whether a drawn marker is filled depends on the bias.
     handles = [
         Line2D(
             [],
@@ -68,7 +68,7 @@ def dots(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
 
 
 def sweep(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
-    """Draw the median variance against the distance to the reference."""
+    """Draw the median variance over the distance to the reference."""
     distances = [result["sequence_kl"] for result in results]
     for index, row in enumerate(row for row in SWEEP_ROWS if row in results[0]["rows"]):
         axes.plot(
@@ -88,7 +88,7 @@ def sweep(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(results: Sequence[dict[str, Any]], swept: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw on-policy rows, off-policy rows where there are any, and the sweep."""
+    """Draw on-policy rows, off-policy rows if there are any, and the sweep over distances, and save the figure."""
     groups = {
         "on-policy": [result for result in results if result["data"] == "current"],
         "data from a stale, mismatched sampler": [result for result in results if result["data"] != "current"],

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from benchmarks.collectives import report
 from benchmarks.collectives.plan import MICRO_BATCHES, PROCESSES
-from benchmarks.hosts import run
+from benchmarks.drivers import launch as run
 from benchmarks.hosts.report import NAMES
 from benchmarks.reporting import machine, write_json
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
-
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-
-import ray
-
 from benchmarks.collectives import count
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
+from benchmarks.drivers import openrlhf
 from tests.support.openrlhf import assets
 from tests.support.openrlhf.command_line import ONE_STEP
 from tests.support.openrlhf.harness import Harness
@@ -27,10 +19,9 @@ from tests.support.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
 
 def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
     """The collectives of one optimizer step of rank 0."""
-    flags = [*ONE_STEP, "--algo.advantage.estimator", "dr_grpo", "--algo.kl.estimator", kl]
+    flags = [*ONE_STEP, "--algo.advantage.estimator", "dr_grpo"]
     flags += ["--train.micro_batch_size", str(len(PROMPTS) // host.ranks // MICRO_BATCHES)]
-    if "@" not in kl or "@loss" in kl:
-        flags.append("--algo.kl.use_loss")
+    flags += openrlhf.kl_flags(kl, in_loss="@" not in kl or "@loss" in kl)
     trainer = host.start(flags)
     host.receipts(trainer) if "@loss" in kl else None
     host.ask(count.start)
@@ -41,12 +32,11 @@ def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
 
 def main(folder: Path, *ranks: int) -> None:
     """All arms for each number of processes."""
-    importlib.import_module("openrlhf_on_cpu").install()
+    openrlhf.prepare()
     path = assets.build(folder / "openrlhf")
     rollouts = make_rollouts(path / "model")
     for number in ranks:
-        with local_cluster(attached=True):
-            ray.cloudpickle.register_pickle_by_value(count)
+        with openrlhf.session(count):
             host = Harness(path, number)
             found = {kl: counted(host, rollouts, kl) for kl in (NATIVE["openrlhf"], *SPECS["openrlhf"])}
             host.end()

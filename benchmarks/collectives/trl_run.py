@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("ACCELERATE_USE_CPU", "1")
-
 import torch
-import trl
 
 from benchmarks.collectives.count import Counter
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
-from kl_plugins.adapters import trl as adapter
+from benchmarks.drivers import trl
 from tests.support.trl import trainers
 
 STEPS = 2
@@ -26,11 +23,10 @@ SEQUENCES = 4
 
 def counted(model: str, folder: Path, spec: str) -> dict[str, Any]:
     """The collectives of a short run under a spec, or under TRL's own k3."""
-    kinds = (adapter.GRPOTrainer, adapter.GRPOConfig) if spec else (trl.GRPOTrainer, trl.GRPOConfig)
     given = {"kl": spec} if spec else {"use_bias_correction_kl": False}
     torch.manual_seed(0)
     trainer = trainers.build(
-        *kinds, model, folder, max_steps=STEPS, per_device_train_batch_size=SEQUENCES // MICRO_BATCHES,
+        *trl.classes(spec), model, folder, max_steps=STEPS, per_device_train_batch_size=SEQUENCES // MICRO_BATCHES,
         gradient_accumulation_steps=MICRO_BATCHES, num_generations=2, num_iterations=1, **given,
     )  # fmt: skip
     with Counter() as counter:
@@ -40,12 +36,13 @@ def counted(model: str, folder: Path, spec: str) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """All arms."""
+    trl.stay_on_the_cpu()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     work = folder / f"trl-rank{rank}of{ranks}"
     model = trainers.build_model(work / "model")
     found = {spec or NATIVE["trl"]: counted(model, work / "out", spec) for spec in ("", *SPECS["trl"])}
     if rank == 0:
-        (folder / f"trl-{ranks}.json").write_text(json.dumps({"version": trl.__version__, "arms": found}))
+        (folder / f"trl-{ranks}.json").write_text(json.dumps({"version": version("trl"), "arms": found}))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # a process that ends without aborts now and then
 

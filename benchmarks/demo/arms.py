@@ -99,7 +99,8 @@ def sources(more: Iterable[Path] = (), host: str = "trl") -> str:
     for name in ("torch", host, "transformers", "accelerate", "tokenizers"):
         digest.update(f"{name}=={version(name)}\n".encode())
     here = Path(__file__).parent
-    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train", "curve")] + sorted(more)
+    files = [here / f"{stem}.py" for stem in ("arms", "task", "model", "evaluate", "train", "curve")]
+    files += [here.parent / "drivers" / "trl.py", *sorted(more)]
     for package in ("kl_plugins", f"kl_plugins.adapters.{host}", f"kl_plugins.patches.{host}"):
         folder = Path(str(import_module(package).__file__)).parent
         files += sorted(f for f in folder.rglob("*.py") if "cli" not in f.parts and "explain" not in f.parts)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drivers.trl import classes
 from benchmarks.reporting import machine
 
 from . import evaluate, model, task
@@ -85,22 +86,12 @@ def settings_of_trl(arm: Arm, seed: int, settings: Settings, output: str, comple
     }
 
 
-def classes_of_trl(arm: Arm) -> tuple[Any, Any]:
-    """`GRPOConfig` and `GRPOTrainer`: TRL's own, or those with the `kl` field where the arm is a KL spec."""
-    import trl
-
-    from kl_plugins.adapters import trl as ours
-
-    source: Any = trl if arm.spec is None else ours
-    return source.GRPOConfig, source.GRPOTrainer
-
-
 def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: str, callback: Any) -> Any:
     """TRL's own trainer, or the one with the `kl` field where the arm is a KL spec."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
-    config, trainer = classes_of_trl(arm)
+    trainer, config = classes(arm.spec)
     made = trainer(
         policy,
         reward_funcs=task.reward,

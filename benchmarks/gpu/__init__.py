@@ -1,1 +1,1 @@
-"""What has to be seen on a GPU, in stages of a few minutes: ``python -m benchmarks.gpu``."""
+"""Tests and measurements for a GPU, in stages of a few minutes; run them by ``python -m benchmarks.gpu``."""

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu.bundle`: everything that the GPU stages need, for a machine without a network.
+"""The command `python -m benchmarks.gpu.bundle`: collects the files for the GPU stages on a machine without a network.
 
-The machine has torch for CUDA and the packages of `calls/needed.py`. The bundle brings the others as wheels, a copy of
-the benchmarks and the tests, the model in two parts, and a script for each of three calls.
+The GPU machine must have torch for CUDA and the packages of `calls/needed.py`. The bundle has the other packages as
+wheels, a copy of the benchmarks and the tests, the model in two parts, and a script for each of three calls.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from benchmarks.llm import model, parts
 ROOT = Path(__file__).parents[2]
 MEBIBYTE = 2**20
 MOST = 50 * MEBIBYTE
-"""The most bytes that all wheels together may have."""
+"""Largest number of bytes that all wheels together may have."""
 PART = 48 * MEBIBYTE
 PINS = (
-    "trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19",  # the last three for TRL
+    "trl==1.16.0", "datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19",  # TRL needs the last three
     f"{model.READER}=={model.READER_VERSION}",
-    "liger-kernel==0.8.5", "verl==0.9.1",  # peers of the kernels
+    "liger-kernel==0.8.5", "verl==0.9.1",  # the kernel benchmark compares with these
 )  # fmt: skip
 MODEL = f"{model.PACKAGE}=={model.PACKAGE_VERSION}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SOURCES = ("kl_plugins", "adapters", "patches", "pyproject.toml", "setup.py", "README.md", "LICENSE")
-# conftest.py and pyproject.toml hold pytest's options. kl_plugins/ is not in it: it would hide the installed package.
+# conftest.py and pyproject.toml have the options of pytest. kl_plugins/ is left out, because the copy would hide the
+# installed package.
 TREE = ("benchmarks", "tests", "conftest.py", "pyproject.toml")
 SCRIPTS = Path(__file__).parent / "calls"
-WIDTH = 112  # of README.txt
+WIDTH = 112  # number of columns of README.txt
 SMALL = ("common.sh", "needed.py", "call-1.sh", "call-2.sh", "call-3.sh")
 
 
 class Call(NamedTuple):
-    """One call to the machine.
+    """One call to the GPU machine.
 
     Attributes:
-        sends: folders of the bundle, beside README.txt and the scripts, which every call sends.
-        does: in words, before the stage.
-        stage: that it runs.
+        sends: folders of the bundle that this call sends; every call also sends README.txt and the scripts.
+        does: description of the call, for README.txt.
+        stage: number of the stage that it runs.
     """
 
     sends: tuple[str, ...]
@@ -56,39 +57,42 @@ class Call(NamedTuple):
 
     @property
     def script(self) -> str:
-        """Its file."""
+        """Name of the script of this call."""
         return f"call-{self.stage}.sh"
 
 
 CALLS = (
     Call(("wheels", "tree", "model/1"), "installs the wheels, keeps half of the model, tests and times kernels", 1),
     Call(("model/2",), "joins and converts the model, then trains it under four regularisers and times TRL's step", 2),
-    Call((), "trains the model on stale data; run again, it goes on", 3),
+    Call((), "trains the model on stale data; a second run continues the first", 3),
 )  # fmt: skip
 
 
 class BundleError(RuntimeError):
-    """The bundle cannot be made; the text says what to do."""
+    """The bundle cannot be made; the message says what to do."""
 
 
 class UnreachableError(BundleError):
-    """A package cannot be fetched."""
+    """A package cannot be downloaded."""
 
 
 def make(
     folder: Path, python: str, *, source: Path | None = None, with_model: bool = True, also: Sequence[str] = ()
 ) -> Path:
-    """Make a new bundle; one that is there is replaced once the new one is whole.
+    """Make a new bundle; an existing one is replaced when the new one is complete.
 
     Args:
-        folder: of the bundle.
-        python: version on the GPU machine, such as 3.12.
-        source: the model's wheel where it is at hand; None: it is downloaded.
-        with_model: False: no model, and stages 2 and 3 run in their smoke form only.
+        folder: folder of the bundle.
+        python: version of Python on the GPU machine, such as 3.12.
+        source: the wheel of the model; None downloads it.
+        with_model: whether to include the model; without it, stages 2 and 3 can only run at their smoke size.
         also: further packages, as `name==version`.
 
+    Returns:
+        The folder.
+
     Raises:
-        BundleError: a package cannot be fetched or built, or the wheels are too large.
+        BundleError: A package cannot be downloaded or built, or the wheels are too large.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,15 +115,18 @@ def make(
 
 
 def fetch(requirement: str, folder: Path, python: str) -> Path:
-    """Download one package's wheel without what it requires.
+    """Download the wheel of one package without its dependencies.
 
     Args:
-        requirement: `name==version`.
-        folder: for the wheel.
-        python: version that the wheel has to suit.
+        requirement: the package, as `name==version`.
+        folder: folder for the wheel.
+        python: version of Python that the wheel must support.
+
+    Returns:
+        The path of the wheel.
 
     Raises:
-        UnreachableError: it cannot be had.
+        UnreachableError: The package cannot be downloaded.
     """
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
     before = set(folder.glob("*.whl"))
@@ -129,7 +136,8 @@ def fetch(requirement: str, folder: Path, python: str) -> Path:
     )  # fmt: skip
     if said:
         raise UnreachableError(
-            f"{requirement} could not be downloaded. A bundle is made where a package index can be reached. "
+            f"{requirement} could not be downloaded. Make the bundle on a machine from which a package "
+            "index can be reached. "
             f"pip says: {said}"
         )
     return next(iter(set(folder.glob("*.whl")) - before))
@@ -139,10 +147,10 @@ def build(folder: Path) -> None:
     """Build the wheel of this repository.
 
     Raises:
-        BundleError: it cannot be built.
+        BundleError: The wheel cannot be built.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        # From a copy: a build folder in the repository would keep files that are gone, and put them into the wheel.
+        # The wheel is built from a copy. A build folder in the repository could put files that are deleted into it.
         sources = copy(SOURCES, Path(scratch) / "sources")
         options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder))
         said = _pip("wheel", *options, str(sources))
@@ -151,7 +159,7 @@ def build(folder: Path) -> None:
 
 
 def _pip(command: str, *arguments: str) -> str:
-    """Run pip; the last line of its complaint, or nothing where it succeeded."""
+    """Run pip and return the last line of its error, or an empty text if it succeeded."""
     called = (sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments)
     done = subprocess.run(called, capture_output=True, text=True, check=False)
     if not done.returncode:
@@ -160,23 +168,23 @@ def _pip(command: str, *arguments: str) -> str:
 
 
 def check_size(folder: Path, most: int = MOST) -> None:
-    """Refuse wheels that are too large for one call.
+    """Check that the wheels are not too large for one call.
 
     Raises:
-        BundleError: they are; the largest are named.
+        BundleError: The wheels are too large; the message names the largest ones.
     """
     sizes = sorted(((size(file), file.name) for file in folder.iterdir()), reverse=True)
     total = sum(each for each, _ in sizes)
     if total > most:
         largest = ", ".join(f"{name} ({mebibytes(each)})" for each, name in sizes[:3])
         raise BundleError(
-            f"the wheels hold {mebibytes(total)}, more than the {mebibytes(most)} that they may hold together; the "
+            f"the wheels hold {mebibytes(total)}, more than the {mebibytes(most)} that is allowed for all of them; the "
             f"largest: {largest}"
         )
 
 
 def copy(names: Sequence[str], target: Path) -> Path:
-    """Copy files and folders of the repository, without what Python compiled."""
+    """Copy files and folders of the repository, without the files that Python compiled, and return the target."""
     target.mkdir(parents=True)
     for name in names:
         if (ROOT / name).is_dir():
@@ -187,17 +195,17 @@ def copy(names: Sequence[str], target: Path) -> Path:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the number of bytes of a file, or of all files below a folder."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def mebibytes(number: int) -> str:
-    """For messages."""
+    """Return a number of bytes as text, for messages."""
     return f"{number / MEBIBYTE:.1f} MiB"
 
 
 def readme(folder: Path, python: str) -> str:
-    """What is sent and run, call by call."""
+    """Return the text of README.txt, which says what to send and to run in each call."""
     lines = [
         f"GPU stages of kl-plugins, for a machine without a network, with Python {python} and a CUDA device.",
         "",

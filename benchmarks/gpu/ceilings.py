@@ -1,4 +1,4 @@
-"""How fast a device copies memory and multiplies matrices: what the kernels' times are compared with."""
+"""Measures how fast a device copies memory and multiplies matrices, as upper limits for the speed of the kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     smoke: Annotated[bool, typer.Option(help="Tiny sizes.")] = False,
 ) -> None:
-    """Measure both ceilings and print them."""
+    """Measure both rates and print them."""
     found = ceilings(device, smoke=smoke)
     write_json(out / "ceilings.json", {"machine": machine(), **found})
     print(f"copy {found['copy_bytes_per_second'] / 1e12:.2f} TB/s (bytes read and written), "
@@ -25,7 +25,7 @@ def main(
 
 
 def ceilings(device: str, *, smoke: bool) -> dict[str, Any]:
-    """Median rates over ten rounds.
+    """Measure the rates as medians over ten rounds.
 
     Args:
         device: cpu or cuda.
@@ -47,14 +47,14 @@ def ceilings(device: str, *, smoke: bool) -> dict[str, Any]:
 
 
 def copy_seconds(elements: int, device: str) -> float:
-    """Time of copying so many bfloat16 numbers to another place of the same memory."""
+    """Return the seconds that copying this number of bfloat16 elements within the same memory takes."""
     source = torch.randn(2**16, device=device).to(torch.bfloat16).repeat(elements // 2**16)
     target = torch.empty_like(source)
     return median_seconds(lambda: target.copy_(source), device)
 
 
 def median_seconds(call: Any, device: str, rounds: int = 10) -> float:
-    """Median wall-clock time of a call, the device idle before and after, after three calls that warm up."""
+    """Return the median seconds of a call after three warm-up calls; the device is idle before and after each call."""
     times = []
     for index in range(rounds + 3):
         _wait(device)

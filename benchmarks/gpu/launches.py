@@ -1,4 +1,4 @@
-"""Time and number of kernel launches of a sampled KL term, forward and backward, spec by spec."""
+"""Measures time and number of kernel launches of sampled KL terms, forward and backward, for several specs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     smoke: Annotated[bool, typer.Option(help="Tiny sizes, eager only.")] = False,
 ) -> None:
-    """Measure each spec on each backend and, for comparison, a k3 written by hand."""
+    """Measure each spec on each backend, and for comparison k3 as frameworks write it."""
     shape = SMOKE_SHAPE if smoke else SHAPE
     rows = []
     for backend in BACKENDS[:1] if smoke else BACKENDS:
@@ -41,13 +41,13 @@ def main(
 
 
 def measured(spec: str, backend: str, call: Callable[[], object], device: str) -> dict[str, Any]:
-    """One row: the spec, the backend, launches of one call, and its median time in milliseconds."""
+    """Return a row with the spec, the backend, the launches of one call, and its median time in milliseconds."""
     milliseconds = 1e3 * median_seconds(call, device, rounds=20)
     return {"spec": spec, "backend": backend, "launches": launches(call, device), "milliseconds": milliseconds}
 
 
 def term_of(spec: str, backend: str, shape: tuple[int, int], device: str) -> Callable[[], object]:
-    """A call that scores a batch under a spec and sends a gradient back, metrics included."""
+    """Return a function that computes the term of a batch under a spec, its metrics and its gradient."""
     parsed = KLSpec.parse(spec)
     logp, ref_logp, old_logp, mask = batch(shape, device)
 
@@ -60,7 +60,7 @@ def term_of(spec: str, backend: str, shape: tuple[int, int], device: str) -> Cal
 
 
 def by_hand(shape: tuple[int, int], device: str) -> Callable[[], object]:
-    """The k3 of GRPO as frameworks write it."""
+    """Return a function that computes the k3 of GRPO and its gradient, as frameworks write it."""
     logp, ref_logp, _, mask = batch(shape, device)
 
     def call() -> None:
@@ -72,7 +72,7 @@ def by_hand(shape: tuple[int, int], device: str) -> Callable[[], object]:
 
 
 def batch(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of policy, reference and sampler (nats), and the mask, all (B, T)."""
+    """Return log-probs of policy, reference and sampler (nats), and the mask, all of shape (B, T)."""
     generator = torch.Generator().manual_seed(0)
     logp, ref_logp, old_logp = (-torch.rand(shape, generator=generator).to(device) for _ in range(3))
     mask = (torch.rand(shape, generator=generator) > 0.1).to(device)
@@ -80,7 +80,7 @@ def batch(shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def launches(call: Callable[[], object], device: str) -> int:
-    """Kernels that one call starts on the device; operators on a CPU."""
+    """Return the number of kernels that one call starts on a GPU, or of operators that it runs on a CPU."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

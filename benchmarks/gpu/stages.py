@@ -1,22 +1,22 @@
-"""The stages as data: each is a list of steps, the most valuable first."""
+"""The stages as data; each is a list of steps, with the most important ones first."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 STAGE_MINUTES = 8.0
-"""Bound on a stage: calls to a GPU machine often end after ten minutes."""
+"""Time limit of a stage in minutes. Calls to a GPU machine often have a limit of ten minutes."""
 
 
 class Step(NamedTuple):
-    """One command of a stage, run as ``python -m ...`` in a process of its own.
+    """One command of a stage, which runs in a separate process.
 
     Attributes:
-        name: of its log and its entry in the stage's record.
+        name: name of its log and of its entry in the stage's record.
         command: arguments of the Python interpreter; ``{out}`` and ``{device}`` are filled in.
-        smoke: the same at tiny size, for a machine without a GPU.
-        minutes: bound on its time.
-        goes_on: the command keeps the parts that it finished, so it is started again even where it ended well.
+        smoke: the arguments for a tiny size, for a machine without a GPU.
+        minutes: time limit.
+        goes_on: whether the command continues its earlier work; it is then started again even if it succeeded before.
     """
 
     name: str

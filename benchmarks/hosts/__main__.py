@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.hosts import compare, report, run
+from benchmarks.drivers import launch as run
+from benchmarks.hosts import compare, report
 from benchmarks.hosts.cases import BETA, cases
 from benchmarks.hosts.records import Record, load, write_cases
 from benchmarks.hosts.reference import Oracle

@@ -3,32 +3,24 @@
 ``BasePPOTrainer.train_step`` makes the experience (log-probs, rewards, advantages) under the policy of the fixture's
 rollouts and trains on it, in micro-batches of two; in between the policy being updated is loaded into the workers.
 
-It computes in float32 as ``openrlhf_float32`` says; the case ``... in bf16`` is what users get.
+It computes in float32 as ``benchmarks.drivers.openrlhf`` says; the case ``... in bf16`` is what users get.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
-
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-
-import ray
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.drivers import openrlhf, openrlhf_actor
 from benchmarks.hosts import openrlhf_watch
 from benchmarks.hosts.cases import BETA, Case
 from benchmarks.hosts.fixture import Rollouts
-from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
 from benchmarks.hosts.records import Record, read_cases, save
 from tests.support.openrlhf import by_hand, harness, remote
 from tests.support.openrlhf.rollouts import Rollouts as HostRollouts
@@ -48,18 +40,15 @@ def in_host_form(rollouts: Rollouts) -> HostRollouts:
 
 def flags(case: Case) -> list[str]:
     """OpenRLHF's command line."""
-    found = [*FLAGS, "--algo.kl.estimator", case.spec or case.native["estimator"]]
-    if case.placement == "loss":
-        found.append("--algo.kl.use_loss")
-    if case.native.get("unbiased_gradient"):
-        found.append("--algo.kl.unbiased_gradient")
-    return found
+    unbiased = bool(case.native.get("unbiased_gradient"))
+    kl = case.spec or case.native["estimator"]
+    return [*FLAGS, *openrlhf.kl_flags(kl, in_loss=case.placement == "loss", unbiased_gradient=unbiased)]
 
 
 def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts, current: dict[str, Tensor]) -> Record:
     """One case."""
     host.assets = fixture / case.scenario
-    with parsed_in(case.native.get("dtype", "fp32")):
+    with openrlhf.parsed_in(case.native.get("dtype", "fp32")):
         trainer = host.start(flags(case))
     if case.spec.startswith("exact"):
         host.ask(by_hand.name_reference, str(host.assets / "reference"))
@@ -68,7 +57,7 @@ def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts,
 
     def then_move(samples: Any) -> Any:
         made = make(samples)
-        host.ask(openrlhf_watch.load, current)
+        host.ask(openrlhf_actor.load, current)
         host.ask(openrlhf_watch.start)
         return made
 
@@ -83,16 +72,14 @@ def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts,
 
 def main(fixture: Path, cases: Path, output: Path) -> None:
     """All cases."""
-    importlib.import_module("openrlhf_on_cpu").install()
     rollouts, records = Rollouts.load(fixture), []
     current = AutoModelForCausalLM.from_pretrained(fixture / "near" / "current").state_dict()
-    with local_cluster(attached=True):
-        ray.cloudpickle.register_pickle_by_value(by_hand)
+    with openrlhf.session(by_hand, openrlhf_watch):
         hosts: dict[int, harness.Harness] = {}
         for case in read_cases(cases):
             ranks = case.native.get("ranks", 1)
             if ranks not in hosts:
-                hosts[ranks] = actors_of(fixture / "near", ranks)
+                hosts[ranks] = openrlhf.actors_of(fixture / "near", ranks)
             records.append(update(case, hosts[ranks], fixture, rollouts, current))
             print(f"done {case.name}", flush=True)
         for host in hosts.values():

@@ -6,23 +6,16 @@ The worker gets what veRL's trainer sends it. A KL in rewards or advantages goes
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
-
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-
-import numpy as np
-import ray
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from benchmarks.drivers import verl
 from benchmarks.hosts import verl_watch
 from benchmarks.hosts.cases import BETA, Case
 from benchmarks.hosts.fixture import GROUP, Rollouts
@@ -35,19 +28,9 @@ from tests.support.verl.workers import Batch, Group
 UNCLIPPED: dict[str, Any] = {"clip_ratio": 1e6, "clip_ratio_low": 1e6, "clip_ratio_high": 1e6, "clip_ratio_c": 1e9}
 
 
-class MicroBatches(Group):
-    """A worker that accumulates the gradient over micro-batches of two."""
-
-    def engine(self, ranks: int) -> Any:
-        import dataclasses
-
-        return dataclasses.replace(super().engine(ranks), micro_batch_size_per_gpu=2)
-
-
 def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
     """veRL's group advantages of a task reward of 0, with the KL that the case puts into rewards or advantages."""
-    from verl import DataProto
-    from verl.trainer.ppo import core_algos, ray_trainer
+    from verl.trainer.ppo import core_algos
 
     from kl_plugins.adapters.verl.score import ScoreController
 
@@ -59,18 +42,14 @@ def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
     named["rollout_log_probs"] = rollouts.sampler
     tensors = {key: pad(rows, width) for key, rows in named.items()}
     tensors |= {"response_mask": mask, "token_level_scores": torch.zeros(mask.shape)}
-    data = DataProto.from_single_dict(tensors)
-    data.non_tensor_batch["uid"] = np.array([str(i // GROUP) for i in range(len(mask))], dtype=object)
     control: Any = core_algos.FixedKLController(BETA)
     if case.spec:
         control = ScoreController(KLSpec.parse(case.spec), control)
     kl = case.spec or case.native["estimator"]
-    data, _ = ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=kl)
-    config = OmegaConf.create({"use_pf_ppo": False, "gamma": 1.0, "norm_adv_by_std_in_grpo": False})
-    data = ray_trainer.compute_advantage(
-        data, adv_estimator="grpo", num_repeat=GROUP, norm_adv_by_std_in_grpo=False, config=config
+    algorithm = OmegaConf.create(
+        {"adv_estimator": "grpo", "use_pf_ppo": False, "gamma": 1.0, "norm_adv_by_std_in_grpo": False}
     )
-    found = data.batch["advantages"]
+    found, _ = verl.advantages_of(tensors, GROUP, algorithm, kl, control)
     return [row[:length].float() for row, length in zip(found, rollouts.lengths, strict=True)]
 
 
@@ -78,8 +57,7 @@ def batch_of(case: Case, rollouts: Rollouts) -> Batch:
     """What veRL's trainer sends to its workers."""
     log_probs = {"old_log_probs": rollouts.old, "rollout_log_probs": rollouts.sampler}
     log_probs["ref_log_prob"] = rollouts.reference[case.scenario]
-    masks = [torch.ones(length, dtype=torch.long) for length in rollouts.lengths]
-    return Batch(rollouts.prompts, rollouts.responses, log_probs, masks, advantages(case, rollouts))
+    return verl.batch_of(rollouts.prompts, rollouts.responses, log_probs, advantages(case, rollouts))
 
 
 def update(case: Case, group: Group, rollouts: Rollouts) -> Record:
@@ -87,10 +65,9 @@ def update(case: Case, group: Group, rollouts: Rollouts) -> Record:
     in_loss = case.placement == "loss"
     kl = (case.spec or case.native["estimator"]) if in_loss else None
     group.use(kl, kl_loss_coef=BETA, loss_agg_mode=case.aggregation, **UNCLIPPED)
-    workers = group.workers.workers
-    ray.get([worker.__ray_call__.remote(verl_watch.start) for worker in workers])
+    group.ask(verl_watch.start)
     step = group.step(batch_of(case, rollouts))
-    ranks = ray.get([worker.__ray_call__.remote(verl_watch.stop) for worker in workers])
+    ranks = group.ask(verl_watch.stop)
     record = Record.empty(case, rollouts.lengths)
     record.take(rollouts.index_of, ranks)
     record.gradient = step.gradient
@@ -100,16 +77,15 @@ def update(case: Case, group: Group, rollouts: Rollouts) -> Record:
 
 def group_of(fixture: Path, ranks: int) -> Group:
     """Training workers with the near reference beside them, which exact terms need."""
-    group = MicroBatches(str(fixture / "near" / "current"), ranks, packed=True)
-    path = str(fixture / "near" / "reference")
-    ray.get([worker.__ray_call__.remote(remote.add_reference, path) for worker in group.workers.workers])
+    group = verl.Workers(str(fixture / "near" / "current"), ranks, micro_batch=2)
+    group.ask(remote.add_reference, str(fixture / "near" / "reference"))
     return group
 
 
 def main(fixture: Path, cases: Path, output: Path) -> None:
     """All cases."""
     rollouts, records = Rollouts.load(fixture), []
-    with cluster(remote, verl_watch):
+    with verl.session(verl_watch):
         groups: dict[int, Group] = {}
         for case in read_cases(cases):
             ranks = case.native.get("ranks", 1)

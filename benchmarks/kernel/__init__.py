@@ -1,1 +1,1 @@
-"""Exact full-vocabulary KL against its peers, in time and memory: ``python -m benchmarks.kernel``."""
+"""Time and memory of the exact KL compared with its peers; run it by ``python -m benchmarks.kernel``."""

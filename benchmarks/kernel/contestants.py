@@ -1,9 +1,10 @@
-"""Who takes part: each turns a problem into a scalar loss whose backward pass reaches the policy.
+"""The contestants of the benchmark; each turns a problem into a scalar loss whose gradient reaches the policy.
 
-``exact`` ones compute the full-vocabulary KL, ``sampled`` ones what a host does for a sampled k3: log-probs of the
-labels under policy and reference. Ours always returns those log-probs beside the KL, so from logits the naive ones do
-too; the fastest of them is also there without. Peers run their own code as installed; one that is not installed is left
-out and named.
+Contestants of the kind ``exact`` compute the KL over the whole vocabulary. Those of the kind ``sampled`` compute what a
+host computes for a sampled k3, the log-probs of the labels under policy and reference. kl-plugins always returns these
+log-probs in addition to the KL, so the naive contestants that start from logits do the same; the fastest of them also
+takes part without log-probs. Peers run their own installed code. A peer that is not installed is left out, and its name
+is reported.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ Loss = Callable[[Problem], Tensor]
 
 
 class Contestant(NamedTuple):
-    """One way to a loss.
+    """A contestant.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         kind: ``exact`` or ``sampled``.
-        ours: whether it is kl-plugins'.
-        loss: the way.
+        ours: whether it belongs to kl-plugins.
+        loss: computes the scalar loss of a problem.
     """
 
     name: str
@@ -44,16 +45,16 @@ class AbsentPeerError(RuntimeError):
 
 
 def of_logits(device: str) -> Iterator[Contestant | AbsentPeerError]:
-    """Contestants that start from logits.
+    """Yield the contestants that start from logits.
 
     Args:
         device: ``cpu`` or ``cuda``.
     """
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
-    if device == "cpu":  # the reference implementation, hundreds of times slower than the kernels on a GPU
+    if device == "cpu":  # on a GPU this reference implementation is hundreds of times slower than the kernels
         yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
     yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
-    # Compiled for sizes that may change, as training has them, and as torch does by itself the first time.
+    # One is compiled for sizes that may change, as in training; the other as torch compiles by default.
     for name, dynamic in (("compile(naive)", True), ("compile(naive), static", None)):
         compiled = torch.compile(_naive_statistics, dynamic=dynamic)
         yield Contestant(name, "exact", False, _naive_with_log_probs(compiled))
@@ -65,7 +66,7 @@ def of_logits(device: str) -> Iterator[Contestant | AbsentPeerError]:
 
 
 def of_hidden_states(device: str) -> Iterator[Contestant | AbsentPeerError]:
-    """Contestants that start from hidden states and heads; they are the same on every device."""
+    """Yield the contestants that start from hidden states and heads; they are the same on every device."""
     yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
     yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
     yield Contestant("naive", "exact", False, _naive_linear(_naive))
@@ -159,7 +160,7 @@ def _liger_divergence() -> Contestant:
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     def loss(it: Problem) -> Tensor:
-        # Hard loss off, beta 1: the reverse KL, as one scalar; it knows no weights of tokens.
+        # Without the hard loss and with beta 1, this is the reverse KL as one scalar. It has no weights of tokens.
         found: Any = LigerFusedLinearJSDFunction.apply(
             it.policy, it.weight, it.reference, it.ref_weight, it.labels, None, None, 0.0, 1.0, 1.0, -100, 1.0, True
         )
@@ -195,7 +196,7 @@ def _verl_log_probs() -> Contestant:
 
 
 def _module_of(name: str, path: str) -> Any:
-    """One file of an installed distribution, without what its package imports at start."""
+    """Import one file of an installed distribution, without importing its package."""
     file = next((f for f in distribution(name).files or () if str(f) == path), None)
     if file is None:
         raise ImportError(f"{name} has no {path}")

@@ -1,4 +1,4 @@
-"""Time and peak memory of forward plus backward, contestants taking turns."""
+"""Measures time and peak memory of forward and backward pass, with all contestants in turns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.kernel.contestants import Contestant
 from benchmarks.kernel.problems import Problem
 
 FEWEST, LONG = 3, 2.0
-"""Timed passes where one takes longer than this many seconds."""
+"""Number of timed passes if a pass is long, and the number of seconds from which on it is long."""
 
 
 def once(contestant: Contestant, problem: Problem) -> None:
-    """One forward and backward pass; the gradients stay."""
+    """Run one forward and backward pass; the gradients are kept."""
     problem.clear()
     contestant.loss(problem).backward()
     if problem.policy.is_cuda:
@@ -28,16 +28,17 @@ def once(contestant: Contestant, problem: Problem) -> None:
 
 
 def seconds(contestant: Contestant, problem: Problem) -> tuple[float, float]:
-    """Wall-clock time of one pass, and the processor's, which other work on the machine moves less."""
+    """Return wall-clock time and CPU time of one pass; other work on the machine changes the CPU time less."""
     start, cpu = time.perf_counter(), time.process_time()
     once(contestant, problem)
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def transient_bytes(contestant: Contestant, problem: Problem) -> int:
-    """Peak memory of one pass beyond what was there, gradients of policy and head included.
+    """Return the peak memory that one pass needs in addition, including the gradients of policy and head, in bytes.
 
-    On a GPU the allocator's own peak; on a CPU the peak of the process's resident memory, as Linux counts it.
+    On a GPU this is the peak of the allocator. On a CPU it is the peak of the resident memory of the process, as Linux
+    counts it.
     """
     problem.clear()
     gc.collect()
@@ -47,7 +48,7 @@ def transient_bytes(contestant: Contestant, problem: Problem) -> int:
         once(contestant, problem)
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     once(contestant, problem)
     return _status("VmHWM") - before
@@ -62,17 +63,17 @@ def _status(field: str) -> int:
 def compare(
     contestants: Sequence[Contestant], problem: Problem, rounds: int, progress: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    """Median, quartiles and memory of each, measured in turns: round after round, each once.
+    """Measure all contestants in turns: in each round every contestant runs once.
 
     Args:
-        contestants: who takes part.
-        problem: what they get.
-        rounds: timed passes of each, after two that warm up; :data:`FEWEST` where they are long.
-        progress: called after each pass.
+        contestants: the contestants.
+        problem: the problem that all of them get.
+        rounds: number of timed passes of each, after two warm-up passes; :data:`FEWEST` if a pass is long.
+        progress: function that is called after each pass.
 
     Returns:
-        One row per contestant; ``ratios`` are to the first one, per round, so that a change of the machine's speed
-        between rounds falls out.
+        One row per contestant, with median and quartiles of its times, and with its memory. Ratios are computed
+        against the first contestant in each round, so that changes of the machine's speed between rounds cancel.
     """
     slowest = 0.0
     for contestant in contestants:
@@ -111,11 +112,11 @@ def compare(
 
 
 def ratios(values: Sequence[float], firsts: Sequence[float]) -> list[float]:
-    """Round by round."""
+    """Return the ratio of two times in each round."""
     return [value / first for value, first in zip(values, firsts, strict=True)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     lower, _, upper = statistics.quantiles(values, n=4)
     return {"median": statistics.median(values), "lower": lower, "upper": upper}

@@ -1,4 +1,4 @@
-"""The tensors that every contestant gets: logits, or hidden states with output heads."""
+"""The tensors that the contestants get: logits, or hidden states with output heads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 LOGIT_STD, SHIFT = 4.0, 0.1
-"""Spread of the logits, and how far the reference's stand from them, in nats."""
+"""Standard deviations of the logits, and of the difference between the logits of policy and reference, in nats."""
 
 
 class Size(NamedTuple):
-    """Tokens, vocabulary and width of the hidden states (0: the problem starts from logits)."""
+    """Size of a problem.
+
+    Attributes:
+        tokens: number of tokens N.
+        vocab: number of tokens in the vocabulary V.
+        width: width D of the hidden states; 0 if the problem starts from logits.
+    """
 
     tokens: int
     vocab: int
@@ -24,16 +30,16 @@ class Size(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Policy and reference of one size; what requires a gradient belongs to the policy.
+    """Policy and reference of one size; only tensors of the policy require a gradient.
 
     Attributes:
-        size: its size.
-        policy: (N, V) logits, or (N, D) hidden states.
-        reference: the same of the reference.
-        weight: (V, D) the policy's head, or None.
-        ref_weight: (V, D) the reference's head, or None.
-        labels: (N,) int64.
-        token_weight: (N,) what each token's term counts for in the loss.
+        size: size of the problem.
+        policy: (N, V) logits, or (N, D) hidden states, of the policy.
+        reference: (N, V) logits, or (N, D) hidden states, of the reference.
+        weight: (V, D) head of the policy, or None.
+        ref_weight: (V, D) head of the reference, or None.
+        labels: (N,) int64 tokens.
+        token_weight: (N,) weight of each token's term in the loss.
     """
 
     size: Size
@@ -45,14 +51,14 @@ class Problem(NamedTuple):
     token_weight: Tensor
 
     def clear(self) -> None:
-        """Drop the gradients."""
+        """Delete the gradients."""
         self.policy.grad = None
         if self.weight is not None:
             self.weight.grad = None
 
 
 def problem(size: Size, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
-    """Random, the same for the same arguments."""
+    """Make a random problem; the same arguments give the same problem."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:

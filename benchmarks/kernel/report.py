@@ -1,4 +1,4 @@
-"""Table and plots of a kernel benchmark."""
+"""Tables and plots of the kernel benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def table(case: dict[str, Any]) -> Table:
-    """One problem's rows."""
+    """Make the table of one problem."""
     made = Table(
         "contestant", "kind", "ms", "quartiles", "x of ours", "by CPU time", "MB beyond gradients", title=case["title"]
     )
@@ -28,7 +28,7 @@ def table(case: dict[str, Any]) -> Table:
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory of each contestant relative to ours, one row of panels per problem."""
+    """Draw time and memory of each contestant, with one row of panels per problem."""
     import matplotlib as mpl
 
     mpl.use("Agg")

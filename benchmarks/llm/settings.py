@@ -96,7 +96,8 @@ def sources(names: Iterable[str]) -> str:
         names: of files beside this one.
     """
     digest = hashlib.sha256(json.dumps(versions()).encode())
-    files = [Path(__file__).parent / f"{name}.py" for name in names]
+    here = Path(__file__).parent
+    files = [*(here / f"{name}.py" for name in names), here.parent / "drivers" / "trl.py"]
     for package in ("kl_plugins", "kl_plugins.adapters.trl", "kl_plugins.patches.trl"):
         folder = Path(str(import_module(package).__file__)).parent
         files += sorted(f for f in folder.rglob("*.py") if not {"cli", "explain"} & set(f.parts))

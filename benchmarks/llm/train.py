@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.demo.curve import Curve
 from benchmarks.demo.train import watcher
+from benchmarks.drivers import trl
 from benchmarks.reporting import machine
 from benchmarks.study.sampler import Drawn
 from benchmarks.study.trl_host import against_the_sampler
@@ -62,13 +63,8 @@ def arguments(arm: str, seed: int, settings: Settings, output: str) -> dict[str,
 
 
 def classes(arm: str) -> tuple[Any, Any]:
-    """`GRPOConfig` and `GRPOTrainer`: TRL's own, or those with the `kl` field."""
-    import trl
-
-    from kl_plugins.adapters import trl as ours
-
-    source: Any = trl if arm in (NONE, HOST) else ours
-    return source.GRPOConfig, source.GRPOTrainer
+    """`GRPOTrainer` and `GRPOConfig` of an arm."""
+    return trl.classes(None if arm in (NONE, HOST) else arm)
 
 
 class TrainingCurve(Curve):
@@ -154,7 +150,7 @@ def run(arm: str, seed: int, settings: Settings, threads: int, tick: Tick) -> di
             weights.append({"step": step, **staleness(model, drawn)})
             watched[0] += time.perf_counter() - start
 
-    config_class, trainer_class = classes(arm)
+    trainer_class, config_class = classes(arm)
     extra: dict[str, Any] = {}
     sampler = None
     if settings.delay is not None:

@@ -63,7 +63,7 @@ class Runner:
         from kl_plugins.adapters.trl import detach
 
         settings, gpu = self._settings, self._settings.device == "cuda"
-        config_class, trainer_class = classes(arm)
+        trainer_class, config_class = classes(arm)
         times = clock()
         with tempfile.TemporaryDirectory() as output:
             timed = replace(settings, steps=settings.steps + 1)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.hosts import run
+from benchmarks.drivers import launch as run
 from benchmarks.hosts.report import NAMES
 from benchmarks.overhead.measure import UNDECIDED, Block, summary
 from benchmarks.overhead.plan import PAIRS, SMOKE, Plan, Size

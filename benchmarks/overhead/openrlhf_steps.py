@@ -5,21 +5,14 @@ A step is ``BasePPOTrainer.train_step``: log-probs of policy and reference, adva
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
-
-os.environ.update(ENVIRONMENT)
-sys.path.append(str(CPU_HOST))
-
-import ray
 import torch
 
+from benchmarks.drivers import openrlhf
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
@@ -31,10 +24,12 @@ def flags(pair: Pair, spec: bool, sequences: int) -> list[str]:
     """OpenRLHF's command line."""
     one = ("--train.batch_size", "--train.micro_batch_size", "--rollout.micro_batch_size")
     found = [word for flag in one for word in (flag, str(sequences))]
-    found += ["--rollout.batch_size", str(sequences // work.GROUP), "--train.max_epochs", "1", "--algo.kl.use_loss"]
+    found += ["--rollout.batch_size", str(sequences // work.GROUP), "--train.max_epochs", "1"]
     found += ["--algo.kl.init_coef", str(work.BETA)]
-    found += ["--algo.kl.estimator", pair.spec if spec else pair.native["estimator"]]
-    return found + (["--algo.kl.unbiased_gradient"] if not spec and pair.native.get("unbiased_gradient") else [])
+    if spec:
+        return found + openrlhf.kl_flags(pair.spec, in_loss=True)
+    unbiased = bool(pair.native.get("unbiased_gradient"))
+    return found + openrlhf.kl_flags(pair.native["estimator"], in_loss=True, unbiased_gradient=unbiased)
 
 
 def rollouts_of(plan: Plan) -> Rollouts:
@@ -47,11 +42,9 @@ def rollouts_of(plan: Plan) -> Rollouts:
 
 def main(plan: Path, folder: Path, output: Path) -> None:
     """All pairs."""
-    importlib.import_module("openrlhf_on_cpu").install()
     read = Plan.read(plan)
     rollouts = rollouts_of(read)
-    with local_cluster(attached=True):
-        ray.cloudpickle.register_pickle_by_value(memory)
+    with openrlhf.session(memory):
         host = Harness(folder)
 
         def run(pair: Pair, spec: bool) -> Block:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
 import torch
-import trl
-from datasets import Dataset
 from transformers import TrainerCallback
 
+from benchmarks.drivers import trl
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
-from kl_plugins.adapters import trl as adapter
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -48,28 +44,16 @@ class Runner:
 
     def __call__(self, pair: Pair, spec: bool) -> Block:
         """One block; a new trainer each time, so that no arm inherits anything."""
-        size, clock = self.plan.size, Clock()
-        kinds = (adapter.GRPOTrainer, adapter.GRPOConfig) if spec else (trl.GRPOTrainer, trl.GRPOConfig)
-        args = kinds[1](
+        size, clock, given = self.plan.size, Clock(), self.tokens
+        trainer = trl.make_trainer(
+            self.folder / "model", pair.spec if spec else None,
+            trl.Responses(given.prompts, given.responses, None, work.GROUP),
+            lambda completions, **_: given.rewards[: len(completions)],
             output_dir=str(self.folder / "out"), max_steps=1 + self.plan.steps, num_generations=work.GROUP,
             per_device_train_batch_size=size.sequences, max_completion_length=size.response, beta=work.BETA,
-            learning_rate=1e-6, logging_steps=1, save_strategy="no", report_to=[], bf16=False, disable_tqdm=True,
-            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-            **({"kl": pair.spec} if spec else pair.native),
+            learning_rate=1e-6, shuffle_dataset=False, use_cpu=not torch.cuda.is_available(),
+            **({} if spec else pair.native),
         )  # fmt: skip
-        given = self.tokens
-
-        def rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
-            ids = [row.tolist() for row in given.responses[: len(prompts)]]
-            return {"prompt_ids": [row.tolist() for row in given.prompts], "completion_ids": ids, "logprobs": None}
-
-        trainer = kinds[0](
-            str(self.folder / "model"),
-            reward_funcs=lambda completions, **_: given.rewards[: len(completions)],
-            args=args,
-            train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(size.sequences)]),
-            rollout_func=rollout,
-        )
         trainer.add_callback(clock)
         base = memory.restart()
         trainer.train()
@@ -79,7 +63,7 @@ class Runner:
 def main(plan: Path, folder: Path, output: Path) -> None:
     """All pairs."""
     read = Plan.read(plan)
-    work.measure(read, Runner(read, folder), output, trl.__version__)
+    work.measure(read, Runner(read, folder), output, version("trl"))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import ray
 import torch
 from torch import Tensor
 
-from benchmarks.hosts.verl_update import cluster
+from benchmarks.drivers import verl
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
-from tests.support.verl.workers import Batch, Group
+from tests.support.verl.workers import Batch
 
 
 def batch_of(plan: Plan) -> Batch:
@@ -27,33 +26,31 @@ def batch_of(plan: Plan) -> Batch:
         return [uniform + 0.1 * torch.randn(len(row), generator=random) for row in given.responses]
 
     log_probs = {key: noise() for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")}
-    masks = [torch.ones(len(row), dtype=torch.long) for row in given.responses]
     advantages = [
         torch.full((len(row),), reward - 0.5) for row, reward in zip(given.responses, given.rewards, strict=True)
     ]
-    return Batch(given.prompts, given.responses, log_probs, masks, advantages)
+    return verl.batch_of(given.prompts, given.responses, log_probs, advantages)
 
 
 def main(plan: Path, folder: Path, output: Path) -> None:
     """All pairs."""
     read = Plan.read(plan)
     batch = batch_of(read)
-    with cluster():
-        ray.cloudpickle.register_pickle_by_value(memory)
-        group = Group(str(folder / "model"), 1, packed=True)
-        (worker,) = group.workers.workers
+    with verl.session(memory):
+        group = verl.Workers(str(folder / "model"))
 
         def run(pair: Pair, spec: bool) -> Block:
             group.use(pair.spec if spec else pair.native["estimator"], kl_loss_coef=work.BETA)
             base, seconds = 0, []
             for index in range(1 + read.steps):
                 if index == 1:
-                    base = ray.get(worker.__ray_call__.remote(memory.restart))
+                    (base,) = group.ask(memory.restart)
                 data = batch.tensordict()
                 start = time.perf_counter()
                 group.workers.train_mini_batch(data).get()
                 seconds.append(time.perf_counter() - start)
-            return Block(seconds[1:], ray.get(worker.__ray_call__.remote(memory.peak)), base)
+            (peak,) = group.ask(memory.peak)
+            return Block(seconds[1:], peak, base)
 
         work.measure(read, run, output, version("verl"))
         group.end()

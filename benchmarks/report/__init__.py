@@ -1,1 +1,1 @@
-"""The report, `python -m benchmarks.report`: everything that was measured, and what was not, on one page."""
+"""The report of all benchmarks on one page, with a list of what was not measured; `python -m benchmarks.report`."""

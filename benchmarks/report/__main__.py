@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report`: one self-contained HTML page from whatever results there are."""
+"""The command `python -m benchmarks.report`: makes one self-contained HTML page from all existing results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEVER = (
 
 
 def render(root: Path) -> tuple[str, list[Found]]:
-    """The page, and what it was made from.
+    """Return the HTML of the page, and the sections that it was made from.
 
     Args:
         root: folder with one folder per benchmark.
@@ -46,10 +46,10 @@ def _images(found: Found) -> list[dict[str, Any]]:
 
 
 def main(
-    root: Annotated[Path, typer.Option(help="Where the benchmarks' results lie.")] = Path("out/bench"),
+    root: Annotated[Path, typer.Option(help="Folder with the results of the benchmarks.")] = Path("out/bench"),
     out: Annotated[Path | None, typer.Option(help="The page; report.html in the root by default.")] = None,
 ) -> None:
-    """Write one self-contained HTML page from whatever results there are, and say what is missing."""
+    """Write one self-contained HTML page from all existing results, and print which ones are missing."""
     console, target = Console(), out or root / "report.html"
     page, sections = render(root)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One section per benchmark: where its results lie, what they mean, how they are read, what they leave open."""
+"""The sections of the report, one per benchmark: location, meaning and limits of its results, and how to read them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from benchmarks.report.tables import Table, flat, overhead_tables, staleness_tab
 
 @dataclass(frozen=True)
 class Section:
-    """A benchmark.
+    """The section of one benchmark.
 
     Attributes:
-        name: its folder under the root.
-        title: heading.
-        question: what it measures.
-        command: that makes its results.
+        name: name of its folder under the root.
+        title: heading of the section.
+        question: what the benchmark measures.
+        command: the command that makes its results.
         limits: what its numbers do not show.
-        files: glob of its JSON files.
-        tables: reads one file.
+        files: glob pattern of its JSON files.
+        tables: makes tables from the content of one file.
     """
 
     name: str
@@ -37,27 +37,27 @@ class Section:
 SECTIONS = (
     Section(
         "study", "Published claims in real RL runs",
-        "Does each regulariser do to a policy what the papers say, with fresh data and with stale data? Every claim "
-        "has a test that was written before the runs: an effect per seed, its 95 % interval, a threshold.",
+        "Does each regulariser have the effect on a policy that the papers claim, with fresh data and with stale data? "
+        "Every claim has a test that was written before the runs: an effect per seed, its 95 % interval, a threshold.",
         "make bench-study", "Small models on tasks with a verified reward, one update per rollout. A verdict says "
-        "whether an effect is there at this scale and these settings, not how large it is at another. Intervals are "
-        "per test: of twenty true nulls, one is expected to be missed.", "study.json", study_tables,
+        "whether an effect exists at this scale and these settings, not how large it is at another. Intervals are "
+        "per test: one of twenty true null hypotheses is expected to be rejected.", "study.json", study_tables,
     ),
     Section(
         "hosts", "One spec, three hosts",
         "The same rollouts through the real update path of TRL, veRL and OpenRLHF: the coefficient applied to each "
         "token, the aggregated KL loss and the gradient, each host's documented normalisation divided out.",
-        "make bench-hosts", "One batch and a small model; what is compared is one update, not a training run.",
+        "make bench-hosts", "One batch and a small model; the comparison is of one update, not of a training run.",
         "parity.json",
     ),
     Section(
         "overhead", "Cost of a step", "Step time and memory of each host with its own KL and with the spec of the "
-        "same meaning, interleaved.", "make bench-overhead", "On a processor and a small model, where fixed costs "
-        "weigh more than they do on a GPU.", "overhead.json", overhead_tables,
+        "same gradient, in turns.", "make bench-overhead", "On a CPU and a small model, where fixed costs have a "
+        "larger share than on a GPU.", "overhead.json", overhead_tables,
     ),
     Section(
         "collectives", "Communication", "How many collectives a step has, and how large, with and without the plugin, "
-        "by the number of processes.", "make bench-collectives", "Counted, not timed: no cluster was there.",
+        "by the number of processes.", "make bench-collectives", "Counted and not timed, because no cluster was used.",
         "collectives.json",
     ),
     Section(
@@ -66,34 +66,36 @@ SECTIONS = (
         "three.", "variance.json",
     ),
     Section(
-        "staleness", "Unbiased is not the same as stable", "Why an importance-weighted KL can run away on stale data, "
-        "and what stops it: the pull on a suppressed token, and how many runs end further from the reference than "
-        "without a KL term.", "make bench-staleness", "One state and a table of logits: that the effect exists and "
-        "why, not how large it is in a language model.", "staleness.json", staleness_tables,
+        "staleness", "Unbiased is not the same as stable", "The reason why an importance-weighted KL can run away on "
+        "stale data, and what prevents it: the pull on a suppressed token, and the number of runs that end further "
+        "from the reference than without a KL term.", "make bench-staleness", "One state and a table of logits. The "
+        "numbers show that the effect exists and why, not how large it is in a language model.", "staleness.json",
+        staleness_tables,
     ),
     Section(
         "kernel", "The exact KL", "Time and memory of the full-vocabulary KL against the hosts' and others' kernels.",
-        "make bench-kernel", "What lies here is from the device named with it.",
+        "make bench-kernel", "The numbers hold for the device that is named with them.",
     ),
     Section(
         "host_terms", "The sampled terms", "Time of a sampled KL term, forward and backward, against the expression "
-        "that each host writes itself.", "make bench-host-terms", "Microseconds beside a step's seconds.",
+        "that each host writes itself.", "make bench-host-terms", "Microseconds, while a step takes seconds.",
     ),
 )  # fmt: skip
 
 
 @dataclass
 class Found:
-    """A section with what lies in its folder.
+    """A section with the results in its folder.
 
     Attributes:
-        section: which.
-        tables: of all its files.
-        figures: images beside them.
-        verdicts: sentences of the files themselves.
-        commands: that made them.
-        machines: on which.
-        broken: files that could not be read, and why.
+        section: the section.
+        tables: the tables of all files.
+        figures: the images in the folder.
+        verdicts: the verdicts that the files contain.
+        commands: the commands that made the files.
+        machines: the machines on which they were made.
+        broken: the files that could not be read, with the reasons.
+        files: number of files that were read.
     """
 
     section: Section
@@ -107,12 +109,12 @@ class Found:
 
     @property
     def measured(self) -> bool:
-        """Whether there is anything to show."""
+        """Whether the folder has at least one readable file."""
         return self.files > 0
 
 
 def find(root: Path) -> list[Found]:
-    """All sections with their results under a folder; a missing or torn file is said, never an error."""
+    """Read all sections with their results under a folder; missing or unreadable files are listed without an error."""
     return [_read(section, root / section.name) for section in SECTIONS]
 
 

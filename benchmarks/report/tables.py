@@ -1,4 +1,4 @@
-"""Results as tables. Most files are lists of rows; what is more than that has a reader of its own."""
+"""Makes tables from results. Most files are lists of rows; other files have their own functions here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ SKIPPED = ("machine", "versions", "peers")
 
 @dataclass(frozen=True)
 class Table:
-    """Heading, column names, and rows of text; `marks` gives rows a CSS class."""
+    """A table of text.
+
+    Attributes:
+        title: heading.
+        columns: names of the columns.
+        rows: cells of each row.
+        marks: CSS class of each row; empty if no row has one.
+    """
 
     title: str
     columns: Sequence[str]
@@ -27,12 +34,12 @@ class Table:
     marks: Sequence[str] = ()
 
     def marked(self) -> list[tuple[str, Sequence[str]]]:
-        """Rows with their classes."""
+        """Return the rows with their CSS classes."""
         return list(zip(self.marks or [""] * len(self.rows), self.rows, strict=True))
 
 
 def text(value: Any) -> str:
-    """A number with four digits, anything else as it is."""
+    """Return a value as text, a float with four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -43,7 +50,7 @@ def text(value: Any) -> str:
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A row's scalars, those of nested mappings by dotted names; lists of at most four numbers are written out."""
+    """Return the scalars of a row; those of nested mappings get dotted names, and lists of at most four become text."""
     found: dict[str, Any] = {}
     for name, value in row.items():
         key = f"{prefix}{name}"
@@ -57,7 +64,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of mappings as a table: the columns that any row fills; without quartiles where they are too many."""
+    """Make a table from rows; columns that no row fills are left out, and quartiles if there are too many columns."""
     flattened = [flat(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flattened for name in row))
     columns = [c for c in columns if any(row.get(c) is not None for row in flattened)]
@@ -68,12 +75,12 @@ def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _says_the_same(rows: Sequence[Mapping[str, Any]], column: str, other: str) -> bool:
-    """Whether two columns hold the same text in every row, as a case that is named by its spec."""
+    """Return whether two columns have the same text in every row, as for a case whose name is its spec."""
     return all(isinstance(row.get(column), str) and row[column] == row.get(other) for row in rows)
 
 
 def tables_of(data: Mapping[str, Any], title: str = "") -> list[Table]:
-    """Every list of rows in a file, wherever it lies; mappings of rows by name as well."""
+    """Make a table from every list of rows at any depth of a file, and from every mapping of names to rows."""
     found: list[Table] = []
     title = " – ".join(filter(None, (title, str(data.get("title", "")))))
     for name, value in data.items():
@@ -81,7 +88,7 @@ def tables_of(data: Mapping[str, Any], title: str = "") -> list[Table]:
             continue
         heading = " – ".join(filter(None, (title, name.replace("_", " "))))
         if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            # A mapping of mappings inside a row is a group of its columns, unless it is called rows.
+            # A mapping of mappings inside a row is a group of columns, unless its name is "rows".
             nested = [row for row in value if any(_is_rows(v) for k, v in row.items() if k == "rows" or _is_list(v))]
             if nested:
                 for row in nested:
@@ -98,18 +105,18 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether a value is a list of mappings, or a mapping of mappings."""
+    """Return whether a value is a list of mappings, or a mapping of mappings."""
     items = value if isinstance(value, list) else list(value.values()) if isinstance(value, Mapping) else []
     return bool(items) and all(isinstance(item, Mapping) for item in items)
 
 
 def overhead_tables(data: Mapping[str, Any]) -> list[Table]:
-    """What each spec adds to a step."""
+    """Make the table of the time and memory that each spec adds to a step."""
     return [Table("one optimizer step", TITLES, [cells(row) for row in data["rows"]])]
 
 
 def staleness_tables(data: Mapping[str, Any]) -> list[Table]:
-    """Findings in words, and the share of runs that ran away by term in every sweep."""
+    """Make the tables of the findings, and of the share of runs that ran away by term in every sweep."""
     found = [Table("findings", ("finding",), [(finding["says"],) for finding in data["findings"]])]
     for name, sweep in data["sweeps"].items():
         by_term: dict[str, list[str]] = {}
@@ -122,7 +129,7 @@ def staleness_tables(data: Mapping[str, Any]) -> list[Table]:
 
 
 def study_tables(data: Mapping[str, Any]) -> list[Table]:
-    """Verdicts, measures per cell, references."""
+    """Make the tables of the verdicts, of the measures per cell, and of the reference models."""
     claims = data["claims"]
     verdicts = Table(
         "verdicts", ("claim", "source", "task", "model", "test", "seeds", "effect [95 %]", "verdict"),

@@ -1,1 +1,1 @@
-"""Why an importance-weighted KL can run away on stale data, in the smallest system that shows it."""
+"""Shows in the smallest possible system why an importance-weighted KL can run away on stale data."""

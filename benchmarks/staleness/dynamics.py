@@ -1,8 +1,9 @@
 """A softmax policy over a few tokens in one state, trained on samples of an old copy of itself.
 
-Many independent runs are trained side by side: one row of logits each. Every run is paired over the KL specs: the same
-reference, the same start, the same random numbers. The KL term and its gradient come from `kl_term`; only the sampled
-tokens' log-probs go in, as in a trainer. The whole divergence is then summed over the tokens, without sampling noise.
+Many independent runs are trained together, each with one row of logits. Runs of different KL specs are paired: they
+have the same reference, the same start and the same random numbers. `kl_term` computes the KL term and its gradient from
+the log-probs of the sampled tokens, as in a trainer. The divergence is then measured by a sum over all tokens, without
+sampling noise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kl_plugins import KLSpec
 from kl_plugins.term import kl_term
 
 LOST = 0.01
-"""A token counts as lost where the policy gives it less than this share of the reference's probability."""
+"""A token is lost if the policy gives it less than this share of the reference's probability."""
 
 CLIP = 0.2
 """Half-width of the clipping of the policy-gradient ratio, as in PPO."""
@@ -24,21 +25,21 @@ CLIP = 0.2
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything about a group of runs but the KL spec.
+    """Everything about a group of runs except the KL spec.
 
     Attributes:
         optimizer: `adam` (torch's defaults) or `sgd`.
         rate: step size.
         samples: tokens drawn per update; 0 takes the exact expectation over the sampler instead.
-        delay: the sampler is a copy of the policy that is renewed every so many updates.
-        lagging: instead, the sampler is always the policy of `delay` updates ago.
-        noise: standard deviation of advantages that are independent of the token, per unit of beta: a policy gradient
-            that is nothing but noise. It is clipped as in PPO.
+        delay: number of updates between renewals of the sampler, which is a copy of the policy.
+        lagging: whether the sampler is always the policy of `delay` updates ago, instead of being renewed.
+        noise: standard deviation of advantages that are independent of the token, per unit of beta. They give a policy
+            gradient that is only noise. It is clipped as in PPO.
         updates: optimizer steps.
         tokens: size of the vocabulary; the reference's logits are standard normal.
         distance: standard deviation of the start's logits around the reference's.
-        runs: independent runs.
-        seed: of references, starts and draws.
+        runs: number of independent runs.
+        seed: seed of references, starts and draws.
     """
 
     optimizer: str = "adam"
@@ -56,11 +57,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Course:
-    """What became of the runs.
+    """The results of the runs.
 
     Attributes:
         divergence: (updates + 1, runs) KL(policy || reference), nats.
-        lost: (runs,) share of the reference's probability that lies on lost tokens at the end.
+        lost: (runs,) total reference probability of the tokens that are lost at the end.
     """
 
     divergence: Tensor
@@ -72,13 +73,13 @@ def simulate(spec: KLSpec | None, setting: Setting) -> Course:
 
     Args:
         spec: a `@loss` spec of the token horizon; None trains without a KL term.
-        setting: the rest.
+        setting: all other settings.
 
     Returns:
-        The divergences after each update, and what was lost.
+        The divergences after each update, and the probability that was lost.
 
     Raises:
-        ValueError: policy-gradient noise without samples.
+        ValueError: The setting has policy-gradient noise but no samples.
     """
     if setting.noise and not setting.samples:
         raise ValueError("policy-gradient noise needs samples: give samples > 0 or noise = 0")
@@ -111,20 +112,22 @@ def simulate(spec: KLSpec | None, setting: Setting) -> Course:
 
 
 def draw(logp: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """(runs, samples) tokens by inverse distribution functions, so that equal policies draw equal tokens."""
+    """Draw (runs, samples) tokens by inverse distribution functions, so that equal policies draw equal tokens."""
     cumulated = logp.exp().cumsum(-1)
     heights = torch.rand(len(logp), samples, generator=generator, dtype=logp.dtype) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, heights).clamp_max(logp.shape[1] - 1)
 
 
 def kl_loss(spec: KLSpec, logp: Tensor, reference: Tensor, sampler: Tensor, drawn: Tensor | None) -> Tensor:
-    """Sum over runs of the spec's mean loss over the drawn tokens, or of its expectation over the sampler.
+    """Compute the KL loss of each run, and return the sum over runs.
+
+    The loss of a run is the mean over the drawn tokens, or the expectation over the sampler.
 
     Args:
         spec: a `@loss` spec of the token horizon.
-        logp: (runs, tokens) the policy's log-probs, nats, with their graph.
-        reference: (runs, tokens).
-        sampler: (runs, tokens).
+        logp: (runs, tokens) log-probs of the policy, nats, with their autograd graph.
+        reference: (runs, tokens) log-probs of the reference, nats.
+        sampler: (runs, tokens) log-probs of the sampler, nats.
         drawn: (runs, samples) tokens, or None for the expectation.
 
     Returns:
@@ -143,12 +146,12 @@ def kl_loss(spec: KLSpec, logp: Tensor, reference: Tensor, sampler: Tensor, draw
 
 
 def policy_loss(advantages: Tensor, logp: Tensor, sampler: Tensor) -> Tensor:
-    """PPO's clipped loss, mean over (runs, samples) draws, summed over runs."""
+    """Compute PPO's clipped loss as a mean over the draws of each run, and return the sum over runs."""
     ratio = (logp - sampler).exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean(-1).sum()
 
 
 def divergence(logp: Tensor, reference: Tensor) -> Tensor:
-    """KL(policy || reference) of each run, nats."""
+    """Return KL(policy || reference) of each run, nats."""
     return (logp.exp() * (logp - reference)).sum(-1)

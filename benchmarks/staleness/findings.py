@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences that hold the numbers and their intervals."""
+"""The findings as sentences, with their numbers and intervals."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ LIMITS = (
     "back that the sampler itself no longer draws.",
     "One state and a table of logits: that the effect exists and why, not how large it is in a language model.",
 )
-"""Read with every number."""
+"""Remarks that apply to all numbers."""
 
 WEIGHTS = ("no weight", "token weight", "floor 0.2", "floor 0.5", "floor 1", "cap 2", "cap 1", "floor 0.5 and cap 2")
 
 
 def findings(sweeps: Mapping[str, Sequence[Row]], forces: Iterable[Row]) -> list[dict[str, Any]]:
-    """All findings in the order of the argument.
+    """Return all findings in the order of the argument.
 
     Args:
-        sweeps: rows of each sweep by its name.
+        sweeps: rows of each sweep, by name of the sweep.
         forces: summaries of the curves.
 
     Returns:
-        For each finding a name, its sentence and the rows that it rests on.
+        For each finding a name, its sentence, and the rows on which it is based.
     """
     noisy, adam = sweeps["noise, delay"], sweeps["adam, delay"]
     stale = min((row["value"] for row in noisy), key=lambda value: abs(value - 64))
@@ -57,12 +57,12 @@ def findings(sweeps: Mapping[str, Sequence[Row]], forces: Iterable[Row]) -> list
 
 
 def shown(row: Row) -> str:
-    """A share with its interval, per cent."""
+    """Return a share and its interval in per cent."""
     return f"{100 * row['share']:.0f} % ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
 def listed(rows: Sequence[Row], form: Any = shown) -> str:
-    """Arms with what ``form`` makes of their rows; equal neighbours share one."""
+    """List the arms with the text that ``form`` makes from their rows; neighbours with equal texts share it."""
     groups: list[tuple[str, list[str]]] = []
     for row in rows:
         text = form(row)

@@ -1,9 +1,10 @@
 """The pull of a KL term on one token's log-prob, and the potential that the pull comes from.
 
-One state, one token: p, r and m are its probabilities under policy, reference and sampler, u = log(p/r). The sampler
-draws the token with probability m, and the term then moves its log-prob by ``-coefficient``, where the coefficient
-includes the weight. So the expected pull on log p is ``-m * coefficient``; it is positive where it raises p. What the
-normalisation of the softmax adds is left out: it is smaller by the factor p. All coefficients come from `kl_term`.
+The module looks at one token in one state. p, r and m are its probabilities under policy, reference and sampler, and
+u = log(p/r). The sampler draws the token with probability m, and the term then moves its log-prob by ``-coefficient``,
+where the coefficient includes the weight. So the expected pull on log p is ``-m * coefficient``; it is positive if it
+raises p. The contribution of the softmax's normalisation is left out, because it is smaller by the factor p. `kl_term`
+computes all coefficients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kl_plugins import KLSpec, KLSpecError
 from kl_plugins.term import kl_term
 
 REFERENCE = 1e-3
-"""r. All results are in units of r, which then drops out; it is small so that p = 100 r is still a probability."""
+"""The probability r. All results are in units of r, so its value does not matter; p = 100 r must be a probability."""
 
 TREATMENTS = {
     "no weight": "",
@@ -36,28 +37,31 @@ ESTIMATORS = {
         for name in ("k2", "k3", "k3+", "abs", "jeffreys", "jsd", "hellinger", "chi2", "alpha-0.5", "alpha-2")
     },
 }
-"""Every sampled estimator. `exact` is missing: it averages over tokens, so no single draw pulls."""
+"""All sampled estimators. `exact` is not among them: it averages over tokens, so there is no pull of a single draw."""
 
 SAMPLERS = (1.0, 0.1, 10.0, None)
-"""m/r of a sampler that stays as it is; None is fresh data, m = p."""
+"""Values of m/r for a sampler that does not change; None stands for fresh data, where m = p."""
 
 STARTS = (1e-1, 1e-2, 1e-4)
-"""p/r of suppressed tokens whose way back is timed."""
+"""Values of p/r from which a suppressed token starts its way back."""
 
 END = 10**-0.3
-"""p/r where the way back ends: the point of the grid that is nearest to a half."""
+"""The value of p/r at which the way back ends; it is the point of the grid that is nearest to a half."""
 
 TREND = 0.02
-"""A pull that grows as p**-0.02 or faster towards p = 0 grows; one that falls as p**0.02 or faster fades."""
+"""Exponent that classifies a pull as p goes to 0.
+
+A pull that rises at least like p**-0.02 ``grows``; a pull that falls at least like p**0.02 ``fades``.
+"""
 
 
 def grid(points: int = 801) -> Tensor:
-    """p/r from 1e-6 to 1e2, equally spaced in log p; the default has a point at p = r."""
+    """Return values of p/r from 1e-6 to 1e2, equally spaced in log p; the default grid has a point at p = r."""
     return torch.logspace(-6, 2, points, dtype=torch.float64)
 
 
 def pull(spec: KLSpec, ratio: Tensor, sampler: float | None = 1.0) -> Tensor:
-    """Expected pull on log p per draw of the sampler, in units of r.
+    """Compute the expected pull on log p per draw of the sampler, in units of r.
 
     Args:
         spec: a sampled `@loss` spec of the token horizon.
@@ -75,14 +79,14 @@ def pull(spec: KLSpec, ratio: Tensor, sampler: float | None = 1.0) -> Tensor:
 
 
 def potential(ratio: Tensor, pulls: Tensor) -> Tensor:
-    """Minus the integral of the pull over log p, by trapezoids; 0 at p = r.
+    """Compute the potential: minus the integral of the pull over log p, by trapezoids, and 0 at p = r.
 
     Args:
         ratio: (N,) p/r, rising, with a point at 1.
         pulls: (N,) from :func:`pull`.
 
     Returns:
-        (N,) in units of r nats; a downhill slope is a pull.
+        (N,) potential in units of r nats; its negative slope is the pull.
     """
     rising = -torch.cumulative_trapezoid(pulls, ratio.log())
     found = torch.cat([torch.zeros(1, dtype=rising.dtype), rising])
@@ -90,10 +94,10 @@ def potential(ratio: Tensor, pulls: Tensor) -> Tensor:
 
 
 def time_back(ratio: Tensor, pulls: Tensor, start: float, end: float = END) -> float:
-    """How long the pull alone needs to bring a suppressed token from p/r = ``start`` back to ``end``.
+    """Compute the time in which the pull alone brings a suppressed token from p/r = ``start`` back to ``end``.
 
     Returns:
-        The integral of d log p / pull, in updates divided by (step size times r); infinite where nothing pulls.
+        The integral of d log p / pull, in updates times step size times r; infinite if there is no pull upwards.
     """
     inside = (ratio >= start * (1 - 1e-9)) & (ratio <= end * (1 + 1e-9))
     if (pulls[inside] <= 0).any():
@@ -102,7 +106,10 @@ def time_back(ratio: Tensor, pulls: Tensor, start: float, end: float = END) -> f
 
 
 def trend(ratio: Tensor, pulls: Tensor) -> str:
-    """What becomes of the pull as p goes to 0: it ``grows``, ``holds`` a constant, ``fades``, is ``none`` or pushes."""
+    """Return the trend of the pull as p goes to 0.
+
+    It is ``grows``, ``holds`` (the pull is constant), ``fades``, ``pushes down``, or ``none`` without a pull.
+    """
     if pulls[0] <= 0:
         return "none" if pulls[0] == 0 else "pushes down"
     slope = ((pulls[1] / pulls[0]).log() / (ratio[1] / ratio[0]).log()).item()
@@ -111,15 +118,15 @@ def trend(ratio: Tensor, pulls: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One estimator under one treatment of its weight.
+    """The pull of one estimator under one treatment of its weight.
 
     Attributes:
-        estimator: name of the row.
-        treatment: key of `TREATMENTS`.
-        spec: canonical text.
-        sampler: m/r, None for m = p.
-        pulls: (N,) over :func:`grid`, units of r.
-        wells: (N,) the potential.
+        estimator: name of the estimator.
+        treatment: a key of `TREATMENTS`.
+        spec: the canonical text of the spec.
+        sampler: m/r; None for m = p.
+        pulls: (N,) pull at each point of the grid, in units of r.
+        wells: (N,) potential at each point of the grid.
     """
 
     estimator: str
@@ -130,7 +137,7 @@ class Curve:
     wells: Tensor
 
     def summary(self, ratio: Tensor) -> dict[str, Any]:
-        """What happens to a token that was pushed down: largest pull, depth of the well, time to come back."""
+        """Describe the force on a token that was pushed down: largest pull, depth of the well, time of the way back."""
         below = ratio < 1
         largest = int(self.pulls[below].argmax())
         return {
@@ -148,12 +155,12 @@ class Curve:
 
 
 def _finite(value: float) -> float | None:
-    # JSON has no infinity.
+    # JSON has no infinity, so it becomes None.
     return value if value < float("inf") else None
 
 
 def curves(ratio: Tensor) -> Iterator[Curve]:
-    """Every estimator under every treatment that the spec's rules allow, for every sampler."""
+    """Yield the curve of every estimator under every treatment that the rules of specs allow, for every sampler."""
     for estimator, form in ESTIMATORS.items():
         for treatment, options in TREATMENTS.items():
             try:
@@ -166,7 +173,7 @@ def curves(ratio: Tensor) -> Iterator[Curve]:
 
 
 def refused() -> dict[str, str]:
-    """Combinations that the spec's rules forbid, each with the reason."""
+    """Return the combinations that the rules of specs forbid, each with the reason."""
     found = {}
     for form in ESTIMATORS.values():
         for options in TREATMENTS.values():

@@ -1,4 +1,4 @@
-"""Which runs ran away, under which KL terms and settings: the sweeps, and what is counted."""
+"""The sweeps over settings, and the count of the runs that ran away under each KL term."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARMS = {
     "Jeffreys weighted": "jeffreys@loss/is:token",
     "exact": "exact@loss",
 }
-"""Spec of each arm."""
+"""The spec of each arm."""
 
 NO_KL = "no KL term"
 QUARTILES = ("lower", "median", "upper")
@@ -38,10 +38,10 @@ class Sweep:
     """One setting with one of its fields varied.
 
     Attributes:
-        title: what is varied, in words.
-        field: of :class:`Setting`.
-        values: of that field.
-        base: the rest.
+        title: description of the varied field.
+        field: name of the varied field of :class:`Setting`.
+        values: values of that field.
+        base: setting with the values of all other fields.
     """
 
     title: str
@@ -50,27 +50,27 @@ class Sweep:
     base: Setting
 
     def settings(self) -> Iterator[tuple[float, Setting]]:
-        """Each value with its setting."""
+        """Yield each value with its setting."""
         for value in self.values:
             yield value, replace(self.base, **{self.field: value})  # type: ignore[arg-type]
 
     def described(self) -> dict[str, Any]:
-        """The sweep for the JSON."""
+        """Return the description of the sweep for the JSON file."""
         return {"title": self.title, "field": self.field, "values": list(self.values), "base": asdict(self.base)}
 
 
 def noisy(base: Setting) -> Setting:
-    """The main setting: plain SGD under a policy gradient that is nothing but noise."""
+    """Return the main setting: plain SGD with a policy gradient that is only noise."""
     return replace(base, optimizer="sgd", rate=1.0, samples=4, noise=3.0)
 
 
 def sweeps(runs: int, seed: int, smoke: bool) -> dict[str, Sweep]:
-    """All of them by name.
+    """Return all sweeps by name.
 
     Args:
-        runs: independent runs of every arm and value.
-        seed: of references, starts and draws.
-        smoke: the smallest that runs through.
+        runs: number of independent runs of every arm and value.
+        seed: seed of references, starts and draws.
+        smoke: whether to use the smallest size that runs through.
     """
     adam = Setting(runs=runs, seed=seed)
     sgd, lagging = replace(adam, optimizer="sgd"), replace(adam, lagging=True)
@@ -99,9 +99,9 @@ def measure(sweep: Sweep, known: dict[tuple[str, Setting], dict[str, Any]], done
     """Run a sweep.
 
     Args:
-        sweep: which.
-        known: results so far by arm and setting; sweeps share some, and none is run twice.
-        done: called after each value.
+        sweep: the sweep.
+        known: results so far, by arm and setting. Sweeps have some settings in common, which are run only once.
+        done: function that is called after each value.
 
     Returns:
         One row per value and arm.
@@ -122,14 +122,15 @@ def measure(sweep: Sweep, known: dict[tuple[str, Setting], dict[str, Any]], done
 
 
 def counted(course: Course, alone: Course) -> dict[str, Any]:
-    """Count the runs that ran away: at the end they are further from the reference than without a KL term.
+    """Count the runs that ran away, that is, ended further from the reference than without a KL term.
 
     Args:
-        course: with the KL term.
-        alone: the same runs without; where there is no policy gradient they stay where they start.
+        course: results with the KL term.
+        alone: results of the same runs without a KL term; without a policy gradient they do not move.
 
     Returns:
-        Count, share with its 95 % interval, quartiles of the final and of the largest KL, share of the reference lost.
+        Count, share with its 95 % interval, quartiles of the final and of the largest KL, and the share of the
+        reference's probability that was lost.
     """
     final = course.divergence[-1]
     away = int((final > alone.divergence[-1]).sum())
@@ -147,18 +148,18 @@ def counted(course: Course, alone: Course) -> dict[str, Any]:
 
 
 def quartiles(values: Tensor) -> dict[str, float]:
-    """Median and quartiles of (runs,) values."""
+    """Return median and quartiles of (runs,) values."""
     found = quantile(values, tensor([0.25, 0.5, 0.75], dtype=values.dtype)).tolist()
     return dict(zip(QUARTILES, found, strict=True))
 
 
 def courses(setting: Setting) -> dict[str, dict[str, list[float]]]:
-    """Median and quartiles of the KL after each update, nats, of every arm and without a KL term."""
+    """Return median and quartiles of the KL after each update, nats, for every arm and without a KL term."""
     specs = {NO_KL: None, **{arm: KLSpec.parse(text) for arm, text in ARMS.items()}}
     return {arm: _curve(simulate(spec, setting).divergence) for arm, spec in specs.items()}
 
 
 def _curve(divergence: Tensor) -> dict[str, list[float]]:
     rows = quantile(divergence, tensor([0.25, 0.5, 0.75], dtype=divergence.dtype), dim=1).tolist()
-    # Four digits: the file holds thousands of them.
+    # Numbers have four digits, because the file has thousands of them.
     return {name: [float(f"{value:.4g}") for value in row] for name, row in zip(QUARTILES, rows, strict=True)}

@@ -1,4 +1,4 @@
-"""The figures of `benchmarks.staleness`: the argument in four panels, and the checks around it."""
+"""The figures of `benchmarks.staleness`: one with the argument in four panels, and one with further checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 
-# Okabe and Ito's colours; floors are one hue that darkens, and markers and dashes tell the lines apart in grey print.
+# The colours are Okabe and Ito's. Floors have one hue in several shades. Markers and dashes distinguish grey prints.
 LOOKS: dict[str, dict[str, Any]] = {
     "no weight": {"color": "#000000", "marker": "o"},
     "token weight": {"color": "#D55E00", "marker": "X"},
@@ -54,13 +54,13 @@ def _colour(arm: str) -> str:
 
 
 def line(axes: Axes, arm: str, x: Sequence[float], y: Sequence[float], **more: Any) -> None:
-    """One arm's line in its own look."""
+    """Draw the line of one arm in the style of that arm."""
     look = {"linewidth": 1.6, "markersize": 5, "label": arm, **LOOKS[arm], **more}
     axes.plot(x, y, **look)
 
 
 def pulls(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
-    """The pull of k2 on one token against its probability."""
+    """Draw the pull of k2 on one token over the token's probability."""
     x = ratio.tolist()
     for arm, curve in curves.items():
         line(axes, arm, x, curve.pulls.tolist(), marker="")
@@ -76,7 +76,7 @@ def pulls(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
 
 
 def wells(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
-    """The potential that the pull comes from."""
+    """Draw the potential whose negative slope is the pull."""
     x = ratio.tolist()
     for arm, curve in curves.items():
         line(axes, arm, x, curve.wells.tolist(), marker="")
@@ -90,7 +90,7 @@ def wells(axes: Axes, ratio: Tensor, curves: Mapping[str, Curve]) -> None:
 
 
 def courses(axes: Axes, noisy: Mapping[str, Any], still: Mapping[str, Any], delay: float) -> None:
-    """Median KL over the updates, with noise in colour and without it in thin lines."""
+    """Draw the median KL over the updates: in colour with noise, and as thin lines without it."""
     for arm in MAIN:
         axes.plot(still[arm]["median"], color="0.55", linewidth=0.8, linestyle=":")
     for arm in (NO_KL, *MAIN[::-1]):
@@ -105,10 +105,10 @@ def courses(axes: Axes, noisy: Mapping[str, Any], still: Mapping[str, Any], dela
 
 
 def shares(axes: Axes, sweep: Mapping[str, Any], arms: Sequence[str]) -> None:
-    """Share of runs that ran away against the swept value, with 95 % intervals."""
+    """Draw the share of runs that ran away over the swept value, with 95 % intervals."""
     for index, arm in enumerate(arms):
         mine = [row for row in sweep["rows"] if row["arm"] == arm]
-        # Small shifts keep the intervals of neighbouring arms apart.
+        # Small shifts separate the intervals of different arms.
         shift = 1 + 0.025 * (index - (len(arms) - 1) / 2)
         x = [row["value"] * shift for row in mine]
         y = [100 * row["share"] for row in mine]
@@ -123,13 +123,13 @@ def shares(axes: Axes, sweep: Mapping[str, Any], arms: Sequence[str]) -> None:
 
 
 def plot(path: Path, ratio: Tensor, curves: Sequence[Curve], data: Mapping[str, Any]) -> None:
-    """Draw the argument: pull, well, courses, shares.
+    """Draw the argument in four panels: pull, potential, KL over time, and shares of runs that ran away.
 
     Args:
-        path: of the PNG.
+        path: path of the PNG file.
         ratio: (N,) p/r.
-        curves: of all estimators and treatments.
-        data: the benchmark's JSON.
+        curves: curves of all estimators and treatments.
+        data: content of the JSON file of the benchmark.
     """
     k2 = {curve.treatment: curve for curve in curves if curve.estimator == "k2" and curve.sampler == 1.0}
     sweep = data["sweeps"]["noise, delay"]
@@ -148,7 +148,7 @@ def plot(path: Path, ratio: Tensor, curves: Sequence[Curve], data: Mapping[str, 
 
 
 def plot_checks(path: Path, ratio: Tensor, curves: Sequence[Curve], data: Mapping[str, Any]) -> None:
-    """Draw what else was tried: other divergences, another optimizer, other step sizes, draws and noise."""
+    """Draw the further checks: other divergences, another optimizer, and other step sizes, draws and noise."""
     sweeps = data["sweeps"]
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(15, 8.2))

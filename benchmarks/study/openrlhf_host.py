@@ -14,9 +14,6 @@ The host's recipe, as near to the runs in TRL as its flags allow. Where it diffe
 from __future__ import annotations
 
 import atexit
-import importlib
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,8 +27,7 @@ import torch
 
 from benchmarks.demo.curve import Curve, Tick
 from benchmarks.demo.train import load
-from benchmarks.hosts import openrlhf_watch
-from benchmarks.hosts.openrlhf_float32 import actors_of, parsed_in
+from benchmarks.drivers import openrlhf, openrlhf_actor
 from kl_plugins.adapters.receipts import announce
 from tests.support.openrlhf.harness import Harness
 from tests.support.openrlhf.rollouts import Rollouts
@@ -52,15 +48,10 @@ NAMES = {"grad_norm": "actor_grad_norm", "clip_ratio/region_mean": "is_filter_ra
 @cache
 def actors() -> Harness:
     """Policy and reference actors of this process, in a Ray cluster that ends with it."""
-    from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_cluster
-
-    os.environ.update(ENVIRONMENT)
-    sys.path.append(str(CPU_HOST))
-    importlib.import_module("openrlhf_on_cpu").install()
     cluster = ExitStack()
-    cluster.enter_context(local_cluster(attached=True))
+    cluster.enter_context(openrlhf.session())
     atexit.register(cluster.close)
-    return actors_of(Path())  # each run brings its own models
+    return openrlhf.actors_of(Path())  # each run brings its own models
 
 
 def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
@@ -91,9 +82,9 @@ def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
     }
     found = [str(word) for pair in values.items() for word in pair]
     found += ["--actor.adam.betas", "0.9", "0.999"]  # TRL's
-    if regularised:
-        found += ["--algo.kl.estimator", cell.arm]
-    return found + ["--algo.kl.use_loss"] * (cell.arm.partition("@")[2].partition("/")[0] == "loss")
+    if not regularised:
+        return found
+    return found + openrlhf.kl_flags(cell.arm, in_loss=cell.arm.partition("@")[2].partition("/")[0] == "loss")
 
 
 def in_host_form(drawn: Drawn, rewards: list[float]) -> Rollouts:
@@ -150,7 +141,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(host, "assets", Path(folder)):
         for name in ("model", "reference"):
             (host.assets / name).symlink_to(reference_folder.resolve())
-        with parsed_in("fp32"):
+        with openrlhf.parsed_in("fp32"):
             given = flags(cell, settings, seed, task.prompts_per_step(settings.prompts))
             trainer = host.start(given, settings.steps)
         if cell.arm == "none":  # OpenRLHF's own program has no reference then
@@ -174,7 +165,7 @@ def run(
 
 def _follow(policy: Any, host: Harness) -> None:
     """Give a local copy the actor's weights."""
-    weights = host.ask(openrlhf_watch.weights)[0]
+    weights = host.ask(openrlhf_actor.weights)[0]
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             parameter.copy_(weights[name])
@@ -188,5 +179,5 @@ def _processor_seconds(host: Harness) -> float:
     import ray
 
     handlers = host.policy._actor_handlers + host.reference._actor_handlers
-    spent = ray.get([actor.__ray_call__.remote(openrlhf_watch.processor_seconds) for actor in handlers])
+    spent = ray.get([actor.__ray_call__.remote(openrlhf_actor.processor_seconds) for actor in handlers])
     return time.process_time() + sum(spent)

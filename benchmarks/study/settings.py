@@ -87,8 +87,7 @@ def sources(host: str) -> str:
     files = {file for file in here.glob("*.py") if file.stem not in of_others.union(UNHASHED)}
     tested = here.parents[1] / "tests" / "support" / host
     files |= {tested / f"{stem}.py" for stem in TESTED.get(host, ())}
-    if host == "openrlhf":
-        files |= {here.parent / "hosts" / f"openrlhf_{stem}.py" for stem in ("float32", "watch")}
+    files |= set((here.parent / "drivers").glob(f"{host}*.py"))
     return arms.sources(files, host)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo.curve import Curve, Tick
-from benchmarks.demo.train import classes_of_trl, load, settings_of_trl, watcher
+from benchmarks.demo.train import load, settings_of_trl, watcher
+from benchmarks.drivers.trl import classes
 
 from .measure import LOGGED, Measure
 from .sampler import LaggedSampler
@@ -71,7 +72,7 @@ def run(
     measure = Measure(reference.eval(), task, settings, tokenizer)
     curve = Curve(settings, lambda: measure(policy), tick, LOGGED)
     arm = cell.regulariser
-    config_class, trainer_class = classes_of_trl(arm)
+    trainer_class, config_class = classes(arm.spec)
     extra: dict[str, Any] = {}
     if own_sampler:
         trainer_class = against_the_sampler(trainer_class)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.drivers.verl import advantages_of, batch_of
 from kl_plugins import KLSpec
 from tests.support.verl.workers import Batch
 
@@ -115,35 +115,23 @@ class Trainer:
             return [row[kept] for row, kept in zip(values, drawn.mask, strict=True)]
 
         prompts = [row[kept.bool()] for row, kept in zip(drawn.prompt_ids, drawn.attention[:, :start], strict=True)]
-        responses, masks = rows(drawn.sequences[:, start:]), rows(drawn.mask.long())
+        responses = rows(drawn.sequences[:, start:])
         log_probs = {key: rows(values) for key, values in named.items()}
-        return Batch(prompts, responses, log_probs, masks, rows(advantages)), metrics
+        return batch_of(prompts, responses, log_probs, rows(advantages)), metrics
 
     def _advantages(
         self, policy: Any, drawn: Drawn, rewards: list[float], named: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        from verl import DataProto
-        from verl.trainer.ppo import ray_trainer
-
         scores = torch.zeros(drawn.mask.shape)
         scores[torch.arange(len(rewards)), drawn.mask.sum(1) - 1] = torch.tensor(rewards)
         tensors = {"response_mask": drawn.mask.long(), "token_level_scores": scores, **named}
-        groups = np.array([str(i // self._generations) for i in range(len(rewards))], dtype=object)
-        metrics: dict[str, float] = {}
-        if self._score is None:
-            data = DataProto.from_single_dict({**tensors, "token_level_rewards": scores, "uid": groups})
-        else:
-            own = completion_log_probs(policy, drawn)
-            data = DataProto.from_single_dict({**tensors, "old_log_probs": own, "uid": groups})
-            data, metrics = ray_trainer.apply_kl_penalty(data, kl_ctrl=self._score, kl_penalty=str(self._spec))
+        kl = None
+        if self._score is not None:
+            kl, tensors["old_log_probs"] = str(self._spec), completion_log_probs(policy, drawn)
         algorithm = self._config.algorithm
-        data = ray_trainer.compute_advantage(
-            data, adv_estimator=algorithm.adv_estimator, num_repeat=self._generations,
-            norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo, config=algorithm,
-        )  # fmt: skip
+        advantages, metrics = advantages_of(tensors, self._generations, algorithm, kl, self._score)
         if self._score is not None and (self._score.pending or "kl/beta" not in metrics):
             raise RuntimeError(f"the penalty of {self._spec} never reached the advantages")
-        advantages: Tensor = data.batch["advantages"]
         return advantages, metrics
 
     def checked(self, metrics: dict[str, float]) -> dict[str, float]:

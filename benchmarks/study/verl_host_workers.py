@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import os
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.drivers import verl
 from tests.support.verl import remote
-from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
-from tests.support.verl.workers import Group
 
 from .settings import Settings
 
@@ -20,31 +17,26 @@ from .settings import Settings
 @cache
 def start() -> None:
     """Prepare this process for veRL, and start its Ray cluster, which ends with it."""
-    os.environ.update(ENVIRONMENT)
-    sys.path.append(str(CPU_HOST))
+    verl.prepare()
     import ray
 
     if ray.is_initialized():
         return
-    running = cluster(remote)
+    running = verl.session()
     running.__enter__()
     atexit.register(running.__exit__, None, None, None)
 
 
-class StudyWorkers(Group):
+class StudyWorkers(verl.Workers):
     """One worker with TRL's optimizer and learning rate, which takes a rollout as one micro-batch."""
 
     def __init__(self, reference_folder: Path, settings: Settings, sequences: int) -> None:
         self._settings, self._sequences, self._model = settings, sequences, reference_folder
         self._reference: Path | None = None
-        super().__init__(str(reference_folder), 1, packed=False)
+        super().__init__(str(reference_folder), micro_batch=sequences, packed=False)
 
     def engine(self, ranks: int) -> Any:
-        return dataclasses.replace(
-            super().engine(ranks),
-            micro_batch_size_per_gpu=self._sequences,
-            infer_micro_batch_size_per_gpu=self._sequences,
-        )
+        return dataclasses.replace(super().engine(ranks), infer_micro_batch_size_per_gpu=self._sequences)
 
     def optimizer(self) -> Any:
         return dataclasses.replace(

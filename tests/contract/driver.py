@@ -117,7 +117,7 @@ class Program:
 
 
 class Driver(Protocol):
-    """The calls that the checks need from a host; each host implements them in ``tests/<host>/contract_driver.py``."""
+    """The calls that the checks need from a host; ``tests/support/<host>/contract_driver.py`` implements them."""
 
     host: str
     """``trl``, ``verl`` or ``openrlhf``."""

@@ -52,9 +52,9 @@ def test_imports_stay_within_their_walls() -> None:
     [
         ("tests/trl/test_loss.py", "from benchmarks.study import models", "must not need benchmarks/"),
         ("tests/support/trl/trainers.py", "def f():\n    import benchmarks", "must not need benchmarks/"),
-        ("benchmarks/hosts/run.py", "from tests.trl import conftest", "alone"),
-        ("benchmarks/hosts/run.py", "from tests import pages", "alone"),
-        ("benchmarks/hosts/run.py", "from benchmarks.tests.core import host_fixture", "its tests"),
+        ("benchmarks/drivers/launch.py", "from tests.trl import conftest", "alone"),
+        ("benchmarks/drivers/launch.py", "from tests import pages", "alone"),
+        ("benchmarks/drivers/launch.py", "from benchmarks.tests.core import host_fixture", "its tests"),
         ("tests/trl/test_loss.py", "from tests.trl.test_reward import BETA", "belongs into"),
         ("benchmarks/tests/trl/test_study.py", "from benchmarks.tests.trl import test_demo", "belongs into"),
     ],
@@ -66,7 +66,7 @@ def test_a_forbidden_import_is_found(file: str, source: str, word: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("benchmarks/hosts/run.py", "from tests.support.trl import trainers\nfrom tests.support import trl"),
+        ("benchmarks/drivers/launch.py", "from tests.support.trl import trainers\nfrom tests.support import trl"),
         ("benchmarks/tests/trl/test_study.py", "from benchmarks.study import models\nfrom tests.pages import parts"),
         ("tests/trl/test_loss.py", "from tests.support.trl.trainers import build"),
     ],

@@ -1,4 +1,4 @@
-"""Names the packages that the stages need, that no wheel of the bundle brings, and that are not here."""
+"""Prints which packages are missing that the stages need and that are not among the wheels of the bundle."""
 
 import sys
 from importlib.util import find_spec
@@ -11,7 +11,10 @@ NEEDED = (
 
 
 def main() -> int:
-    """Print what is missing, before any time of a machine is spent on half an installation; 1 where anything is."""
+    """Print the missing packages and return the exit status: 1 if a package is missing, otherwise 0.
+
+    The check runs first, so that no time of the machine is spent on an installation that cannot succeed.
+    """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(f"{sys.executable} lacks {', '.join(missing)}: add wheels of them to wheels/", file=sys.stderr)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.hosts.openrlhf_float32 import know_float32
+from benchmarks.drivers.openrlhf import know_float32
 from benchmarks.study import hosts, models, openrlhf_host
 from benchmarks.study.measure import LOGGED
 from benchmarks.study.settings import Cell, Settings

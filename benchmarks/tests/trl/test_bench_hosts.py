@@ -8,7 +8,7 @@ import pytest
 import trl
 from packaging.version import Version
 
-from benchmarks.hosts.run import WorkerError, run_module, survived
+from benchmarks.drivers.launch import WorkerError, run_module, survived
 from tests.support.trl.launch import ROOT
 
 LIMIT = 280

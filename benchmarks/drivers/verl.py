@@ -1,0 +1,104 @@
+"""veRL: its real Ray training workers on the CPU, what its trainer sends to them, and its own advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.support.verl import remote
+from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
+from tests.support.verl.workers import Batch, Group
+
+
+@cache
+def prepare() -> None:
+    """Prepare this process for veRL; to be called before anything imports it."""
+    os.environ.update(ENVIRONMENT)
+    sys.path.append(str(CPU_HOST))
+
+
+@contextmanager
+def session(*modules: ModuleType) -> Iterator[None]:
+    """Start a Ray cluster that ends with the block; functions of the modules travel to its workers by value."""
+    prepare()
+    with cluster(remote, *modules):
+        yield
+
+
+class Workers(Group):
+    """A group of training workers.
+
+    Args:
+        path: folder of the model.
+        ranks: number of workers.
+        micro_batch: sequences of a micro-batch on each rank; None: eight on one rank, two on several.
+        packed: whether sequences are packed without padding.
+    """
+
+    def __init__(self, path: str, ranks: int = 1, *, micro_batch: int | None = None, packed: bool = True) -> None:
+        self._micro_batch = micro_batch
+        super().__init__(path, ranks, packed=packed)
+
+    def engine(self, ranks: int) -> Any:
+        """Settings of veRL's engine."""
+        found = super().engine(ranks)
+        if self._micro_batch is None:
+            return found
+        return dataclasses.replace(found, micro_batch_size_per_gpu=self._micro_batch)
+
+
+def batch_of(
+    prompts: list[Tensor], responses: list[Tensor], log_probs: dict[str, list[Tensor]], advantages: list[Tensor]
+) -> Batch:
+    """What veRL's trainer sends to its workers, where the policy has written every token of the responses.
+
+    Args:
+        prompts: (P,) token ids of each sequence.
+        responses: (T,) token ids.
+        log_probs: (T,) by veRL's names, in nats.
+        advantages: (T,) of each token.
+    """
+    masks = [torch.ones(len(row), dtype=torch.long) for row in responses]
+    return Batch(prompts, responses, log_probs, masks, advantages)
+
+
+def advantages_of(
+    tensors: Mapping[str, Tensor], group: int, algorithm: Any, kl: str | None, control: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """Advantages by veRL's own functions, after its KL penalty where there is one.
+
+    Args:
+        tensors: (B, T) ``response_mask``, ``token_level_scores``, and the log-probs that the penalty needs.
+        group: responses per prompt, which lie side by side.
+        algorithm: veRL's ``algorithm`` config.
+        kl: the spec or veRL's name of an estimator, in the rewards or the advantages; None: no penalty.
+        control: veRL's controller of beta.
+
+    Returns:
+        (B, T) advantages, and the metrics of the penalty.
+    """
+    from verl import DataProto
+    from verl.trainer.ppo import ray_trainer
+
+    uid = np.array([str(i // group) for i in range(len(tensors["response_mask"]))], dtype=object)
+    data = DataProto.from_single_dict({**tensors, "uid": uid})
+    metrics: dict[str, float] = {}
+    if kl is None:
+        data.batch["token_level_rewards"] = data.batch["token_level_scores"]
+    else:
+        data, metrics = ray_trainer.apply_kl_penalty(data, kl_ctrl=control, kl_penalty=kl)
+    data = ray_trainer.compute_advantage(
+        data, adv_estimator=algorithm.adv_estimator, num_repeat=group,
+        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo, config=algorithm,
+    )  # fmt: skip
+    return data.batch["advantages"], metrics
