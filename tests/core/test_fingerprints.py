@@ -48,7 +48,7 @@ def test_known_sources_pass_and_nothing_is_imported(package: Path) -> None:
 
 
 def test_any_checked_version_of_a_function_passes(package: Path) -> None:
-    found = sources(package, {"free": {"0.1": "0" * 16, "0.2": digest_of(package, "free")}})
+    found = sources(package, {"free": {"0.1": "0" * 16, "0.2": digest_of(package, "free"), "0.3": "1" * 16}})
     assert list(found.changed()) == []
 
 

@@ -94,6 +94,7 @@ def test_attaching_again_after_detaching(toy: Toy) -> None:
 def test_an_early_hook_needs_no_table(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, toy.table.__name__, None)
     toy.hooks.attach()
+    toy.hooks.attach()
     importlib.import_module(toy.early.stem)
     assert toy.seen == [toy.early.stem]
     assert not toy.hooks.failures

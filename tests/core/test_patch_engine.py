@@ -54,6 +54,18 @@ def test_apply_and_undo_restore_the_very_object(path: Path, toy: Any) -> None:
     assert toy.Host().answer(1) == 2
 
 
+def test_a_subclass_of_a_hooked_class_is_hooked_only_once(path: Path, toy: Any) -> None:
+    in_place = patch_set(path)
+    in_place.apply()
+    sub: Any = type("Sub", (toy.Host,), {})
+    on_sub = patch_set(path, owner=sub)
+    on_sub.apply()
+    assert (sub().answer(1), toy.Host().answer(1)) == (4, 4)
+    on_sub.undo()
+    in_place.undo()
+    assert sub().answer(1) == 2
+
+
 def test_a_subclass_is_hooked_alone_and_only_once(path: Path, toy: Any) -> None:
     sub: Any = type("Sub", (toy.Host,), {})
     on_sub, in_place = patch_set(path, owner=sub), patch_set(path)
@@ -80,10 +92,14 @@ def test_a_users_subclass_goes_through_the_hook(path: Path, toy: Any) -> None:
     patches.undo()
 
 
-def test_a_method_called_through_its_class_goes_through_the_hook(path: Path, toy: Any) -> None:
-    patches = patch_set(path)
+def test_a_method_called_through_its_class_gets_its_instance(path: Path, toy: Any) -> None:
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return instance, args, wrapped(*args, **kwargs)
+
+    patches = PatchSet(toy_host.host(path.stem), (Patch(path.stem, "Host.answer", wrapper),))
     patches.apply()
-    assert toy.Host.answer(toy.Host(), 1) == 4
+    one = toy.Host()
+    assert toy.Host.answer(one, 1) == one.answer(1) == (one, (1,), 2)
     patches.undo()
 
 
