@@ -139,7 +139,7 @@ def _of_arguments(spec: KLSpec, run: Run) -> Iterator[str]:
         )
     if spec.behaviour == "sampler" and not run.sampler_expected:
         yield (
-            "it needs the sampler's log-probs, but transformers, which generates the completions, gives none; set "
+            "the spec needs the sampler's log-probs, but transformers, which generates the completions, gives none; set "
             "use_vllm, or leave behaviour out (the old log-probs are then used)"
         )
     statement = statement_of(spec, run)

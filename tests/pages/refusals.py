@@ -30,7 +30,6 @@ SHARED = (
 
 INTERNAL = (
     "adapters/trl/__init__.py",
-    "adapters/trl/config.py:parse",
     "patches/trl/__init__.py:attach",
     "adapters/verl/config.py:aggregation_of",
     "patches/verl/worker.py:receipt",
