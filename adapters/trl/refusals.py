@@ -139,8 +139,8 @@ def _of_arguments(spec: KLSpec, run: Run) -> Iterator[str]:
         )
     if spec.behaviour == "sampler" and not run.sampler_expected:
         yield (
-            "the spec needs the sampler's log-probs, but transformers, which generates the completions, gives none; set "
-            "use_vllm, or leave behaviour out (the old log-probs are then used)"
+            "the spec needs the sampler's log-probs, but transformers, which generates the completions, gives none; "
+            "set use_vllm, or leave behaviour out (the old log-probs are then used)"
         )
     statement = statement_of(spec, run)
     if statement.sampling is not None:
