@@ -154,8 +154,8 @@ def test_missing_log_probs_do_not_matter_where_nothing_divides_by_them(harness, 
         ((*LOSS, "--actor.loss_agg_mode", "seq-mean-token-mean"), "token mean", ""),
         ((*LOSS, "--actor.policy_loss_type", "gspo"), "token mean", ""),
         (ADVANTAGE, "token mean", ""),
-        ((*ADVANTAGE, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "every response is weighted"),
-        ((*REWARD, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "every response is weighted"),
+        ((*ADVANTAGE, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "each response y is weighted"),
+        ((*REWARD, "--actor.loss_agg_mode", "seq-mean-token-mean"), "sequence mean", "each response y is weighted"),
         ((*REWARD, "--actor.policy_loss_type", "gspo"), "sequence mean", "late tokens count more"),
         ((*REWARD, "--train.agent_func_path", "agent.py"), "token mean", "an agent of your own may sample with other"),
     ],
@@ -168,7 +168,7 @@ def test_what_happens_to_the_terms_of_all_tokens(assets, flags, kind, caveat):
     assert ("--actor." in found.setting) == (spec.placement != "loss")
     caveats = receipts.made(HOST, spec, statement_of(spec, args), ((), "")).caveats
     assert any(caveat in text for text in caveats)
-    for other in ("every response is weighted", "late tokens count more"):
+    for other in ("each response y is weighted", "late tokens count more"):
         assert caveat or not any(other in text for text in caveats)
 
 
