@@ -10,10 +10,15 @@ read the spec, are not on the path.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 LIMIT = 16
-"""Largest number of functions through which a spec may pass in one host."""
+"""The largest number of functions that a spec may pass in one host."""
+
+GUIDE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+"""The guide that lists the functions of each host under "Follow one spec", for people to read along."""
 
 
 def start(process: object = None) -> None:
@@ -108,5 +113,5 @@ def in_guide(host: str) -> list[str]:
 def listed(*parts: Iterable[str]) -> list[str]:
     """Join the functions of several processes, each name once; all hook objects of the engine count as one function."""
     names = [name for part in parts for name in part]
-    names = ["patches.engine.patch:Hook" if ".Hook." in name else name for name in names]
+    names = ["patches.engine.patch:Hook" if ":Hook." in name else name for name in names]
     return list(dict.fromkeys(name.replace(".<locals>", "") for name in names))
