@@ -55,3 +55,13 @@ def test_the_page_of_faults_is_that_of_the_contract() -> None:
     from tests.contract import document
 
     assert document.PAGE.read_text(encoding="utf-8") == document.page(), "run python -m tests.contract.document"
+
+
+def test_the_table_of_guards_names_tests_that_exist() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = guide.partition("## Guards against")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.MULTILINE)}
+    assert len(named) > 20
+    assert named <= defined

@@ -108,3 +108,26 @@ def with_arguments(actor, args):
 def step_alone(actor):
     """Let the trainer step as a strategy of one's own may: by DeepSpeed's engine alone."""
     actor.trainer.strategy.optimizer_step = lambda optimizer, model, *_, **__: model.model.step()
+
+
+def replace_kl(actor, how):
+    """Change what OpenRLHF's training step calls for its KL, after the receipts were given.
+
+    Args:
+        actor: a ``PolicyModelActor``.
+        how: ``never`` computes a KL without the hook, ``twice`` calls the hook twice, ``restore`` puts the hook back.
+    """
+    from openrlhf.trainer.ray import ppo_actor
+
+    if not hasattr(actor, "hooked_kl"):
+        actor.hooked_kl = ppo_actor.compute_approx_kl
+    hooked = actor.hooked_kl
+
+    def never(log_probs, log_probs_base, kl_estimator="k1", **others):
+        return log_probs - log_probs_base
+
+    def twice(*args, **kwargs):
+        hooked(*args, **kwargs)
+        return hooked(*args, **kwargs)
+
+    ppo_actor.compute_approx_kl = {"never": never, "twice": twice, "restore": hooked}[how]
