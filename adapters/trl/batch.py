@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kl_plugins.adapters.log_probs import count_not_finite, finite_or, used
 from kl_plugins.adapters.micro_batch import LossBatch
-from kl_plugins.adapters.trl.score import per_sequence
 from kl_plugins.adapters.trl.session import Session
 from kl_plugins.exact import ExactKL
 from kl_plugins.metrics import penalty_metrics
@@ -85,7 +84,7 @@ class MicroBatch(LossBatch, Calls):
     Attributes:
         session: of the trainer.
         inputs: TRL's micro-batch, for its ``_compute_loss``.
-        averaged: see :func:`kl_plugins.adapters.trl.score.per_sequence`.
+        averaged: see :func:`per_sequence`.
         calls: TRL's log-prob calls; the last one scored the policy.
         states: full-vocabulary KLs of the policy's forward passes, where the spec needs them.
     """
@@ -106,7 +105,7 @@ class MicroBatch(LossBatch, Calls):
         Args:
             session: of the trainer.
             inputs: TRL's micro-batch.
-            averaged: see :func:`kl_plugins.adapters.trl.score.per_sequence`.
+            averaged: see :func:`per_sequence`.
 
         Raises:
             ValueError: the sampler's log-probs are missing.
@@ -194,3 +193,27 @@ class MicroBatch(LossBatch, Calls):
             entering = used(session.spec, self.source, policy=logp, reference=reference, old=None, sampler=None)
             session.add(count_not_finite(entering, self.mask), logp, reference, self.mask)
         session.conclude(self.metrics, self.mask, beta, log)
+
+
+def per_sequence(advantages: Tensor, penalty: Tensor, logp: Tensor, mask: Tensor, *, averaged: bool = False) -> Tensor:
+    """Put the penalty into advantages, for a host that multiplies one importance ratio with one advantage per sequence.
+
+    The values of the result are the host's advantages. Its gradient is that of the penalty as a per-token advantage:
+    the host's ``-ratio * advantage`` then contributes ``ratio * sum_t penalty_t * grad log pi_t``, with the ratio
+    clipped where the host clips it for the task's advantage (half way between the two where that advantage is 0).
+
+    Args:
+        advantages: (B,) normalised.
+        penalty: (B, T), beta included, nats.
+        logp: (B, T) the policy's log-probs, nats, with their graph.
+        mask: (B, T) bool.
+        averaged: the ratio is that of the mean log-prob, and the host repeats its product with the advantage on every
+            token (GRPO); else it is that of the sum, and the product counts once (RLOO).
+
+    Returns:
+        (B,).
+    """
+    # where, not a product: a padded log-prob may be anything.
+    live = (logp - logp.detach()).masked_fill(~mask, 0.0)
+    total = (penalty.to(live) * live).sum(-1)
+    return advantages - (total / mask.sum(-1).clamp(min=1) if averaged else total)

@@ -1,4 +1,4 @@
-"""What all ranks have to know together: the numbers of a micro-batch, and the receipts before the first update.
+"""What all ranks have to know together: the numbers of a micro-batch, their log, and the receipts before it all.
 
 A rank that raised alone would leave the others waiting in the host's next collective. So one gather carries everything
 that a micro-batch or a rollout has to agree on. Receipts go without a collective, which could hang.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import count
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.metrics import joined
 from kl_plugins.adapters.receipts import timeout
 from kl_plugins.receipts import Receipt, check_receipts
 
@@ -24,6 +25,9 @@ DEFAULT_TIMEOUT = 120.0
 """Seconds that a process waits for the others' receipts; they arrive together, after the host's own model set-up."""
 
 _exchanges = count()
+
+_ALWAYS = "kl/active"
+"""A metric that every micro-batch has."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,44 @@ def together(found: Found, accelerator: Any) -> Together:
         sums={key: sum(column) for key, column in zip(found.sums, sums, strict=True)},
         maxima={key: max(column) for key, column in zip(found.maxima, maxima, strict=True)},
     )
+
+
+class Window:
+    """What has been added up since TRL last logged, over micro-batches and ranks.
+
+    TRL averages each list of its log when it logs, and empties the log afterwards. So each list holds one number, that
+    of the whole window, and a log without it means that a new window has begun.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._sums: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(
+        self, log: MutableMapping[str, list[float]], sums: Mapping[str, float], maxima: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Add a micro-batch and put the window's metrics into TRL's log.
+
+        Args:
+            log: TRL's ``_metrics[mode]``.
+            sums: totals over all ranks, see :func:`kl_plugins.adapters.metrics.sums_and_maxima`.
+            maxima: the largest of all ranks.
+
+        Returns:
+            The metrics of the window before this one where a new one begins; else nothing.
+        """
+        ended: dict[str, float] = {}
+        if not log.get(_ALWAYS) and self._sums:
+            ended = joined(self._sums, self._maxima)
+            self._sums, self._maxima = {}, {}
+        for key, value in sums.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        for key, value in maxima.items():
+            self._maxima[key] = max(self._maxima.get(key, value), value)
+        for key, value in joined(self._sums, self._maxima).items():
+            log[key] = [value]
+        return ended
 
 
 def exchange(receipt: Receipt) -> list[Receipt]:

@@ -42,7 +42,7 @@ def problems(spec: KLSpec, run: Run) -> Iterator[str]:
     yield from _of_sampling(spec, run, trl)
     if run.arguments is not None:
         yield from _of_arguments(spec, run)
-        yield from _of_overrides(spec, run)
+        yield from overridden(spec, run)
 
 
 def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> Iterator[str]:
@@ -147,8 +147,13 @@ def _of_arguments(spec: KLSpec, run: Run) -> Iterator[str]:
         yield from statement.sampling.problems(spec, statement.behaviour)
 
 
-def _of_overrides(spec: KLSpec, run: Run) -> Iterator[str]:
-    """Look for methods that a subclass replaces without calling TRL's, among those that the spec works through."""
+def overridden(spec: KLSpec, run: Run) -> Iterator[str]:
+    """Give each method that a subclass replaces without calling TRL's, among those that the spec works through.
+
+    Args:
+        spec: the parsed spec.
+        run: the run, with its trainer.
+    """
     assert run.trainer is not None
     for name, hook in run.methods.items():
         if spec.placement not in PLACEMENTS.get(name, (spec.placement,)):

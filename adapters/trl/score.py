@@ -2,11 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.log_probs import count_not_finite, used
+from kl_plugins.adapters.trl.batch import ADVANTAGE_PENALTY, BETA, OLD, PENALTY, REFERENCE, Calls, Scored
+from kl_plugins.adapters.trl.session import Session
+from kl_plugins.penalty import kl_penalty
+
 COLUMN = "kl_penalty"
 """Name of the extra reward column in TRL's logs."""
+
+
+@dataclass
+class Rollout(Calls):
+    """A rollout of a score spec, from its generation to the micro-batches that TRL makes of it.
+
+    Attributes:
+        session: of the trainer.
+        beta: the coefficient of this rollout.
+        calls: TRL's log-prob calls: the policy first, unless the data are on-policy, and the reference last.
+        penalty: (B, T) per unit beta, nats, once it has been computed.
+        task: mean and standard deviation of the task's reward alone, where the KL joins the rewards.
+    """
+
+    session: Session
+    beta: float
+    calls: list[Scored] = field(default_factory=list)
+    penalty: Tensor | None = None
+    task: tuple[float, float] | None = None
+
+    def charge(self, mask: Tensor | None = None) -> Tensor:
+        """Compute the penalty from the log-probs that TRL has just computed.
+
+        Args:
+            mask: (B, T) response tokens; by default the response part of the attention mask that TRL scored with.
+
+        Returns:
+            (B, T) per unit beta, nats.
+
+        Raises:
+            LogProbError: a log-prob of policy or reference is not finite, on any rank.
+            BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
+        """
+        session, exact, score_policy = self.session, None, self.session.score_policy
+        if session.states is not None:
+            exact, session.deviation, scored = session.states.of_rollout(self.calls[-1], score_policy)
+            policy, reference, attended = policy_and_reference(self.calls, lambda _: scored)
+        else:
+            policy, reference, attended = policy_and_reference(self.calls, score_policy)
+        mask = attended if mask is None else mask
+        entering = used(session.spec, session.behaviour, policy=policy, reference=reference, old=None, sampler=None)
+        session.agree(count_not_finite(entering, mask))
+        session.passed.add("rollout")
+        self.penalty = kl_penalty(session.spec, policy, reference, mask, exact=exact)
+        return self.penalty
+
+    def gathered(self) -> Tensor:
+        """Compute the penalty, and sum it over each completion of all processes.
+
+        Returns:
+            (N,) per unit beta, nats.
+        """
+        found: Tensor = self.session.accelerator.gather(sequence_penalty(self.charge()))
+        return found
+
+    def times_beta(self, host_kl: Tensor) -> Tensor:
+        """Return beta times the penalty of each completion, in the place of RLOO's own KL; 0 under ``@advantage``.
+
+        Args:
+            host_kl: (N,) RLOO's own KL.
+        """
+        if self.session.spec.placement == "reward":
+            return self.beta * self.gathered().to(host_kl)
+        self.charge()
+        return host_kl.new_zeros(())
+
+    def into_advantages(self, output: dict[str, Any], by_sequence: bool) -> None:
+        """Put the penalty into a rollout's advantages, or beside them until the policy's log-probs are there.
+
+        Args:
+            output: TRL's rollout.
+            by_sequence: one importance ratio per sequence multiplies the advantages.
+        """
+        assert self.penalty is not None
+        if by_sequence:
+            output[ADVANTAGE_PENALTY] = self.beta * self.penalty
+        else:
+            output["advantages"] = per_token(output["advantages"], self.penalty, self.beta)
+
+    def keep(self, output: dict[str, Any], log_probs: bool = False) -> dict[str, Any]:
+        """Put what the updates need for their metrics into a rollout.
+
+        Args:
+            output: TRL's rollout.
+            log_probs: add those of policy and reference as well, which RLOO does not keep.
+
+        Returns:
+            The rollout.
+        """
+        output[PENALTY], output[BETA] = self.penalty, torch.tensor(self.beta, dtype=torch.float64)
+        if log_probs:
+            output[OLD], output[REFERENCE] = self.calls[0].logp, self.calls[-1].logp
+        return output
+
+
+def policy_and_reference(
+    calls: list[Scored], score_policy: Callable[[Scored], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rollout's log-probs under policy and reference, from TRL's calls while it generated.
+
+    TRL scores the policy first, unless the data are on-policy, and the reference last. The model object does not tell
+    them apart: under PEFT it is the same one with its adapter off.
+
+    Args:
+        calls: what TRL computed, in order.
+        score_policy: scores the same tokens under the policy, where TRL did not.
+
+    Returns:
+        Policy and reference log-probs, nats, and the response mask; all (B, T).
+
+    Raises:
+        RuntimeError: TRL made another number of calls.
+    """
+    if len(calls) not in (1, 2):
+        raise RuntimeError(
+            f"kl-plugins: TRL scored the rollout {len(calls)} times where one (reference) or two (policy, reference) "
+            "were expected; this trainer is not one that kl-plugins knows"
+        )
+    reference = calls[-1]
+    policy = calls[0].logp if len(calls) == 2 else score_policy(reference)
+    return policy, reference.logp, reference.response_mask()
 
 
 def per_token(advantages: Tensor, penalty: Tensor, beta: float) -> Tensor:
@@ -25,30 +155,6 @@ def per_token(advantages: Tensor, penalty: Tensor, beta: float) -> Tensor:
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
     return advantages - beta * penalty.to(advantages)
-
-
-def per_sequence(advantages: Tensor, penalty: Tensor, logp: Tensor, mask: Tensor, *, averaged: bool = False) -> Tensor:
-    """Put the penalty into advantages, for a host that multiplies one importance ratio with one advantage per sequence.
-
-    The values of the result are the host's advantages. Its gradient is that of the penalty as a per-token advantage:
-    the host's ``-ratio * advantage`` then contributes ``ratio * sum_t penalty_t * grad log pi_t``, with the ratio
-    clipped where the host clips it for the task's advantage (half way between the two where that advantage is 0).
-
-    Args:
-        advantages: (B,) normalised.
-        penalty: (B, T), beta included, nats.
-        logp: (B, T) the policy's log-probs, nats, with their graph.
-        mask: (B, T) bool.
-        averaged: the ratio is that of the mean log-prob, and the host repeats its product with the advantage on every
-            token (GRPO); else it is that of the sum, and the product counts once (RLOO).
-
-    Returns:
-        (B,).
-    """
-    # where, not a product: a padded log-prob may be anything.
-    live = (logp - logp.detach()).masked_fill(~mask, 0.0)
-    total = (penalty.to(live) * live).sum(-1)
-    return advantages - (total / mask.sum(-1).clamp(min=1) if averaged else total)
 
 
 def sequence_penalty(penalty: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one trainer carries while it trains under a spec, and its metrics in TRL's own log."""
+"""What one trainer carries while it trains under a spec, and the events of the trainer that drive it."""
 
 from __future__ import annotations
 
@@ -8,56 +8,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import TrainerCallback
 
 from kl_plugins.adapters import session as shared
+from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.log_probs import require_finite
-from kl_plugins.adapters.metrics import joined, sums_and_maxima, warn_if_floored
+from kl_plugins.adapters.metrics import sums_and_maxima, warn_if_floored
+from kl_plugins.adapters.receipts import announce
 from kl_plugins.adapters.trl.exact import StateKL, require_head
-from kl_plugins.adapters.trl.ranks import Found, Together, together
+from kl_plugins.adapters.trl.ranks import Found, Together, Window, exchange, together
 from kl_plugins.receipts import Receipt
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.trl.batch import Scored
 
-_ALWAYS = "kl/active"
-
-
-class Window:
-    """What has been added up since TRL last logged, over micro-batches and ranks.
-
-    TRL averages each list of its log when it logs, and empties the log afterwards. So each list holds one number, that
-    of the whole window, and a log without it means that a new window has begun.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self._sums: dict[str, float] = {}
-        self._maxima: dict[str, float] = {}
-
-    def add(
-        self, log: MutableMapping[str, list[float]], sums: Mapping[str, float], maxima: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Add a micro-batch and put the window's metrics into TRL's log.
-
-        Args:
-            log: TRL's ``_metrics[mode]``.
-            sums: totals over all ranks, see :func:`kl_plugins.adapters.metrics.sums_and_maxima`.
-            maxima: the largest of all ranks.
-
-        Returns:
-            The metrics of the window before this one where a new one begins; else nothing.
-        """
-        ended: dict[str, float] = {}
-        if not log.get(_ALWAYS) and self._sums:
-            ended = joined(self._sums, self._maxima)
-            self._sums, self._maxima = {}, {}
-        for key, value in sums.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-        for key, value in maxima.items():
-            self._maxima[key] = max(self._maxima.get(key, value), value)
-        for key, value in joined(self._sums, self._maxima).items():
-            log[key] = [value]
-        return ended
+STATE_KEY = "kl_plugins"
+"""Where spec and controller lie in ``trainer_state.json``, among the states of callbacks."""
 
 
 @dataclass(kw_only=True)
@@ -155,3 +121,59 @@ class Session(shared.Session):
         if self.states is not None:
             require_head(agreed.deviation, self.states.model)
         return agreed
+
+
+class KLCallback(TrainerCallback):  # type: ignore[misc]
+    """Drives one :class:`Session` from the trainer's public events.
+
+    They are used for the receipts at the start, a check before each update, beta after it, and the checkpoints.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Take over a session."""
+        self.session = session
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log and exchange receipts, and go on from the checkpoint's beta.
+
+        Raises:
+            SpecChangedError: the checkpoint was written under another spec.
+        """
+        receipt = self.session.receipt()
+        announce(receipt)
+        exchange(receipt)
+        if state.global_step > 0:
+            saved = resumed(state.stateful_callbacks.get(STATE_KEY), self.session.spec)
+            self.session.controller.restore(saved)
+        else:
+            self.session.controller.restart()
+        self._save(state)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop before an update that would go without the regulariser.
+
+        Raises:
+            RuntimeError: TRL went around a hook.
+        """
+        needed = {"loss", "rollout"} if self.session.is_score else {"loss"}
+        missing = needed - self.session.passed
+        if missing:
+            raise RuntimeError(
+                f"kl-plugins: {self.session.spec} was not applied before update {state.global_step + 1}: the trainer "
+                f"never went through TRL's own {' and '.join(sorted(missing))} code. Attach before training and detach "
+                "after it; a subclass has to call super() in the methods it overrides"
+            )
+        self.session.passed.discard("loss")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance the controller, once per optimizer step."""
+        accelerator = self.session.accelerator
+        self.session.controller.step(lambda sums: accelerator.reduce(sums, reduction="sum"))
+        self._save(state)
+
+    def _save(self, state: Any) -> None:
+        # The trainer writes this dict into every checkpoint. Restoring through transformers' own callback mechanism
+        # would need a flag that is off by default, so on_train_begin reads it back itself.
+        controller = self.session.controller
+        saved = None if controller.schedule is None else controller.saved()
+        state.stateful_callbacks[STATE_KEY] = record(self.session.spec, saved)

@@ -75,7 +75,7 @@ class ClassHooks:
     def check_process(self) -> None:
         """Raise unless TRL is a version that was checked.
 
-        The hooks need no check here: it is a hook that asks, and :class:`~kl_plugins.adapters.trl.callback.KLCallback`
+        The hooks need no check here: it is a hook that asks, and :class:`~kl_plugins.adapters.trl.session.KLCallback`
         stops a run that went around one.
 
         Raises:

@@ -9,8 +9,7 @@ from typing import Any
 from kl_plugins.adapters.micro_batch import current
 from kl_plugins.adapters.trl.batch import response_mask
 from kl_plugins.adapters.trl.config import by_sequence
-from kl_plugins.adapters.trl.rollout import Rollout
-from kl_plugins.adapters.trl.score import COLUMN, task_reward, with_column, with_weight
+from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_column, with_weight
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,

@@ -16,10 +16,9 @@ from kl_plugins.adapters.micro_batch import current, entered
 from kl_plugins.adapters.receipts import made
 from kl_plugins.adapters.trl import ADAPTER, HOST
 from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Scored
-from kl_plugins.adapters.trl.callback import KLCallback
 from kl_plugins.adapters.trl.config import TAKEN, Run, statement_of
-from kl_plugins.adapters.trl.rollout import Rollout
-from kl_plugins.adapters.trl.session import Session
+from kl_plugins.adapters.trl.score import Rollout
+from kl_plugins.adapters.trl.session import KLCallback, Session
 from kl_plugins.patches.trl import HOOKS
 from kl_plugins.patches.trl.exact import TrainerStates
 from kl_plugins.receipts import Receipt
@@ -126,7 +125,7 @@ def updating(
         session: the trainer's.
         args: positional arguments of ``_compute_loss(model, inputs)``.
         kwargs: keyword arguments.
-        averaged: see :func:`kl_plugins.adapters.trl.score.per_sequence`.
+        averaged: see :func:`kl_plugins.adapters.trl.batch.per_sequence`.
     """
     session.training = trainer.model.training
     session.coefficient(trainer.beta)

@@ -7,7 +7,7 @@ import torch
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.metrics import Accumulator, joined, sums_and_maxima, warn_if_floored
-from kl_plugins.adapters.trl.session import Window
+from kl_plugins.adapters.trl.ranks import Window
 from kl_plugins.kernels.backend import say_once
 from kl_plugins.metrics import REDUCTIONS
 

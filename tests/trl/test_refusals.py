@@ -201,6 +201,19 @@ def test_changed_source_is_refused(monkeypatch):
     assert "kl" not in trl.GRPOConfig.__dataclass_fields__
 
 
+def test_a_file_of_trl_that_was_edited_is_refused_where_a_spec_is_used(monkeypatch, tmp_path):
+    from kl_plugins.adapters.versions import UnsupportedHostError
+    from kl_plugins.patches.trl import HOOKS
+
+    name = "trl.trainer.rloo_trainer:RLOOTrainer._compute_loss"
+    monkeypatch.setitem(HOOKS.sources.installed, name, "0" * 16)
+    GRPOConfig(**trainers.settings(tmp_path))
+    with pytest.raises(
+        UnsupportedHostError, match=r"rloo_trainer\.RLOOTrainer\._compute_loss of trl .* is not the code"
+    ):
+        GRPOConfig(**trainers.settings(tmp_path, kl="k2@loss"))
+
+
 def test_rloo_trainer_takes_both_scores(model, tmp_path):
     for spec in ("k1@reward", "k1@advantage"):
         trainers.build(RLOOTrainer, RLOOConfig, model, tmp_path, kl=spec)

@@ -70,7 +70,7 @@ def _train_on_cpu() -> None:
 
 def _attach() -> None:
     from kl_plugins.adapters.trl import attach
-    from kl_plugins.adapters.trl.callback import KLCallback
+    from kl_plugins.adapters.trl.session import KLCallback
 
     attach()
     begin = KLCallback.on_train_begin
