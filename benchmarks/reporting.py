@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: the machine, the versions, JSON files."""
+"""What every benchmark writes beside its numbers: the machine, the versions, JSON files that can be found again."""
 
 from __future__ import annotations
 
@@ -40,3 +40,18 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")
     partial.replace(path)
+
+
+def finished(file: Path, key: str, field: str = "key") -> dict[str, Any] | None:
+    """The record of a finished run, if it was made under this very key; None for a missing, torn or other record.
+
+    Args:
+        file: of the record.
+        key: names the run by everything that it depends on.
+        field: of the record, which holds its key.
+    """
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get(field) == key else None

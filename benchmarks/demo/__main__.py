@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from benchmarks.command_line import interruptible, listed
+from benchmarks.workers import cores
+
 from .arms import ARMS, Settings, find_arm
 from .compare import compare
-from .workers import cores, failures_reported
 
 SMOKE = Settings(steps=4, evaluate_every=4, pretrain_steps=150)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -30,15 +31,11 @@ def main(
     smoke: Annotated[bool, typer.Option(help="A few steps of one seed, to see that everything works.")] = False,
 ) -> None:
     """Train a tiny model with TRL's GRPO under several KL regularisers and compare them by exact enumeration."""
-    console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
-    try:
-        chosen = list(dict.fromkeys(find_arm(name.strip()) for name in arms.split(",")))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    chosen = listed(arms, find_arm)
     settings = SMOKE if smoke else Settings(steps=steps)
     folder = out or Path("out") / ("demo-smoke" if smoke else "demo")
-    with failures_reported(console):
+    console = Console()
+    with interruptible(console):
         compare(console, chosen, 1 if smoke else seeds, settings, folder, workers or cores(), fresh)
 
 

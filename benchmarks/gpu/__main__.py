@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command_line import listed
 from benchmarks.gpu.stages import STAGE_MINUTES, STAGES, Step
 from benchmarks.reporting import machine, write_json
 
@@ -33,7 +34,7 @@ def main(
     record_file = out / f"stage{stage}.json"
     record: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
     record["machine"] = {**machine(), **card()}
-    wanted = [name for name in only.split(",") if name]
+    wanted = listed(only, str, optional=True)
     failed = False
     for step in STAGES[stage]:
         if wanted and step.name not in wanted:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command_line import console_of, typed
 from benchmarks.kernel.contestants import Contestant, of_hidden_states, of_logits
 from benchmarks.kernel.measure import compare
 from benchmarks.kernel.problems import Size, problem
@@ -40,8 +41,7 @@ def main(
     only: Annotated[str, typer.Option(help="logits or hidden; both by default.")] = "",
 ) -> None:
     """Measure every contestant on every size, print tables, write JSON and a plot per dtype."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)  # a log does not cut names off
+    console = console_of(140)
     chosen = [size for size in SIZES[sizes or device] if only in ("", "hidden" if size.width else "logits")]
     for name in dtypes.split(","):
         cases: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def surroundings() -> dict[str, object]:
             peers[name] = version(name)
         except PackageNotFoundError:
             peers[name] = None
-    return {"machine": machine(), "command": f"python -m benchmarks.kernel {' '.join(sys.argv[1:])}", "peers": peers}
+    return {"machine": machine(), "command": typed("benchmarks.kernel"), "peers": peers}
 
 
 if __name__ == "__main__":

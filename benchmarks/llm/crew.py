@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.demo.workers import Job, cores, pool
-from benchmarks.reporting import write_json
+from benchmarks.command_line import progress_of
+from benchmarks.reporting import finished, write_json
+from benchmarks.workers import Job, cores, pool
 
 from . import train
-from .settings import RUN_FILES, Settings, finished, run_key, slug, sources
+from .settings import RUN_FILES, Settings, run_key, slug, sources
 from .train import Tick
 
 MARGIN = 1.2  # a run may take so many times longer than this worker's longest before it
@@ -87,7 +87,7 @@ def work(
     threads = 1 if missing[0].settings.device == "cuda" else max(1, cores() // workers)
     failures: list[str] = []
     reached: dict[str, int] = {}
-    with pool(workers, folder / "logs") as crew, _progress(console) as bars:
+    with pool(workers, folder / "logs") as crew, progress_of(console) as bars:
         total = bars.add_task("all runs", total=sum(run.settings.steps for run in missing))
         tasks: dict[str, Any] = {}
 
@@ -146,8 +146,3 @@ def _tidy_up() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.demo.workers import WorkerError
 from benchmarks.reporting import write_json
+from benchmarks.workers import WorkerError
 
 from . import demo_plot, demo_report
 from .crew import Run, planned, work

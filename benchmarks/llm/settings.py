@@ -122,12 +122,3 @@ def run_key(settings: Settings, arm: str, seed: int, code: str) -> str:
 
 
 RUN_FILES = ("tasks", "settings", "decode", "sampler", "measure", "train")
-
-
-def finished(file: Path, key: str) -> dict[str, Any] | None:
-    """A finished run's record, if it is whole and was made under this very key."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("key") == key else None

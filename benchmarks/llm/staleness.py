@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from benchmarks.demo.workers import failures_reported
+from benchmarks.command_line import console_of, interruptible, listed
 from benchmarks.reporting import write_json
 
 from . import model, outcomes
@@ -117,15 +115,9 @@ def main(
     smoke: Annotated[bool, typer.Option(help="3 steps of a tiny random model: does everything run?")] = False,
 ) -> None:
     """Train under every term with a sampler that lags; finished runs are kept and skipped."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=170)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = console_of(170)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-        lags = [int(delay) for delay in delays.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names, lags = listed(arms, checked_arm), listed(delays, int)
     folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
@@ -147,7 +139,7 @@ def main(
     def done() -> None:
         write()
 
-    with failures_reported(console):
+    with interruptible(console):
         missing = work(console, runs, target, workers, minutes * 60 or None, done)
         console.print(table(write(missing)), markup=False, highlight=False, soft_wrap=True)
         console.print(f"Written: {target / 'summary.json'}, {target / 'table.txt'}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
+from benchmarks.command_line import console_of, interruptible, listed
 from benchmarks.reporting import machine, write_json
 
 from . import model
@@ -178,17 +177,12 @@ def main(
     smoke: Annotated[bool, typer.Option(help="Two rounds of a tiny random model: does everything run?")] = False,
 ) -> None:
     """Time TRL's step under every arm."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=150)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = console_of(150)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.getLogger("kl_plugins").setLevel(logging.WARNING)  # a receipt per trainer would hide the bar
     start = time.monotonic()
-    try:
-        names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names = listed(arms, checked_arm)
     folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
@@ -214,18 +208,19 @@ def main(
         shift = number % len(names)
         planned += [(number, arm) for arm in (*names[shift:], *names[:shift])]
     longest_block = 0.0
-    for number, arm in track(planned, "blocks", console=console):
-        begun = time.monotonic()
-        if minutes and begun - start + longest_block * MARGIN > minutes * 60:
-            break
-        if arm in failed:
-            continue
-        try:
-            blocks[arm].append(runner.block(arm, number))
-        except (RuntimeError, ValueError, TypeError) as error:
-            failed[arm] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        longest_block = max(longest_block, time.monotonic() - begun)
-        write()
+    with interruptible(console, resumable=False):
+        for number, arm in track(planned, "blocks", console=console):
+            begun = time.monotonic()
+            if minutes and begun - start + longest_block * MARGIN > minutes * 60:
+                break
+            if arm in failed:
+                continue
+            try:
+                blocks[arm].append(runner.block(arm, number))
+            except (RuntimeError, ValueError, TypeError) as error:
+                failed[arm] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            longest_block = max(longest_block, time.monotonic() - begun)
+            write()
     console.print(table(write()), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Written: {target / 'summary.json'}, {target / 'table.txt'}")
 

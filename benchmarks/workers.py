@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.console import Console
+from rich.progress import Progress
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # models of this size are fastest with one thread, and the runs share the cores
@@ -34,24 +34,6 @@ _messages: Any = None
 
 class WorkerError(RuntimeError):
     """A worker process failed; the text holds its own error."""
-
-
-@contextmanager
-def failures_reported(console: Console) -> Iterator[None]:
-    """Turn a worker's error and an interruption into a message and an exit status.
-
-    Raises:
-        typer.Exit: after the message.
-    """
-    try:
-        yield
-    except WorkerError as error:
-        console.print("failed:", style="bold red", end=" ")
-        console.print(str(error), highlight=False, markup=False)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        console.print("interrupted; finished runs are kept, the same command goes on from here")
-        raise typer.Exit(130) from None
 
 
 @dataclass
@@ -129,6 +111,26 @@ class Pool:
                     raise WorkerError(f"{job.name}: {cause or error!r}") from error
                 job.done(result)
                 progress(job.name, job.steps)
+
+    def run_in_groups(self, bars: Progress, jobs: Sequence[tuple[str, Job]]) -> None:
+        """Run all jobs as :meth:`run` does, with one bar for each group.
+
+        Args:
+            bars: where the bars are added.
+            jobs: each with the name of its group.
+        """
+        group_of = {job.name: group for group, job in jobs}
+        totals, steps = Counter[str](), dict.fromkeys(group_of, 0)
+        for group, job in jobs:
+            totals[group] += job.steps
+        tasks = {group: bars.add_task(group, total=total) for group, total in totals.items()}
+
+        def show(name: str, done: int) -> None:
+            steps[name] = max(done, steps[name])
+            group = group_of[name]
+            bars.update(tasks[group], completed=sum(n for other, n in steps.items() if group_of[other] == group))
+
+        self.run([job for _, job in jobs], show)
 
     def _last_words(self) -> str:
         logs = sorted(self._log_folder.glob("worker-*.log"), key=lambda f: f.stat().st_mtime)
