@@ -39,12 +39,15 @@ def importance_weight(
         log_rho: (B, T) log(policy/behaviour) per token, nats, 0 outside the mask.
         mask: (B, T) bool, True on response tokens.
         limits: bounds of this computation.
-        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it.
+        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it. The
+            token weight of such a term is 1, and there is nothing to treat.
 
     Returns:
         The weight: ``rho_t``, ``rho_{1:t}`` (``prefix``, ``decision``) or ``rho_{1:T}``, 1 for ``none``.
     """
     level = "token" if spec.clip is not None else spec.correction
+    if level == "token" and one_earlier:
+        return Weight(mask.to(log_rho.dtype), mask & False, None)
     if level == "none":
         exponent = log_rho * 0.0
     elif level == "token":

@@ -23,6 +23,12 @@ def stability(spec: KLSpec) -> str:
     row = row_of(spec)
     if spec.placement != "loss" or row.kind == "none":
         return ""
+    if spec.top is not None:
+        return (
+            "The own term is a sum over a set of tokens and one bucket, so no noise of sampled tokens drives tokens of "
+            "the set out on stale data. The tokens inside the bucket have a sampled remainder; their bucket as a whole "
+            "is held."
+        )
     if spec.estimator == "exact":
         return (
             "The own term is a sum over the vocabulary and not over a sample, so no noise of sampled tokens drives "

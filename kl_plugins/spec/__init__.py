@@ -33,7 +33,8 @@ class KLSpec:
         clip: half-width of the clipped KL head, or None.
         bound: largest absolute log-ratio that enters an ``exp``, nats.
         beta: schedule or controller of beta; None = the host's constant.
-        top: number of tokens that ``exact`` treats exactly, None = all.
+        top: how many of the reference's most probable tokens ``exact`` treats one by one; all others share a bucket.
+            None = the whole vocabulary.
         allow_biased: the user knows that the target is ``none``.
     """
 

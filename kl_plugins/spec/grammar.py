@@ -12,6 +12,9 @@ PLACEMENTS = ("loss", "reward", "advantage")
 
 DEFAULT_BOUND = 30.0
 
+DEFAULT_TOP = 64
+"""How many tokens ``top`` keeps where it is written without a number."""
+
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
 

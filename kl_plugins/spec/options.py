@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kl_plugins.estimators import find_estimator
-from kl_plugins.spec.grammar import DEFAULT_BOUND, format_number
+from kl_plugins.spec.grammar import DEFAULT_BOUND, DEFAULT_TOP, format_number
 from kl_plugins.spec.option_row import NOT_IN_REWARD, Fault, OptionRow, Reference, Values, number, words
 from kl_plugins.spec.schedules import SCHEDULE
 from kl_plugins.spec.weight_options import WEIGHT_OPTIONS
@@ -111,13 +111,18 @@ OPTIONS: dict[str, OptionRow] = {
             "top",
             number(
                 "<k>",
-                lambda k: f"the {float(k):.0f} most probable tokens exactly, the tail by an unbiased sample",
+                lambda k: (
+                    f"the reference's {float(k):.0f} most probable tokens and one bucket for all others exactly, "
+                    "what happens inside the bucket by an unbiased sample"
+                ),
                 {"1": "1.0", "20": "20", "1e3": "1000"},
                 expected="a whole number >= 1",
                 holds=lambda x: x >= 1 and x == int(x),
                 of=int,
+                bare=DEFAULT_TOP,
             ),
-            "exact only: the k most probable tokens exactly, the tail by an unbiased sample",
+            "exact only: the reference's k most probable tokens and one bucket for all others exactly, what happens "
+            f"inside the bucket by an unbiased sample; without a number k is {DEFAULT_TOP}",
             faults=_top_faults,
             acts=lambda spec: spec.estimator == "exact",
             unset=("all", "the whole vocabulary exactly"),

@@ -76,8 +76,8 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
             found.append("off-policy, this is exactly the reverse-KL gradient on the behaviour policy's states")
         else:
             found.append(
-                "off-policy, the sampled tail of top: is biased, because its token was drawn from another policy: 20 % "
-                "in one example; without top: nothing is sampled"
+                "off-policy, the sampled remainder of top: is biased, because its token was drawn from another policy "
+                "(20 % in one example); is:token beside it weights the remainder alone"
             )
     elif not score and not spec.needs_behaviour:
         found.append("is:none reads the data as on-policy; on stale or mismatched samples the gradient is biased")
