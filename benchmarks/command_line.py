@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share: lists of names, a console that fits, interruption, what was typed."""
+"""Functions that the command lines of the benchmarks share: lists of names, consoles, progress bars, interruption."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Value = TypeVar("Value")
 
 
 def console_of(width: int) -> Console:
-    """A console for tables; in a log, it has a width of so many characters, so that tables are not cut off."""
+    """Make a console for tables; in a log it has the given width in characters, so that tables are not cut off."""
     console = Console()
     return console if console.is_terminal else Console(width=width)
 
 
 def progress_of(console: Console, *, remaining: bool = False) -> Progress:
-    """Progress bars of counted steps, with the time that has passed and, if asked for, an estimate of what remains."""
+    """Make progress bars of counted steps, with the elapsed time and, if requested, the estimated remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, *([TimeRemainingColumn()] if remaining else []), console=console)
 
 
 def listed(text: str, read: Callable[[str], Value], *, optional: bool = False) -> list[Value]:
-    """The values of a comma-separated option, each once and in order.
+    """Return the values of a comma-separated option in their order, each of them once.
 
     Args:
-        text: what was typed.
-        read: makes a value of each part, and raises ValueError where it cannot.
-        optional: whether there may be no value.
+        text: the text of the option.
+        read: function that makes a value from each part, or raises ValueError.
+        optional: whether the list may be empty.
 
     Raises:
         typer.BadParameter: `read` refuses a part, or there is no part.
@@ -52,7 +52,7 @@ def listed(text: str, read: Callable[[str], Value], *, optional: bool = False) -
 
 
 def typed(module: str) -> str:
-    """What was typed, for the report; of ``HOST=PATH`` without the path, which is this machine's own."""
+    """Return the command line for the report; paths in ``HOST=PATH`` are left out, because they name this machine."""
     words = [
         f"{name}=..." if given and Path(value).exists() else word
         for word in sys.argv[1:]
@@ -65,14 +65,14 @@ def typed(module: str) -> str:
 def interruptible(console: Console, *, resumable: bool = True) -> Iterator[None]:
     """Turn a failure of a worker and an interruption into a message and an exit status.
 
-    A request to terminate ends the workers as Ctrl-C does.
+    A request to terminate ends the workers in the same way as Ctrl-C.
 
     Args:
-        console: for the message.
-        resumable: whether the same command goes on where it was interrupted.
+        console: console for the message.
+        resumable: whether the same command continues an interrupted run.
 
     Raises:
-        typer.Exit: after the message.
+        typer.Exit: After the message was printed.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

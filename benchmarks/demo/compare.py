@@ -1,4 +1,4 @@
-"""All runs of the demonstration: makes what is missing, then judges, draws and prints."""
+"""Makes the missing runs of the demonstration, checks the statements about them, and draws and prints the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by arm name and seed
 def compare(
     console: Console, arms: list[Arm], seeds: int, settings: Settings, folder: Path, workers: int, fresh: bool
 ) -> None:
-    """Make what is missing, then judge, draw and print all of it."""
+    """Make the missing runs, and then check, draw and print the results of all runs."""
     start = time.perf_counter()
     code = sources()
     reference_file = folder / "reference.json"
@@ -33,7 +33,7 @@ def compare(
     model_folder = folder / "reference"
     runs: Runs = {arm.name: {} for arm in arms}
     missing: list[Missing] = []
-    for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted demo has whole comparisons
+    for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted demo has complete comparisons
         for arm in arms:
             file, key = folder / "runs" / f"{arm.slug}-seed{seed}.json", fingerprint(settings, arm, seed, code)
             found = None if fresh else finished(file, key, "fingerprint")
@@ -64,7 +64,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Missing:
-    """A run to be made."""
+    """A run that has to be made."""
 
     arm: Arm
     seed: int
@@ -73,20 +73,20 @@ class Missing:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the run, for messages."""
         return f"{self.arm.name} seed {self.seed}"
 
 
 def _train(crew: Pool, bars: Progress, missing: list[Missing], settings: Settings, folder: Path, runs: Runs) -> None:
-    """Make the missing runs; each is written as soon as it is there.
+    """Make the missing runs, and write each result as soon as the run has finished.
 
     Args:
         crew: the workers.
-        bars: one is added for each arm.
-        missing: what to make.
-        settings: of the demo.
-        folder: of the reference model.
-        runs: filled with the results.
+        bars: display of progress bars; it gets one bar for each arm.
+        missing: the runs to make.
+        settings: settings of the demo.
+        folder: folder of the reference model.
+        runs: gets the results.
     """
 
     def keep(run: Missing, result: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def _conclude(
     console: Console, arms: list[Arm], runs: Runs, settings: Settings, folder: Path, reference: dict[str, Any],
     seconds: float, workers: int, reused: int,
 ) -> None:  # fmt: skip
-    """Judge, draw, print and write the summary."""
+    """Check the statements, draw and print the results, and write the summary."""
     ends = report.finals(runs, settings.beta)
     found = report.checks(ends, reference["entropy"])
     text = report.sentence(found, settings.steps)
