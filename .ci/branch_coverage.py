@@ -135,11 +135,13 @@ def count(files: Iterable[Any]) -> Count:
     return Count(*(sum(each[name] for each in sums) for name in names))
 
 
-def spans(lines: list[int]) -> Iterator[str]:
-    """Write ascending line numbers with a dash between the first and the last of consecutive ones."""
-    for _, group in groupby(enumerate(lines), key=lambda pair: pair[1] - pair[0]):
-        members = [line for _, line in group]
-        yield str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}"
+def spans(never: set[int], executed: list[int]) -> Iterator[str]:
+    """Write the lines that never ran, with a dash between the first and the last where no line between them ran."""
+    ordered = sorted([*((line, False) for line in never), *((line, True) for line in executed)])
+    for ran, group in groupby(ordered, key=lambda line: line[1]):
+        lines = [line for line, _ in group]
+        if not ran:
+            yield str(lines[0]) if len(lines) == 1 else f"{lines[0]}-{lines[-1]}"
 
 
 def unreached(file: Any) -> str:
@@ -148,7 +150,7 @@ def unreached(file: Any) -> str:
     branches = [
         f"{line}->{target if target > 0 else 'exit'}" for line, target in file["missing_branches"] if line not in never
     ]
-    return ", ".join([*spans(sorted(never)), *branches])
+    return ", ".join([*spans(never, file["executed_lines"]), *branches])
 
 
 def report(root: Path) -> None:
