@@ -41,9 +41,9 @@ computes it again from joined sums, so that it does not depend on how tokens wer
 """
 
 MEANINGS: dict[str, str] = {
-    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; under top: that of kl/exact; never "
-    "negative",
-    "kl/exact": "mean of the full-vocabulary KL, nats, or under top: of its part over set and bucket, which is a lower "
+    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative; under top: the "
+    "same number as kl/exact",
+    "kl/exact": "mean of the full-vocabulary KL, nats; under top: mean of the KL over set and bucket, which is a lower "
     "bound; only under a spec with exact terms",
     "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",
     "kl/reverse_k1_is": "mean of k1 times the weight, nats",
