@@ -49,13 +49,13 @@ class Count(NamedTuple):
     branches_reached: int
 
     def share(self) -> float:
-        """Share of branches that were taken; of lines that ran, where there are no branches."""
+        """Return the share of branches that were taken, or of lines that ran if there are no branches."""
         if self.branches:
             return self.branches_reached / self.branches
         return self.lines_reached / self.lines if self.lines else 1.0
 
     def row(self, name: str) -> str:
-        """One row of the table."""
+        """Return one row of the table."""
         branches = f"{100 * self.branches_reached / self.branches:.1f}%" if self.branches else "-"
         lines = f"{100 * self.lines_reached / self.lines:.1f}%" if self.lines else "-"
         counts = f"{self.branches_reached}/{self.branches}", f"{self.lines_reached}/{self.lines}"
@@ -93,7 +93,7 @@ def run(root: Path, target: str, arguments: list[str]) -> int:
 
 
 def usable(path: Path) -> bool:
-    """Whether a data file is complete. That of a process that was killed while it wrote can be damaged."""
+    """Return whether a data file is complete; the file of a process that was killed during writing can be damaged."""
     try:
         with sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True) as data:
             tables = data.execute("select name from sqlite_master where name in ('coverage_schema', 'arc')").fetchall()

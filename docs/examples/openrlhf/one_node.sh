@@ -33,9 +33,9 @@ flags=(
   --algo.kl.init_coef "$BETA"
   # For a spec with @reward or @advantage (k1@advantage), leave out --algo.kl.use_loss.
 
-  # Remove the # in the next line of flags to turn on OpenRLHF's importance sampling. The policy loss and the weight in
-  # the spec then divide by vLLM's log-probs. Without the flag, both divide by the trainer's recomputed log-probs. To use
-  # vLLM's log-probs for the KL only, leave the flag out and append /behaviour:sampler to the spec.
+  # The commented flag turns on OpenRLHF's importance sampling. The policy loss and the weight in the spec then divide
+  # by vLLM's log-probs. Without the flag, both divide by the trainer's recomputed log-probs. To use vLLM's log-probs
+  # for the KL only, leave the flag out and append /behaviour:sampler to the spec.
   # --algo.advantage.is_correction_level token
 
   --algo.advantage.estimator group_norm # GRPO
