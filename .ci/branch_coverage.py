@@ -50,9 +50,7 @@ class Count(NamedTuple):
 
     def share(self) -> float:
         """Return the share of branches that were taken, or of lines that ran if there are no branches."""
-        if self.branches:
-            return self.branches_reached / self.branches
-        return self.lines_reached / self.lines if self.lines else 1.0
+        return self.branches_reached / self.branches if self.branches else self.lines_reached / self.lines
 
     def row(self, name: str) -> str:
         """Return one row of the table."""
@@ -155,7 +153,7 @@ def unreached(file: Any) -> str:
 
 def report(root: Path) -> None:
     """Print branch coverage by file with the lowest first, its sums, and everything that no target reaches."""
-    files = combine(root)
+    files = {name: file for name, file in combine(root).items() if file["summary"]["num_statements"]}
     counts = {name: count([file]) for name, file in files.items()}
     print(HEAD)
     for name in sorted(files, key=lambda name: (counts[name].share(), name)):
