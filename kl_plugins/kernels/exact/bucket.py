@@ -87,6 +87,7 @@ class TopKStatistics(NamedTuple):
 def top_k_statistics(rows: TopKRows, options: Options) -> TopKStatistics:
     """Statistics of each row: one pass over the logits, a tile at a time, and 2 k + 1 numbers a row in float64."""
     _check_ids(rows.ids, rows.logits.shape[-1])
+    backend_for(rows.logits, options)  # computes the gradient; one that cannot be used is an error before that
     dtype = torch.promote_types(rows.logits.dtype, torch.float32)
     parts = [_tile_statistics(rows.at(part), options, dtype) for part in tail_tiles(rows.logits, options)]
     if not parts:

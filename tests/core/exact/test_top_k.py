@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kl_plugins import RefTopK, exact_kl, linear_kl, linear_reference_top_k, reference_top_k
 from kl_plugins.exact import TopKKL
+from kl_plugins.kernels.backend import BackendError
 from tests.core.exact.support import norm_error
 
 INF = math.inf
@@ -339,6 +340,8 @@ def test_mistakes() -> None:
         exact_kl(logits, None, labels, reference=kept, ref_logp=torch.zeros(3))
     with pytest.raises(TypeError, match="expected token ids"):
         exact_kl(logits, None, labels, reference=kept._replace(ids=kept.logp), ref_logp=torch.zeros(2))
+    with pytest.raises(BackendError, match="backend='cuda': expected one of"):
+        exact_kl(logits, None, labels, **given, backend="cuda")
     hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
     with pytest.raises(ValueError, match="takes the place of ref_hidden"):
         linear_kl(hidden, weight, hidden, None, labels, **given)  # type: ignore[call-overload]
