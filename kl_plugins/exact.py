@@ -1,4 +1,4 @@
-"""Full-vocabulary KL per token, from logits or from hidden states: the public face of the exact kernels."""
+"""Exact KL per token over the whole vocabulary, or over a set and a bucket, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _F = TypeVar("_F", bound="Callable[..., object]")
 
 
 def _opaque(function: _F) -> _F:
-    # An outer torch.compile calls these as they are: they choose and compile their own kernels.
+    # torch.compile of a caller skips these functions, because they choose and compile their kernels themselves.
     disabled: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 
 
 DEFAULT_BOUND = 30.0
-"""Largest log-weight of a sampled tail, as a spec's ``bound`` has it by default."""
+"""Largest log-weight of the sampled remainder of ``top``, nats; equal to the default ``bound`` of a spec."""
 
 
 class ExactKL(NamedTuple):
@@ -69,7 +69,7 @@ class TopKKL(NamedTuple):
 
 
 class ExactKLLoss(NamedTuple):
-    """A loss (0-d) whose gradient is known already, and the per-token results it was made of, detached."""
+    """A scalar loss whose gradient was computed in the forward pass, and the detached results per token."""
 
     loss: Tensor
     kl: Tensor
@@ -281,7 +281,7 @@ def linear_kl(
     backend: str = "auto",
     max_tile_bytes: int | None = None,
 ) -> ExactKL | ExactKLLoss | TopKKL:
-    """The same as :func:`exact_kl`, from what goes into the output heads: the logits are never there as a whole.
+    """Compute :func:`exact_kl` from hidden states and output heads, without ever storing all logits.
 
     Without weights, kl and logp take any upstream gradient, and logits are computed again in the backward pass. With
     ``kl_weight`` the result is the loss sum(kl_weight kl + logp_weight logp), and its gradient is computed at once.
@@ -299,7 +299,8 @@ def linear_kl(
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.
         kl_weight, logp_weight: (...) weights of the loss, detached; beta and the host's normalisation belong in them.
         differentiable_logp: False returns logp detached; with a frozen head the backward pass is then free.
-        max_tile_bytes: bound on what is neither argument, result nor gradient (one row's tiles at least). Default
+        max_tile_bytes: upper limit of temporary memory in bytes (arguments, results and gradients not counted; at least
+            the tiles of one row). Default
             1 GiB on an accelerator; on a CPU 128 MiB, or what 128 rows of both logits need where that is more.
 
     Returns:

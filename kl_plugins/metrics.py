@@ -62,13 +62,13 @@ MEANINGS: dict[str, str] = {
     "kl/trust_region": "mean of rho - 1 - log rho, an estimate of KL(behaviour policy || policy), nats",
     "kl/active": "1 where a term was computed",
 }
-"""What each key says, for readers of a log."""
+"""Meaning of each metric, for the documentation and for readers of a log."""
 
 LEAST_KL = 1e-4
-"""``kl/disagree`` is 0 where ``kl/value`` is below this (nats): a relative difference of two noises says nothing."""
+"""``kl/disagree`` is 0 where ``kl/value`` is below this (nats): below it, noise is compared with noise."""
 
 ALIVE = 1e-6
-"""A token whose log-ratio is smaller than this (nats) may have a zero coefficient without being dead."""
+"""Log-ratios below this (nats) count as 0 for ``kl/dead_frac``."""
 
 
 def term_metrics(

@@ -25,7 +25,7 @@ def kl_penalty(
     exact: Tensor | None = None,
     remainder: Tensor | None = None,
 ) -> Tensor:
-    """Detached per-token penalty, per unit beta.
+    """Compute the penalty of each token, detached, in nats, before multiplication by beta.
 
     See arXiv 2601.10201 (FRPO) for ``@advantage``, 1909.08593 for ``@reward``.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KLTerm:
-    """What :func:`kl_term` returns; all (B, T), 0 outside the mask, in the dtype of ``logp``.
+    """Result of :func:`kl_term`. All tensors are (B, T), 0 outside the mask, in the dtype of ``logp``.
 
     Attributes:
         value: detached: the estimator's own k_t, unweighted, without future terms, nats.
@@ -48,7 +48,7 @@ def kl_term(
     exact: Tensor | None = None,
     remainder: Tensor | None = None,
 ) -> KLTerm:
-    """Per-token KL regulariser whose gradient is exactly the spec's.
+    """Compute the per-token KL term whose gradient is the one that the spec names.
 
     See arXiv 2510.01555 for why the coefficient counts and not the value; ``docs/specs.md`` for each formula.
 
@@ -110,7 +110,9 @@ def _terms_and_metrics(
 
 
 def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:
-    """The log-probs that the importance weight divides by: as the spec says, else the sampler's, else the old ones.
+    """Return the log-probs that the weight divides by.
+
+    They are those that the spec names; by default the sampler's, and the old policy's if those are missing.
 
     Raises:
         ValueError: a weight is asked for and the log-probs for it are missing.
@@ -130,7 +132,7 @@ def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Ten
 
 
 def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) -> None:
-    """Raise where the spec needs exact values that were not given, or has no place for the remainder.
+    """Check that the exact values that the spec needs were given, and that it has a place for the remainder.
 
     Args:
         spec: a parsed spec.
@@ -138,7 +140,7 @@ def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) 
         remainder: (B, T) nats, or None.
 
     Raises:
-        ValueError: see above.
+        ValueError: A value is missing, or there is a remainder without ``top:``.
     """
     if spec.needs_exact and exact is None:
         raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")

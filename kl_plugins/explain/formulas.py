@@ -13,7 +13,7 @@ BUCKET = "sum_S p log(p / r) + P L, with p of the policy, r of the reference"
 """Value of ``exact`` with ``top:``: the KL over the set and one bucket."""
 
 UNSTATED = "user-defined"
-"""What a registered row says where its author gave no formula."""
+"""Text of a formula that the author of a registered estimator did not give."""
 
 
 def row_of(spec: KLSpec) -> Estimator:

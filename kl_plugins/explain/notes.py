@@ -1,4 +1,4 @@
-"""What a reader of a spec is most likely to be wrong about, said first."""
+"""Notes on common misunderstandings about a spec; ``explain`` shows them first."""
 
 from __future__ import annotations
 

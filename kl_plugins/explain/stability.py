@@ -1,4 +1,4 @@
-"""What a weighted term does to a token that the policy has all but dropped: an unbiased gradient may be unstable.
+"""Effect of a weighted term on a token that the policy has nearly dropped: an unbiased gradient can be unstable.
 
 Write p, r and m for a token's probability under policy, reference and behaviour policy. The force on a sampled token is
 the weight p/m times the coefficient c(u), u = log(p/r). Noise pushes sampled tokens down a little. On fresh data new

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Reference: TypeAlias = "tuple[str, str] | None"
-"""Where something comes from, and what it is the source of."""
+"""A reference, and the part of the spec that comes from it; None without one."""
 
 Fault: TypeAlias = tuple[str, str]
-"""What is wrong with an option in its spec, and what would be right."""
+"""A fault of an option in its spec, and its correction."""
 
 
 class BadValueError(Exception):
@@ -119,7 +119,7 @@ def number(
 
 
 def flag(effect: str) -> Values:
-    """No value: the option is there or not."""
+    """Values of an option that is written without a value."""
     return Values("", lambda _: True, lambda _: "", lambda _: effect, examples=(("", "", True),))
 
 

@@ -2,8 +2,9 @@
 
 Parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, docs/specs.md and the specs that
 the tests draw all come from these rows. A new option is one row here and one attribute of
-:class:`~kl_plugins.spec.KLSpec`; what it computes stands elsewhere. What concerns several parts of a spec at once is in
-:mod:`kl_plugins.spec.rules` and :mod:`kl_plugins.spec.target`.
+:class:`~kl_plugins.spec.KLSpec`. What an option computes is in :mod:`kl_plugins.kernels.sampled` and
+:mod:`kl_plugins.corrections`. What concerns several parts of a spec at once is in :mod:`kl_plugins.spec.rules` and
+:mod:`kl_plugins.spec.target`.
 """
 
 from __future__ import annotations

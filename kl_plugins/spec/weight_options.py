@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
-"""Said whenever the importance weight divides by old log-probs, whether the user asked for them or not."""
+"""Caveat of every weight that divides by old log-probs, whether the spec names them or they are the default."""
 
 
 def _beside_clip(spec: KLSpec, name: str) -> Iterator[Fault]:
@@ -266,4 +266,4 @@ WEIGHT_OPTIONS = (
         source=("arXiv 2510.01555", "the KL term as a clipped head of its own"),
     ),
 )
-"""In canonical order."""
+"""The options of the importance weight, in canonical order."""
