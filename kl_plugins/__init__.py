@@ -16,6 +16,9 @@ _HOMES = {
     "exact_kl": "kl_plugins.exact",
     "linear_kl": "kl_plugins.exact",
     "sharded_exact_kl": "kl_plugins.tensor_parallel",
+    "RefTopK": "kl_plugins.reference",
+    "reference_top_k": "kl_plugins.reference",
+    "linear_reference_top_k": "kl_plugins.reference",
     "register_estimator": "kl_plugins.estimators",
 }
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from kl_plugins.exact import exact_kl as exact_kl
     from kl_plugins.exact import linear_kl as linear_kl
     from kl_plugins.penalty import kl_penalty as kl_penalty
+    from kl_plugins.reference import RefTopK as RefTopK
+    from kl_plugins.reference import linear_reference_top_k as linear_reference_top_k
+    from kl_plugins.reference import reference_top_k as reference_top_k
     from kl_plugins.spec import KLSpec as KLSpec
     from kl_plugins.spec import KLSpecError as KLSpecError
     from kl_plugins.tensor_parallel import sharded_exact_kl as sharded_exact_kl

@@ -39,12 +39,15 @@ def importance_weight(
         log_rho: (B, T) log(policy/behaviour) per token, nats, 0 outside the mask.
         mask: (B, T) bool, True on response tokens.
         limits: bounds of this computation.
-        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it.
+        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it. The
+            token weight of such a term is 1, and there is nothing to treat.
 
     Returns:
         The weight: ``rho_t``, ``rho_{1:t}`` (``prefix``, ``decision``) or ``rho_{1:T}``, 1 for ``none``.
     """
     level = "token" if spec.clip is not None else spec.correction
+    if level == "token" and one_earlier:
+        return Weight(mask.to(log_rho.dtype), mask & False, None)
     if level == "none":
         exponent = log_rho * 0.0
     elif level == "token":
@@ -54,7 +57,7 @@ def importance_weight(
     else:
         exponent = log_rho.cumsum(-1)
         if one_earlier and exponent.numel():
-            # Shifting, rather than subtracting the own term, keeps the rest exact where the own term is huge.
+            # The sum is shifted by one token. Subtracting the own term instead would lose digits if that is huge.
             exponent = pad(exponent[..., :-1], (1, 0))
     return _treat(spec, limits.exponent(exponent).exp().masked_fill(~mask, 0.0), mask)
 
@@ -74,13 +77,15 @@ def _treat(spec: KLSpec, weight: Tensor, mask: Tensor) -> Weight:
         altered, weight = altered | outside, weight.masked_fill(outside, 0.0)
     if spec.norm:
         count = mask.sum().clamp_min(1)
-        # The smallest number only matters where a band left nothing: 0 stays 0.
+        # The lower limit avoids 0/0 if a band set all weights to 0; the result is then 0.
         weight = weight / (weight.sum() / count).clamp_min(finfo(weight.dtype).tiny)
     return Weight(weight, altered, unraised)
 
 
 def effective_sample_size(weight: Tensor, mask: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) over response tokens: 1 for equal weights, 1/n where one token has all; 0 without tokens.
+    """Return the effective sample size of the response tokens as a share of their number: (sum w)^2 / (n sum w^2).
+
+    It is 1 for equal weights, 1/n if one token has all of the weight, and 0 without tokens.
 
     See Kong 1992; Owen 2013, "Monte Carlo theory, methods and examples", chapter 9.
 

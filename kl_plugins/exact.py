@@ -1,4 +1,4 @@
-"""Full-vocabulary KL per token, from logits or from hidden states: the public face of the exact kernels."""
+"""Exact KL per token over the whole vocabulary, or over a set and a bucket, from logits or from hidden states."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from kl_plugins.kernels.exact.arguments import (
     check_floats,
     check_head,
     checked_labels,
+    checked_reference,
     flat_rows,
     loss_weight,
     row_options,
 )
 from kl_plugins.kernels.exact.autograd import named
+from kl_plugins.kernels.exact.bucket import TopKReference, TopKStatistics, top_k_rows
 from kl_plugins.kernels.exact.linear import Gradients, LinearInputs, default_tile_bytes
 from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, wanted_gradients
 from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, RowStatistics, Upstream
-from kl_plugins.kernels.exact.top_k import top_k
+from kl_plugins.kernels.exact.reference import RefTopK, label_log_probs, reference_rows
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Upstream
 from kl_plugins.numerics import Limits, masked_difference
 
 if TYPE_CHECKING:
@@ -33,13 +35,13 @@ _F = TypeVar("_F", bound="Callable[..., object]")
 
 
 def _opaque(function: _F) -> _F:
-    # An outer torch.compile calls these as they are: they choose and compile their own kernels.
+    # torch.compile of a caller skips these functions, because they choose and compile their kernels themselves.
     disabled: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 
 
 DEFAULT_BOUND = 30.0
-"""Largest log-weight of a sampled tail, as a spec's ``bound`` has it by default."""
+"""Largest log-weight of the sampled remainder of ``top``, nats; equal to the default ``bound`` of a spec."""
 
 
 class ExactKL(NamedTuple):
@@ -50,8 +52,24 @@ class ExactKL(NamedTuple):
     ref_logp: Tensor
 
 
+class TopKKL(NamedTuple):
+    """Per-token results where the reference is a :class:`~kl_plugins.reference.RefTopK`, float32, nats.
+
+    Attributes:
+        kl: KL of the k tokens and the bucket of all others: exact, at least 0, and at most the whole KL.
+        logp, ref_logp: log-prob of the label under policy and reference.
+        remainder: detached: what the sampled label adds, its log-ratio minus the bucket's, where it is none of the k
+            tokens, else 0. It is a coefficient on the label's log-prob: pass it to ``kl_term(..., remainder=)``.
+    """
+
+    kl: Tensor
+    logp: Tensor
+    ref_logp: Tensor
+    remainder: Tensor
+
+
 class ExactKLLoss(NamedTuple):
-    """A loss (0-d) whose gradient is known already, and the per-token results it was made of, detached."""
+    """A scalar loss whose gradient was computed in the forward pass, and the detached results per token."""
 
     loss: Tensor
     kl: Tensor
@@ -59,12 +77,48 @@ class ExactKLLoss(NamedTuple):
     ref_logp: Tensor
 
 
-@_opaque
+@overload
 def exact_kl(
     logits: Tensor,
     ref_logits: Tensor,
     labels: Tensor,
     *,
+    reference: None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    ref_softcap: float | None = ...,
+    top: int | None = ...,
+    behaviour_logp: Tensor | None = ...,
+    backend: str = ...,
+    max_tile_bytes: int | None = ...,
+) -> ExactKL: ...
+
+
+@overload
+def exact_kl(
+    logits: Tensor,
+    ref_logits: None,
+    labels: Tensor,
+    *,
+    reference: RefTopK,
+    ref_logp: Tensor,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    backend: str = ...,
+    max_tile_bytes: int | None = ...,
+) -> TopKKL: ...
+
+
+@_opaque
+def exact_kl(
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    reference: RefTopK | None = None,
+    ref_logp: Tensor | None = None,
     mask: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -73,51 +127,73 @@ def exact_kl(
     behaviour_logp: Tensor | None = None,
     backend: str = "auto",
     max_tile_bytes: int | None = None,
-) -> ExactKL:
+) -> ExactKL | TopKKL:
     """KL(policy || reference) over the whole vocabulary, and the labels' log-probs.
 
-    See ``docs/exact.md`` for the form that is computed and its accuracy.
+    See ``docs/exact.md`` for the form that is computed and its accuracy. With ``reference`` the sum is that of the
+    reference's k most probable tokens and one bucket for all others, which needs no logits of the reference.
 
     Args:
         logits: (..., V) of the policy, any float dtype, with their graph; read as float32 (float64 stays).
-        ref_logits: (..., V) of the reference; no gradient flows to them.
+        ref_logits: (..., V) of the reference; no gradient flows to them. None where ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out.
+        reference: what :func:`kl_plugins.reference_top_k` kept of the reference in each position.
+        ref_logp: (...) log-probs of the labels under the reference, nats; needed beside ``reference``.
         mask: (...) True where a position counts; the others give 0 and no gradient, whatever they hold.
         temperature: divides the logits of both, as in sampling.
         softcap, ref_softcap: final logit soft-caps, for logits that were taken before the model's own capping.
-        top: only the policy's ``top`` most probable tokens are summed, the others enter by the sampled label, unbiased
-            (a spec's ``top:<k>``); None for all.
-        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data: what
-            ``is:prefix`` and ``is:decision`` need (their weight ends one token earlier). Else leave it out.
+            ``reference`` has its own soft-cap in it already.
+        top: with ``ref_logits``: sum and bucket as with ``reference_top_k(ref_logits, top)``, and the sampled remainder
+            added to the KL, for callers that have no use for it apart; None for the whole vocabulary.
+        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data: they
+            weight the remainder. Leave it out under ``is:sequence``, whose weight holds the label's already.
         backend: ``auto``, ``eager``, ``compiled`` or ``triton``; ``auto`` heeds ``KL_PLUGINS_EXACT_BACKEND``.
         max_tile_bytes: bound on temporaries beside arguments, results and the gradient (one row's at least).
 
     Returns:
-        kl, logp, ref_logp, each (...), float32 (float64 for float64 logits), nats. kl and logp are differentiable.
-        An infinite divergence or log-prob (-inf logits) saturates at 1e4 nats.
+        :class:`ExactKL`, or :class:`TopKKL` with ``reference``: each (...), float32 (float64 for float64 logits), nats.
+        kl and logp are differentiable. An infinite divergence or log-prob (-inf logits) saturates at 1e4 nats.
 
     Raises:
-        ValueError: a shape, label or option that cannot be.
+        ValueError: a shape, label or option that cannot be, or another temperature than that of ``reference``.
         TypeError: a dtype that cannot be.
         BackendError: the backend asked for is unknown or cannot be used here.
     """
-    check_floats(logits=logits, ref_logits=ref_logits)
-    if logits.dim() < 1 or logits.shape != ref_logits.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be one (..., V)")
+    if logits.dim() < 1:
+        raise ValueError(f"logits {tuple(logits.shape)} must be (..., V)")
     shape = logits.shape[:-1]
-    labels = checked_labels(labels, mask, shape)
     options = row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
-    rows = (flat_rows(logits), flat_rows(ref_logits.detach()), labels.reshape(-1))
+    labels = checked_labels(labels, mask, shape).reshape(-1)
+    if reference is not None:
+        if ref_logits is not None or ref_softcap is not None or top is not None or behaviour_logp is not None:
+            raise ValueError("reference= takes the place of ref_logits, ref_softcap, top and behaviour_logp")
+        check_floats(logits=logits)
+        given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
+        found, *_ = named(top_k_rows(flat_rows(logits), labels, *given, options), TopKStatistics)
+        return _top_k_result(found, given, shape)
+    if ref_logits is None or ref_logp is not None:
+        raise ValueError("pass ref_logits, or reference= with ref_logp=")
+    check_floats(logits=logits, ref_logits=ref_logits)
+    if logits.shape != ref_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be one (..., V)")
+    ref_rows = flat_rows(ref_logits.detach())
     if top is None:
         if behaviour_logp is not None:
-            raise ValueError("behaviour_logp weights the sampled tail of top=; without top nothing is sampled")
-        kl, logp, ref_logp, *_ = logits_kl(*rows, options)
-    else:
-        if top < 1:
-            raise ValueError(f"top={top}: must be at least 1")
-        weight = None if behaviour_logp is None else _tail_weight(rows, behaviour_logp, options)
-        kl, logp, ref_logp, *_ = top_k(*rows, weight, top, options)
-    return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_logp.reshape(shape))
+            raise ValueError("behaviour_logp weights the sampled remainder of top=; without top nothing is sampled")
+        kl, logp, ref_label, *_ = logits_kl(flat_rows(logits), ref_rows, labels, options)
+        return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_label.reshape(shape))
+    if top < 1:
+        raise ValueError(f"top={top}: must be at least 1")
+    if behaviour_logp is not None and behaviour_logp.numel() != labels.numel():
+        raise ValueError(f"behaviour_logp {tuple(behaviour_logp.shape)}: must be one per position")
+    ref_options = options._replace(softcap=ref_softcap)
+    kept = reference_rows(ref_rows, top, ref_options)
+    label_logp = label_log_probs(ref_rows, labels, kept, ref_options)
+    given = TopKReference(kept.ids, kept.logp, kept.log_tail, label_logp)
+    found, *_ = named(top_k_rows(flat_rows(logits), labels, *given, options), TopKStatistics)
+    whole = found.kl + _weighted_remainder(found, labels, behaviour_logp)
+    result = _top_k_result(found, given, shape)
+    return ExactKL(whole.reshape(shape), result.logp, result.ref_logp.masked_fill(labels.reshape(shape) < 0, 0.0))
 
 
 @overload
@@ -146,6 +222,26 @@ def linear_kl(
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
+    ref_hidden: None,
+    ref_weight: None,
+    labels: Tensor,
+    *,
+    reference: RefTopK,
+    ref_logp: Tensor,
+    bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    differentiable_logp: bool = ...,
+    backend: str = ...,
+    max_tile_bytes: int | None = ...,
+) -> TopKKL: ...
+
+
+@overload
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
     ref_hidden: Tensor,
     ref_weight: Tensor,
     labels: Tensor,
@@ -167,10 +263,12 @@ def linear_kl(
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
     labels: Tensor,
     *,
+    reference: RefTopK | None = None,
+    ref_logp: Tensor | None = None,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -182,8 +280,8 @@ def linear_kl(
     differentiable_logp: bool = True,
     backend: str = "auto",
     max_tile_bytes: int | None = None,
-) -> ExactKL | ExactKLLoss:
-    """The same as :func:`exact_kl`, from what goes into the output heads: the logits are never there as a whole.
+) -> ExactKL | ExactKLLoss | TopKKL:
+    """Compute :func:`exact_kl` from hidden states and output heads, without ever storing all logits.
 
     Without weights, kl and logp take any upstream gradient, and logits are computed again in the backward pass. With
     ``kl_weight`` the result is the loss sum(kl_weight kl + logp_weight logp), and its gradient is computed at once.
@@ -191,64 +289,92 @@ def linear_kl(
     Args:
         hidden: (..., D) final hidden states of the policy, with their graph.
         weight: (V, D) of the policy's head, whole (under FSDP: where the head is gathered). Frozen: costs less.
-        ref_hidden: (..., D') of the reference.
-        ref_weight: (V, D') of the reference's head.
+        ref_hidden: (..., D') of the reference; None where ``reference`` is given.
+        ref_weight: (V, D') of the reference's head; None where ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out, and its products are not computed.
+        reference, ref_logp: as in :func:`exact_kl`, in the place of the reference's head. Weights of a loss cannot be
+            given beside them.
         bias, ref_bias: (V,), None for none.
         mask: (...) True where a position counts.
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.
         kl_weight, logp_weight: (...) weights of the loss, detached; beta and the host's normalisation belong in them.
         differentiable_logp: False returns logp detached; with a frozen head the backward pass is then free.
-        max_tile_bytes: bound on what is neither argument, result nor gradient (one row's tiles at least). Default
+        max_tile_bytes: upper limit of temporary memory in bytes (arguments, results and gradients not counted; at least
+            the tiles of one row). Default
             1 GiB on an accelerator; on a CPU 128 MiB, or what 128 rows of both logits need where that is more.
 
     Returns:
-        :class:`ExactKL`, or :class:`ExactKLLoss` if ``kl_weight`` or ``logp_weight`` is given.
+        :class:`ExactKL`, :class:`ExactKLLoss` if ``kl_weight`` or ``logp_weight`` is given, or :class:`TopKKL` with
+        ``reference``.
 
     Raises:
         ValueError: a shape, label or option that cannot be.
         TypeError: a dtype that cannot be, or a sharded weight.
         BackendError: the backend asked for is unknown or cannot be used here.
     """
-    check_floats(hidden=hidden, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
-    check_head(hidden, weight, bias, "")
-    check_head(ref_hidden, ref_weight, ref_bias, "ref_")
     shape = hidden.shape[:-1]
-    if ref_hidden.shape[:-1] != shape or ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"policy {tuple(hidden.shape)} x {tuple(weight.shape)} and reference {tuple(ref_hidden.shape)} x "
-            f"{tuple(ref_weight.shape)} must have the same positions and the same vocabulary"
-        )
+    check_floats(hidden=hidden, weight=weight)
+    check_head(hidden, weight, bias, "")
     if max_tile_bytes is None:
         max_tile_bytes = default_tile_bytes(hidden, weight.shape[0])
+    options = row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
+    labels = checked_labels(labels, mask, shape).reshape(-1)
+    operands, top_k = operand_dtype(hidden, weight), None
+    if reference is not None:
+        if any(part is not None for part in (ref_hidden, ref_weight, ref_bias, ref_softcap)):
+            raise ValueError("reference= takes the place of ref_hidden, ref_weight, ref_bias and ref_softcap")
+        if kl_weight is not None or logp_weight is not None:
+            raise ValueError("reference= has a remainder, so the gradient is not known before the loss: drop kl_weight")
+        top_k = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
+        ref_operands = operands
+    elif ref_hidden is None or ref_weight is None or ref_logp is not None:
+        raise ValueError("pass ref_hidden and ref_weight, or reference= with ref_logp=")
+    else:
+        check_floats(hidden=hidden, ref_hidden=ref_hidden, ref_weight=ref_weight)
+        check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+        if ref_hidden.shape[:-1] != shape or ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"policy {tuple(hidden.shape)} x {tuple(weight.shape)} and reference {tuple(ref_hidden.shape)} x "
+                f"{tuple(ref_weight.shape)} must have the same positions and the same vocabulary"
+            )
+        ref_operands = operand_dtype(ref_hidden, ref_weight)
     inputs = LinearInputs(
         flat_rows(hidden),
         weight,
         bias,
-        flat_rows(ref_hidden.detach()),
-        ref_weight.detach(),
+        None if ref_hidden is None else flat_rows(ref_hidden.detach()),
+        None if ref_weight is None else ref_weight.detach(),
         None if ref_bias is None else ref_bias.detach(),
-        checked_labels(labels, mask, shape).reshape(-1),
-        row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes),
-        (operand_dtype(hidden, weight), operand_dtype(ref_hidden, ref_weight)),
+        labels,
+        top_k,
+        options,
+        (operands, ref_operands),
         max_tile_bytes,
     )
     wanted = wanted_gradients(inputs)
     if kl_weight is None and logp_weight is None:
         rows_first = wanted.hidden and not (wanted.weight or wanted.bias or differentiable_logp)
-        found, *_ = named(linear_rows(*inputs, rows_first), RowStatistics)
-        kl, logp, ref_logp = (part.reshape(shape) for part in (found.kl, found.logp, found.ref_logp))
-        return ExactKL(kl, logp if differentiable_logp else logp.detach(), ref_logp)
+        found, *_ = named(linear_rows(*inputs, rows_first), inputs.kind())
+        if not differentiable_logp:
+            found = found._replace(logp=found.logp.detach())
+        if top_k is not None:
+            return _top_k_result(found, top_k, shape)
+        return ExactKL(*(part.reshape(shape) for part in (found.kl, found.logp, found.ref_logp)))
     weights = Upstream(loss_weight(kl_weight, shape, hidden), loss_weight(logp_weight, shape, hidden))
     _, loss, *rows = named(linear_loss(*inputs, *weights, *wanted), Gradients)
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
 
 
-def _tail_weight(rows: tuple[Tensor, Tensor, Tensor], behaviour_logp: Tensor, options: Options) -> Tensor:
-    if behaviour_logp.numel() != rows[2].numel():
-        raise ValueError(f"behaviour_logp {tuple(behaviour_logp.shape)}: must be one per position")
-    with torch.no_grad():
-        logp = logits_kl(*rows, options)[1]
-    kept = (rows[2] != IGNORE_INDEX)[None]
-    log_weight = masked_difference(logp[None], behaviour_logp.detach().reshape(1, -1), kept, logp.dtype)
-    return Limits.of(logp.dtype, DEFAULT_BOUND).exponent(log_weight)[0].exp()
+def _top_k_result(found: TopKStatistics, reference: TopKReference, shape: torch.Size) -> TopKKL:
+    parts = (found.kl, found.logp, reference.label_logp, found.remainder.detach())
+    return TopKKL(*(part.reshape(shape) for part in parts))
+
+
+def _weighted_remainder(found: TopKStatistics, labels: Tensor, behaviour_logp: Tensor | None) -> Tensor:
+    """(N,) the remainder with its importance weight, whose gradient is that of its coefficient on the log-prob."""
+    logp, remainder = found.logp.detach(), found.remainder.detach()
+    if behaviour_logp is not None:
+        kept = (labels != IGNORE_INDEX)[None]
+        log_weight = masked_difference(logp[None], behaviour_logp.detach().reshape(1, -1), kept, logp.dtype)
+        remainder = remainder * Limits.of(logp.dtype, DEFAULT_BOUND).exponent(log_weight)[0].exp()
+    return remainder * (1.0 + found.logp - logp)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def future_sum(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """sum_{j>t} gamma^(j-t) terms_j, where powers count response tokens only.
+    """Compute the discounted sum of the terms after each token: sum_{j>t} gamma^(j-t) terms_j.
+
+    Powers count response tokens only.
 
     See arXiv 2601.10201 (FRPO) and 2506.09477 for why the sequence gradient has this term.
 
@@ -20,13 +22,13 @@ def future_sum(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
         (B, T), 0 outside the mask.
     """
     to_go = terms.flip(-1).cumsum(-1).flip(-1) if gamma == 1.0 else _discounted_to_go(terms, mask, gamma)
-    # Shifting, rather than subtracting the own term, keeps the rest exact where the own term is huge.
+    # The sum is shifted by one token. Subtracting the own term instead would lose digits if that term is huge.
     later = torch.nn.functional.pad(to_go[..., 1:], (0, 1))
     return (gamma * later).masked_fill(~mask, 0.0)
 
 
 def _discounted_to_go(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    # y_t = terms_t + a_t y_{t+1} with a_t = gamma on response tokens and 1 in holes: an affine recurrence,
+    # y_t = terms_t + a_t y_{t+1} with a_t = gamma on response tokens and 1 outside the mask: an affine recurrence,
     # composed by doubling in log2(T) steps (no division, no T x T matrix).
     to_go = terms
     step = torch.ones_like(terms).masked_fill(mask, gamma)  # torch.where would round a float64 gamma to float32

@@ -41,8 +41,10 @@ computes it again from joined sums, so that it does not depend on how tokens wer
 """
 
 MEANINGS: dict[str, str] = {
-    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative",
-    "kl/exact": "mean of the full-vocabulary KL, nats; only under a spec with exact terms",
+    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative; under top: the "
+    "same number as kl/exact",
+    "kl/exact": "mean of the full-vocabulary KL, nats; under top: mean of the KL over set and bucket, which is a lower "
+    "bound; only under a spec with exact terms",
     "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",
     "kl/reverse_k1_is": "mean of k1 times the weight, nats",
     "kl/log_ratio/mean": "mean of |u|, nats",
@@ -56,17 +58,17 @@ MEANINGS: dict[str, str] = {
     "kl/cap_frac": "share of tokens whose weight or coefficient cap, band or clip changed",
     "kl/floor_frac": "share of tokens whose weight the floor raised",
     "kl/dead_frac": "share of tokens without a gradient although policy and reference differ",
-    "kl/disagree": "|mean k1 - mean k3| over mean k3; 0 where the mean of k3 is below 1e-4 nats",
+    "kl/disagree": "|mean k1 - kl/value| over kl/value; 0 where that is below 1e-4 nats",
     "kl/trust_region": "mean of rho - 1 - log rho, an estimate of KL(behaviour policy || policy), nats",
     "kl/active": "1 where a term was computed",
 }
-"""What each key says, for readers of a log."""
+"""Meaning of each metric, for the documentation and for readers of a log."""
 
 LEAST_KL = 1e-4
-"""``kl/disagree`` is 0 where the mean of k3 is below this (nats): a relative difference of two noises says nothing."""
+"""``kl/disagree`` is 0 where ``kl/value`` is below this (nats): below it, noise is compared with noise."""
 
 ALIVE = 1e-6
-"""A token whose log-ratio is smaller than this (nats) may have a zero coefficient without being dead."""
+"""Log-ratios below this (nats) count as 0 for ``kl/dead_frac``."""
 
 
 def term_metrics(
@@ -76,7 +78,7 @@ def term_metrics(
     mask: Tensor,
     exact: Tensor | None = None,
     *,
-    own_is_exact: bool = False,
+    bucket: bool = False,
 ) -> dict[str, Tensor]:
     """Diagnostics of one ``kl_term`` call.
 
@@ -86,7 +88,7 @@ def term_metrics(
         log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
         mask: (B, T) bool.
         exact: (B, T) full-vocabulary KL, nats, or None.
-        own_is_exact: the own gradient flows through ``exact`` and not through the coefficient.
+        bucket: ``exact`` is the KL over a set of tokens and one bucket, of which ``kl/value`` then is the mean.
 
     Returns:
         0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
@@ -104,16 +106,17 @@ def term_metrics(
     coefficient = terms.coefficient
     weight = terms.weight if terms.unraised is None else terms.unraised
     coefficient_mean = mean(coefficient)
-    k1_mean, k3_mean = mean(u), mean(k3_value(limits.linear(u), limits.exponent(u)))
+    k1_mean = mean(u)
+    kl_mean = mean(terms.value if bucket else k3_value(limits.linear(u), limits.exponent(u)))
     trust_region = k3_value(limits.linear(-log_rho), limits.exponent(-log_rho))
     dead = (coefficient == 0) & (u.abs() > ALIVE)
-    if own_is_exact:
-        dead = dead & (weight == 0)
+    if terms.exact_weight is not None:
+        dead = dead & (terms.exact_weight == 0)
     spread = (coefficient - coefficient_mean).masked_fill(~mask, 0)
     # Scaling keeps the squares of huge coefficients finite.
     scale = spread.abs().amax().clamp_min(1e-30) if spread.numel() else torch.ones_like(count, dtype=u.dtype)
     found = {
-        "kl/value": k3_mean,
+        "kl/value": kl_mean,
         "kl/reverse_k1": k1_mean,
         "kl/reverse_k1_is": mean(limits.saturate(weight * u)),
         "kl/log_ratio/mean": mean(u.abs()),
@@ -127,7 +130,7 @@ def term_metrics(
         "kl/cap_frac": mean(terms.altered.to(u.dtype)),
         "kl/floor_frac": mean((terms.weight > weight).to(u.dtype)),
         "kl/dead_frac": mean(dead.to(u.dtype)),
-        "kl/disagree": ((k1_mean - k3_mean).abs() / k3_mean.clamp_min(LEAST_KL)).masked_fill(k3_mean < LEAST_KL, 0.0),
+        "kl/disagree": ((k1_mean - kl_mean).abs() / kl_mean.clamp_min(LEAST_KL)).masked_fill(kl_mean < LEAST_KL, 0.0),
         "kl/trust_region": mean(trust_region),
         "kl/active": mask.any().to(u.dtype) * 0 + 1,
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kl_plugins.horizon import future_sum
 from kl_plugins.kernels import backend
 from kl_plugins.kernels.sampled import score_terms
-from kl_plugins.numerics import Limits, cast_saturating, check_shapes, compute_dtype, masked_difference
+from kl_plugins.numerics import Limits, cast_saturating, check_shapes, compute_dtype, masked_difference, masked_exact
 from kl_plugins.term import require_exact
 
 if TYPE_CHECKING:
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 
-def kl_penalty(spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, exact: Tensor | None = None) -> Tensor:
-    """Detached per-token penalty, per unit beta.
+def kl_penalty(
+    spec: KLSpec,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    exact: Tensor | None = None,
+    remainder: Tensor | None = None,
+) -> Tensor:
+    """Compute the penalty of each token, detached, in nats, before multiplication by beta.
 
     See arXiv 2601.10201 (FRPO) for ``@advantage``, 1909.08593 for ``@reward``.
 
@@ -26,7 +34,9 @@ def kl_penalty(spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, ex
         logp: (B, T) the trainer's own log-probs of the rollout, never the engine's, nats.
         ref_logp: (B, T) log-probs of the reference at the same temperature, nats.
         mask: (B, T), True on response tokens.
-        exact: (B, T) full-vocabulary KL per state, nats; for an exact future term.
+        exact: (B, T) KL per state, nats; for an exact future term: over the whole vocabulary, or with ``top:`` over a
+            set of tokens and one bucket for all others.
+        remainder: (B, T) beside such a set and bucket: what the sampled token adds, nats, see ``kl_term``.
 
     Returns:
         (B, T) in the dtype of ``logp``, 0 outside the mask. ``reward``: k_t of each token.
@@ -37,17 +47,20 @@ def kl_penalty(spec: KLSpec, logp: Tensor, ref_logp: Tensor, mask: Tensor, *, ex
     """
     if spec.placement == "loss":
         raise ValueError(f"kl_penalty is for @reward and @advantage specs; {spec} is a loss: use kl_term")
-    check_shapes(mask, logp=logp, ref_logp=ref_logp, exact=exact)
-    require_exact(spec, exact)
+    check_shapes(mask, logp=logp, ref_logp=ref_logp, exact=exact, remainder=remainder)
+    require_exact(spec, exact, remainder)
     mask = mask.bool()
     u = masked_difference(logp.detach(), ref_logp.detach(), mask, compute_dtype(logp, ref_logp))
-    penalty = backend.run(_penalty, spec, u, mask, None if exact is None else exact.detach(), like=u)
+    given = (None if part is None else part.detach() for part in (exact, remainder))
+    penalty = backend.run(_penalty, spec, u, mask, *given, like=u)
     return cast_saturating(penalty, logp.dtype)
 
 
-def _penalty(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> Tensor:
+def _penalty(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None, remainder: Tensor | None) -> Tensor:
     limits = Limits.of(u.dtype, spec.bound)
     value, future = score_terms(spec, u, mask, exact)
+    if remainder is not None and spec.future == "exact":
+        future = future + limits.linear(masked_exact(remainder, mask, u.dtype))
     if spec.horizon == "sequence":
         value = value + future_sum(future, mask, spec.gamma)
     return limits.saturate(value)

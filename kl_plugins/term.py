@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KLTerm:
-    """What :func:`kl_term` returns; all (B, T), 0 outside the mask, in the dtype of ``logp``.
+    """Result of :func:`kl_term`. All tensors are (B, T), 0 outside the mask, in the dtype of ``logp``.
 
     Attributes:
         value: detached: the estimator's own k_t, unweighted, without future terms, nats.
-        coefficient: detached, weight included; what multiplies grad log pi. For an exact own term: the future part.
+        coefficient: detached, weight included; what multiplies grad log pi. For an exact own term: the future part,
+            and the remainder of ``top:``.
         loss: value + coefficient * (logp - logp.detach()); multiply by beta, then aggregate as the host does.
-        weight: detached importance weight, 1 where there is none.
+        weight: detached importance weight, 1 where there is none; with ``top:`` that of the remainder.
         metrics: 0-d tensors by key; see :mod:`kl_plugins.metrics`.
     """
 
@@ -45,8 +46,9 @@ def kl_term(
     old_logp: Tensor | None = None,
     sampler_logp: Tensor | None = None,
     exact: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> KLTerm:
-    """Per-token KL regulariser whose gradient is exactly the spec's.
+    """Compute the per-token KL term whose gradient is the one that the spec names.
 
     See arXiv 2510.01555 for why the coefficient counts and not the value; ``docs/specs.md`` for each formula.
 
@@ -57,25 +59,30 @@ def kl_term(
         mask: (B, T), True on response tokens.
         old_logp: (B, T) log-probs of the trainer's own policy at rollout time.
         sampler_logp: (B, T) log-probs that the inference engine sampled with. Beside ``is:none`` it feeds metrics only.
-        exact: (B, T) full-vocabulary KL(policy || reference) per state, nats, with its graph; for ``exact`` specs.
+        exact: (B, T) KL(policy || reference) per state, nats, with its graph; for specs with exact terms: over the
+            whole vocabulary, or with ``top:`` over a set of tokens and one bucket for all others.
+        remainder: (B, T) beside such a set and bucket: what the sampled token adds, nats, as ``exact_kl`` and
+            ``linear_kl`` return it. Leave it out where ``exact`` holds it already (``exact_kl(..., top=)``).
 
     Returns:
         The term; see :class:`KLTerm`.
 
     Raises:
-        ValueError: not a ``@loss`` spec, a shape differs, or log-probs that the spec needs are missing.
+        ValueError: not a ``@loss`` spec, a shape differs, or log-probs that the spec needs are missing, or there is a
+            remainder without ``top:``.
     """
     if spec.placement != "loss":
         raise ValueError(f"kl_term is for @loss specs; {spec} is a score: use kl_penalty")
-    check_shapes(mask, logp=logp, ref_logp=ref_logp, old_logp=old_logp, sampler_logp=sampler_logp, exact=exact)
-    require_exact(spec, exact)
+    given = {"logp": logp, "ref_logp": ref_logp, "old_logp": old_logp, "sampler_logp": sampler_logp}
+    check_shapes(mask, **given, exact=exact, remainder=remainder)
+    require_exact(spec, exact, remainder)
     mask = mask.bool()
     dtype = compute_dtype(logp, ref_logp)
     behaviour = behaviour_log_probs(spec, old_logp, sampler_logp)
-    given = [None if t is None else t.detach() for t in (logp, ref_logp, behaviour, exact)]
-    terms, metrics = backend.run(_terms_and_metrics, spec, *given, mask, dtype, like=logp)
-    own_is_exact = spec.estimator == "exact"
-    loss = sampled_loss(logp, exact if own_is_exact else None, terms.value, terms.coefficient, terms.weight, mask)
+    detached = [None if t is None else t.detach() for t in (logp, ref_logp, behaviour, exact, remainder)]
+    terms, metrics = backend.run(_terms_and_metrics, spec, *detached, mask, dtype, like=logp)
+    own = (None, terms.weight) if terms.exact_weight is None else (exact, terms.exact_weight)
+    loss = sampled_loss(logp, own[0], terms.value, terms.coefficient, own[1], mask)
     return KLTerm(
         value=cast_saturating(terms.value, logp.dtype),
         coefficient=cast_saturating(terms.coefficient, logp.dtype),
@@ -91,19 +98,21 @@ def _terms_and_metrics(
     ref_logp: Tensor,
     behaviour_logp: Tensor | None,
     exact: Tensor | None,
+    remainder: Tensor | None,
     mask: Tensor,
     dtype: torch.dtype,
 ) -> tuple[SampledTerms, dict[str, Tensor]]:
     # One function, so that the compiled path reads the log-probs once: the metrics cost as much as the terms.
     u, log_rho = log_ratios(logp, ref_logp, behaviour_logp, mask, dtype)
-    exact_value = None if exact is None else masked_exact(exact, mask, dtype)
-    terms = loss_terms(spec, u, log_rho, mask, exact_value)
-    own_is_exact = spec.estimator == "exact"
-    return terms, term_metrics(terms, u, log_rho, mask, exact_value, own_is_exact=own_is_exact)
+    exact_value, rest = (None if part is None else masked_exact(part, mask, dtype) for part in (exact, remainder))
+    terms = loss_terms(spec, u, log_rho, mask, exact_value, rest)
+    return terms, term_metrics(terms, u, log_rho, mask, exact_value, bucket=remainder is not None)
 
 
 def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:
-    """The log-probs that the importance weight divides by: as the spec says, else the sampler's, else the old ones.
+    """Return the log-probs that the weight divides by.
+
+    They are those that the spec names; by default the sampler's, and the old policy's if those are missing.
 
     Raises:
         ValueError: a weight is asked for and the log-probs for it are missing.
@@ -122,7 +131,21 @@ def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Ten
     return behaviour
 
 
-def require_exact(spec: KLSpec, exact: Tensor | None) -> None:
-    """Raise where the spec needs full-vocabulary KL values that were not given."""
+def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) -> None:
+    """Check that the exact values that the spec needs were given, and that it has a place for the remainder.
+
+    Args:
+        spec: a parsed spec.
+        exact: (B, T) nats, or None.
+        remainder: (B, T) nats, or None.
+
+    Raises:
+        ValueError: A value is missing, or there is a remainder without ``top:``.
+    """
     if spec.needs_exact and exact is None:
         raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")
+    if remainder is not None and spec.top is None:
+        raise ValueError(f"{spec} sums over the whole vocabulary, which leaves no remainder: drop remainder=")
+    treated = any((spec.floor, spec.cap, spec.band, spec.norm))
+    if remainder is None and spec.top is not None and spec.correction == "token" and treated:
+        raise ValueError(f"{spec} treats the weight of the sampled remainder: pass it as remainder=(B, T)")

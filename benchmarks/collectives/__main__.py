@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks.collectives import report
 from benchmarks.collectives.plan import MICRO_BATCHES, PROCESSES
-from benchmarks.drivers import launch as run
-from benchmarks.hosts.report import NAMES
+from benchmarks.command_line import console_of, typed
+from benchmarks.drivers.launch import Hosts, over_hosts
+from benchmarks.hosts.cases import NAMES
 from benchmarks.reporting import machine, write_json
 
 
@@ -25,52 +23,44 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="One and two processes.")] = False,
 ) -> None:
     """Count in real runs, compare with the model on paper, print, write JSON and a plot; 1 if they differ."""
-    console, environments = Console(), run.interpreters(python)
-    console = console if console.is_terminal else Console(width=150)
+    console = console_of(150)
     ranks = list(PROCESSES[:2]) if smoke else [int(number) for number in processes.split(",")]
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="klp") as name, Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(environments))
-        for host, path in environments.items():
-            progress.update(task, description=NAMES[host])
-            count(host, path, Path(name), ranks, out / f"{host}.log", failed)
+    with over_hosts(python, out) as hosts:
+        for host in hosts:
+            count(hosts, host, ranks)
             for number in ranks:
-                counted = Path(name) / f"{host}-{number}.json"
+                counted = hosts.folder / f"{host}-{number}.json"
                 if counted.exists():
                     found = json.loads(counted.read_text())
                     versions[host] = found["version"]
                     rows += report.rows(host, number, found["arms"])
-            progress.update(task, advance=1)
-    model = report.scaling(list(environments))
-    for text in failed.values():
-        console.print(text, highlight=False, markup=False)
+    model = report.scaling(list(hosts.environments))
+    hosts.report(console)
     console.print(report.table(rows))
     console.print("\n".join(report.FORMULAS), highlight=False)
     console.print(report.scaling_table(model))
     wrong = [f"{NAMES[one['host']]} {one['spec']} in {one['ranks']}" for one in rows if not one["agrees"]]
     verdict = f"counted and on paper differ: {', '.join(wrong)}" if wrong else "every count is the one on paper"
-    verdict += run.without(failed)
+    verdict += hosts.without()
     console.print(verdict)
-    about: dict[str, Any] = {"machine": machine(), "command": run.command("benchmarks.collectives")}
+    about: dict[str, Any] = {"machine": machine(), "command": typed("benchmarks.collectives")}
     about |= {"versions": versions, "micro_batches": MICRO_BATCHES, "verdict": verdict}
-    about |= {"agrees": not wrong and not failed, "failed": failed}
+    about |= {"agrees": not wrong and not hosts.failed, "failed": hosts.failed}
     write_json(out / "collectives.json", {**about, "rows": rows, "formulas": report.FORMULAS, "model": model})
     report.plot(rows, model, out / "collectives.png")
-    raise typer.Exit(1 if wrong or failed else 0)
+    raise typer.Exit(1 if wrong or hosts.failed else 0)
 
 
-def count(host: str, python: str, folder: Path, ranks: list[int], log: Path, failed: dict[str, str]) -> None:
+def count(hosts: Hosts, host: str, ranks: list[int]) -> None:
     """Run one host's program; its JSON files lie in the folder afterwards, as far as it came."""
     if host != "trl":
-        numbers = map(str, ranks)
-        run.survived(failed, host, f"benchmarks.collectives.{host}_run", folder, *numbers, python=python, log=log)
+        hosts.run(host, f"benchmarks.collectives.{host}_run", hosts.folder, *map(str, ranks))
         return
     for number in ranks:
         launch = ["--standalone", f"--nproc_per_node={number}", "-m", "benchmarks.collectives.trl_run"]
-        own = log.with_name(f"trl-{number}.log")
-        run.survived(failed, host, "torch.distributed.run", *launch, folder, python=python, log=own)
+        hosts.run(host, "torch.distributed.run", *launch, hosts.folder, log=f"trl-{number}.log")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from benchmarks.collectives.count import Seen, ours
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS, Added, paper
-from benchmarks.hosts.report import COLOURS, MARKERS, NAMES
+from benchmarks.hosts.cases import NAMES
+from benchmarks.hosts.report import COLOURS, MARKERS
 
 PER_NODE = 8
 LATENCY = {"within a node": 5e-6, "between nodes": 2e-5}

@@ -1,1 +1,1 @@
-"""The main demonstration, `python -m benchmarks.demo`: five KL regularisers in real GRPO runs, measured exactly."""
+"""The main demonstration: five KL regularisers in real GRPO runs, measured exactly; run `python -m benchmarks.demo`."""

@@ -1,4 +1,4 @@
-"""What is compared, and under which settings."""
+"""The arms that the demonstration compares, and their common settings."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Settings:
-    """One number per choice; the runs of two settings never mix.
+    """The settings of a run; runs with different settings are never mixed.
 
-    The batch is on-policy (one update per rollout): off-policy `k1@loss` is worse than no KL, as its expected gradient
-    then pushes the policy away from the behaviour policy. Rewards are centred in their group and not divided by their
-    standard deviation, and all completions weigh the same per token (Dr. GRPO), so that the objective is
-    E[R] - beta KL with a known optimum.
+    The batch is on-policy (one update per rollout). Off-policy, `k1@loss` is worse than no KL, because its expected
+    gradient then pushes the policy away from the behaviour policy. Rewards are centred in their group and not divided
+    by their standard deviation, and all tokens have the same weight (Dr. GRPO), so that the objective is E[R] - beta KL
+    with a known optimum.
     """
 
     steps: int = 300  # optimizer steps, each on one fresh rollout
-    prompts: int = 8  # per step: each prompt once
+    prompts: int = 8  # per step; each prompt occurs once
     generations: int = 16  # completions per prompt
-    beta: float = 0.2  # of every arm that has a KL term
-    learning_rate: float = 2e-3  # AdamW, decayed linearly to 0
+    beta: float = 0.2  # coefficient of every arm that has a KL term
+    learning_rate: float = 2e-3  # of AdamW; it falls linearly to 0
     max_grad_norm: float = 1.0
     loss_type: str = "dr_grpo"
     scale_rewards: str = "none"
-    evaluate_every: int = 20  # steps
+    evaluate_every: int = 20  # number of steps between evaluations
     pretrain_steps: int = 1500
     pretrain_seed: int = 0
 
 
 NATIVE = {"native-k3": False, "native-bias-corrected": True}
-"""Arms with TRL's own KL, and what they set `use_bias_correction_kl` to. With it, TRL multiplies k3 by the live
-importance weight, which has the gradient of k2@loss/is:token; that has been TRL's default since 1.10. Without it, k3 is
-as GRPO published it."""
+"""Arms with TRL's own KL, and their values of `use_bias_correction_kl`.
+
+With it, TRL multiplies k3 by the differentiated importance weight, which has the gradient of k2@loss/is:token. This is
+TRL's default since 1.10. Without it, k3 is used as published for GRPO.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Arm:
     """One regulariser.
 
     Attributes:
-        name: as the user asks for it: `none`, `native-k3`, `native-bias-corrected`, or a KL spec.
-        label: in the table and the plot.
+        name: name on the command line: `none`, `native-k3`, `native-bias-corrected`, or a KL spec.
+        label: name in the table and the plot.
     """
 
     name: str
@@ -55,12 +57,12 @@ class Arm:
 
     @property
     def spec(self) -> str | None:
-        """The KL spec for TRL's `kl` field; None leaves TRL's own code untouched."""
+        """The KL spec for TRL's field `kl`; None uses TRL's own code unchanged."""
         return None if self.name == "none" or self.name in NATIVE else self.name
 
     @property
     def slug(self) -> str:
-        """For file names."""
+        """The name in a form that file names can have."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower())
 
 
@@ -74,10 +76,10 @@ ARMS = (NONE, K1_LOSS, NATIVE_K3, K2_LOSS, K1_ADVANTAGE)
 
 
 def find_arm(name: str) -> Arm:
-    """The arm of a name; any KL spec makes one.
+    """Return the arm of a name; every KL spec is the name of an arm.
 
     Raises:
-        KLSpecError: the name is none of the arms and no KL spec.
+        KLSpecError: The name is neither one of the arms nor a KL spec.
     """
     from kl_plugins import KLSpec
 
@@ -89,11 +91,11 @@ def find_arm(name: str) -> Arm:
 
 
 def sources(more: Iterable[Path] = (), host: str = "trl") -> str:
-    """Digest of everything that a finished run depends on: the installed packages, kl-plugins and this demo.
+    """Return a digest of the code that a finished run depends on: the installed packages, kl-plugins and this demo.
 
     Args:
         more: further files that the runs depend on.
-        host: that trains.
+        host: name of the framework that trains.
     """
     digest = hashlib.sha256()
     for name in ("torch", host, "transformers", "accelerate", "tokenizers"):
@@ -110,13 +112,13 @@ def sources(more: Iterable[Path] = (), host: str = "trl") -> str:
 
 
 def fingerprint(settings: Settings, arm: Arm | None, seed: int, code: str) -> str:
-    """Names a run by what it depends on; `arm` None names the reference model, which depends on less.
+    """Return a key of a run, made from everything that the run depends on.
 
     Args:
-        settings: of the demo.
-        arm: the regulariser, or None.
-        seed: of the run.
-        code: from `sources`.
+        settings: settings of the demo.
+        arm: the regulariser; None gives the key of the reference model, which depends on fewer settings.
+        seed: seed of the run.
+        code: the digest from `sources`.
     """
     used = {k: v for k, v in asdict(settings).items() if arm is not None or k.startswith("pretrain")}
     text = json.dumps([used, arm and arm.name, seed, code], sort_keys=True)

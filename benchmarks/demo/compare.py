@@ -1,10 +1,8 @@
-"""All runs of the demonstration: makes what is missing, then judges, draws and prints."""
+"""Makes the missing runs of the demonstration, checks the statements about them, and draws and prints the results."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from benchmarks.reporting import write_json
+from benchmarks.command_line import progress_of
+from benchmarks.reporting import finished, write_json
+from benchmarks.workers import Job, Pool, cores, pool
 
 from . import plot, report, train
 from .arms import Arm, Settings, fingerprint, sources
-from .workers import Job, Pool, cores, pool
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # by arm name and seed
 
@@ -26,7 +25,7 @@ Runs = dict[str, dict[int, dict[str, Any]]]  # by arm name and seed
 def compare(
     console: Console, arms: list[Arm], seeds: int, settings: Settings, folder: Path, workers: int, fresh: bool
 ) -> None:
-    """Make what is missing, then judge, draw and print all of it."""
+    """Make the missing runs, and then check, draw and print the results of all runs."""
     start = time.perf_counter()
     code = sources()
     reference_file = folder / "reference.json"
@@ -34,28 +33,27 @@ def compare(
     model_folder = folder / "reference"
     runs: Runs = {arm.name: {} for arm in arms}
     missing: list[Missing] = []
-    for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted demo has whole comparisons
+    for seed in range(1, seeds + 1):  # seed by seed, so that an interrupted demo has complete comparisons
         for arm in arms:
             file, key = folder / "runs" / f"{arm.slug}-seed{seed}.json", fingerprint(settings, arm, seed, code)
-            found = None if fresh else _finished(file, key)
+            found = None if fresh else finished(file, key, "fingerprint")
             if found:
                 runs[arm.name][seed] = found
             else:
                 missing.append(Missing(arm, seed, file, key))
     kept = not fresh and (model_folder / "model.safetensors").exists()
-    reference = _finished(reference_file, reference_key) if kept else None
+    reference = finished(reference_file, reference_key, "fingerprint") if kept else None
     reused = seeds * len(arms) - len(missing)
     if missing or reference is None:
         workers = min(workers, max(len(missing), 1))
         console.print(f"{len(missing)} runs of {settings.steps} steps on {workers} workers; {reused} finished before")
-        with pool(workers, folder / "logs") as crew, _progress(console) as bars:
+        with pool(workers, folder / "logs") as crew, progress_of(console) as bars:
             if reference is None:
-                task = bars.add_task("reference model", total=settings.pretrain_steps)
                 made: list[dict[str, Any]] = []
                 job = Job(
                     "reference", train.make_reference, (model_folder, settings), settings.pretrain_steps, made.append
                 )
-                crew.run([job], lambda _, done: bars.update(task, completed=done))
+                crew.run_in_groups(bars, [("reference model", job)])
                 reference = {**made[0], "fingerprint": reference_key}
                 write_json(reference_file, reference)
             if missing:
@@ -66,7 +64,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Missing:
-    """A run to be made."""
+    """A run that has to be made."""
 
     arm: Arm
     seed: int
@@ -75,50 +73,39 @@ class Missing:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the run, for messages."""
         return f"{self.arm.name} seed {self.seed}"
 
 
 def _train(crew: Pool, bars: Progress, missing: list[Missing], settings: Settings, folder: Path, runs: Runs) -> None:
-    """Make the missing runs; each is written as soon as it is there.
+    """Make the missing runs, and write each result as soon as the run has finished.
 
     Args:
         crew: the workers.
-        bars: one is added for each arm.
-        missing: what to make.
-        settings: of the demo.
-        folder: of the reference model.
-        runs: filled with the results.
+        bars: display of progress bars; it gets one bar for each arm.
+        missing: the runs to make.
+        settings: settings of the demo.
+        folder: folder of the reference model.
+        runs: gets the results.
     """
-    by_name = {run.name: run for run in missing}
-    counts = Counter(run.arm for run in missing)
-    tasks = {arm: bars.add_task(arm.label, total=settings.steps * count) for arm, count in counts.items()}
-    steps_done = dict.fromkeys(by_name, 0)
-
-    def show(name: str, steps: int) -> None:
-        steps_done[name] = max(steps, steps_done[name])
-        arm = by_name[name].arm
-        bars.update(tasks[arm], completed=sum(n for other, n in steps_done.items() if by_name[other].arm == arm))
 
     def keep(run: Missing, result: dict[str, Any]) -> None:
         record = {**result, "arm": run.arm.name, "seed": run.seed, "fingerprint": run.fingerprint}
         write_json(run.file, record)
         runs[run.arm.name][run.seed] = record
 
-    crew.run(
-        [
-            Job(run.name, train.run, (run.arm, run.seed, settings, folder), settings.steps, partial(keep, run))
-            for run in missing
-        ],
-        show,
-    )
+    jobs = [
+        Job(run.name, train.run, (run.arm, run.seed, settings, folder), settings.steps, partial(keep, run))
+        for run in missing
+    ]
+    crew.run_in_groups(bars, [(run.arm.label, job) for run, job in zip(missing, jobs, strict=True)])
 
 
 def _conclude(
     console: Console, arms: list[Arm], runs: Runs, settings: Settings, folder: Path, reference: dict[str, Any],
     seconds: float, workers: int, reused: int,
 ) -> None:  # fmt: skip
-    """Judge, draw, print and write the summary."""
+    """Check the statements, draw and print the results, and write the summary."""
     ends = report.finals(runs, settings.beta)
     found = report.checks(ends, reference["entropy"])
     text = report.sentence(found, settings.steps)
@@ -161,17 +148,3 @@ def _conclude(
     )
     console.print(f"Written: {folder / 'curves.png'}, {folder / 'summary.json'}\n")
     console.print(text, style="bold", highlight=False)
-
-
-def _finished(file: Path, key: str) -> dict[str, Any] | None:
-    """A finished run's record, if it was made under the same settings and code."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("fingerprint") == key else None
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)

@@ -1,4 +1,4 @@
-"""The course of a run: measurements between steps, whichever framework makes the steps."""
+"""Measurements of a policy between the steps of a run, for any framework that makes the steps."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Curve:
     """Measures a policy between steps and keeps the averages of what its trainer logs.
 
     Args:
-        settings: of the run.
-        measure: what is measured.
-        tick: called with the number of steps done.
-        logged: keys of the trainer's log, averaged since the measurement before; None where it did not log them.
+        settings: settings of the run.
+        measure: function that measures the policy.
+        tick: function that is called with the number of finished steps.
+        logged: keys of the trainer's log. Each measurement has their averages since the previous one, or None for a key
+            that was not logged.
 
     Attributes:
         points: one dict per measurement, with `step`.
-        seconds: what the measurements took.
+        seconds: total time of the measurements.
     """
 
     def __init__(
@@ -34,19 +35,19 @@ class Curve:
         self._logged: dict[str, list[float]] = {key: [] for key in logged}
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """Take what the trainer logs."""
+        """Add an entry of the trainer's log."""
         for key, values in self._logged.items():
             if key in logs:
                 values.append(float(logs[key]))
 
     def step(self, step: int) -> None:
-        """A step is done."""
+        """Record that a step has finished, and measure if it is time."""
         self._tick(step)
         if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
             self.measure(step)
 
     def measure(self, step: int) -> None:
-        """Measure now; once before the first step."""
+        """Measure the policy; the first call is before the first step."""
         start = time.perf_counter()
         means = {key: sum(values) / len(values) if values else None for key, values in self._logged.items()}
         self._logged = {key: [] for key in self._logged}

@@ -1,7 +1,7 @@
-"""Exact evaluation: every completion the policy can reach is visited, so the curves hold no sampling noise.
+"""Exact evaluation of a policy by visiting every completion that it can write, so that there is no sampling noise.
 
-The tree of prefixes is walked breadth-first, one token per level. Prefixes whose probability given the prompt is below
-`PRUNE` are dropped; the mass of the completions that were visited to their end is reported as `coverage`.
+The tree of prefixes is visited breadth-first, one token per level. Prefixes whose probability given the prompt is below
+`PRUNE` are dropped. `coverage` is the total probability of the completions that were visited to their end.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from . import task
 
 PRUNE = 1e-6
-WIDEST = 40_000  # prefixes per level; only an untrained model would have more
+WIDEST = 40_000  # largest number of prefixes per level; only an untrained model has more
 
 Coefficient = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Level:
-    """All kept states of one depth: how likely each is, and what the two models say there."""
+    """All kept states of one depth, with their probabilities and the distributions of both models there."""
 
     weight: torch.Tensor  # (N,) probability of the prefix, all prompts equally likely
-    logp: torch.Tensor  # (N, V) of the policy, nats
+    logp: torch.Tensor  # (N, V) log-probs of the policy, nats
     u: torch.Tensor  # (N, V) log-ratio of policy to reference, nats
     parent: torch.Tensor  # (N,) index into the level above
     token: torch.Tensor  # (N,) last token of the prefix
@@ -44,21 +44,21 @@ class Tree:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """What a task asks and rewards, as token ids; words are those of the demo's vocabulary."""
+    """The prompts and the rewarded sequences of a task, as token ids of the demo's vocabulary."""
 
     prompts: torch.Tensor  # (P, L) ids of the prompts, all of one length
     rewarded: torch.Tensor  # (N,) codes of the rewarded sequences: prompt, completion, end of sequence
-    completion_tokens: int  # a completion ends here at the latest
+    completion_tokens: int  # largest number of tokens of a completion
 
     @classmethod
     def of(cls, prompts: Sequence[str], rewarded: Iterable[str], completion_tokens: int) -> Space:
-        """The space of prompts and of rewarded sequences in words."""
+        """Make the space from prompts and rewarded sequences that are given as words."""
         codes = torch.tensor([code(task.ids(line)) for line in rewarded])
         return cls(torch.tensor([task.ids(prompt) for prompt in prompts]), codes, completion_tokens)
 
 
 def code(ids: list[int]) -> int:
-    """One integer for a sequence of token ids: digits in base V behind a leading one."""
+    """Return one integer for a sequence of token ids: the ids are digits in base V, after a leading 1."""
     total = 1
     for i in ids:
         total = total * len(task.VOCABULARY) + i
@@ -67,7 +67,7 @@ def code(ids: list[int]) -> int:
 
 @lru_cache(maxsize=1)
 def demo_space() -> Space:
-    """The demo's task: the verifier's verdict on every expression there is."""
+    """Return the task of the demo, by verifying every possible expression."""
     rewarded = (
         f"{task.prompt(number)} {expression} <eos>"
         for number in task.NUMBERS
@@ -83,8 +83,8 @@ def walk(model: Any, reference: Any, space: Space | None = None) -> Tree:
 
     Args:
         model: the policy.
-        reference: the reference model, of the same vocabulary and on the same device.
-        space: the task; the demo's by default.
+        reference: the reference model, with the same vocabulary and on the same device.
+        space: the task; by default that of the demo.
     """
     space, device = space or demo_space(), model.device
     prompts = space.prompts
@@ -118,12 +118,12 @@ def walk(model: Any, reference: Any, space: Space | None = None) -> Tree:
 
 
 def coefficient_moments(levels: list[Level], own: Coefficient, future: bool) -> tuple[float, float]:
-    """Mean and standard deviation of the coefficient over the tokens that the policy writes.
+    """Compute mean and standard deviation of the coefficient over the tokens that the policy writes.
 
     Args:
-        levels: of the tree.
+        levels: levels of the tree.
         own: coefficient of a token as a function of u, nats.
-        future: whether u of the tokens that follow is added, as `k1@advantage` does.
+        future: whether u of the following tokens is added, as in `k1@advantage`.
 
     Returns:
         Mean and standard deviation, nats.
@@ -133,7 +133,7 @@ def coefficient_moments(levels: list[Level], own: Coefficient, future: bool) -> 
     later1 = later2 = torch.zeros(0)
     for level in reversed(levels):
         f1, f2 = torch.zeros_like(level.u), torch.zeros_like(level.u)
-        if future and below is not None:  # moments of the sum of u over what follows, by state and token
+        if future and below is not None:  # moments of the sum of u over the following tokens, by state and token
             f1[below.parent, below.token], f2[below.parent, below.token] = later1, later2
         p, c = level.logp.exp(), own(level.u)
         later1, later2 = (p * (c + f1)).sum(-1), (p * (c * c + 2 * c * f1 + f2)).sum(-1)
@@ -145,10 +145,11 @@ def coefficient_moments(levels: list[Level], own: Coefficient, future: bool) -> 
 
 
 def own_coefficient(arm: str) -> tuple[Coefficient | None, bool]:
-    """The arm's coefficient as a function of u, from kl-plugins' table, and whether future terms are added.
+    """Return the coefficient of an arm as a function of u, from the table of kl-plugins.
 
     Returns:
-        (None, False) where there is none, or where it is more than the own term and the sum of later u.
+        The function, and whether the u of later tokens are added to it. (None, False) if the arm has no coefficient, or
+        if its coefficient has another form.
     """
     from kl_plugins import KLSpec
     from kl_plugins.estimators import find_estimator
@@ -167,14 +168,14 @@ def own_coefficient(arm: str) -> tuple[Coefficient | None, bool]:
 def evaluate(
     model: Any, reference: Any, own: Coefficient | None, future: bool, space: Space | None = None
 ) -> dict[str, float | None]:
-    """Exact reward, KL to the reference, entropy and coefficient moments of a policy.
+    """Compute exact reward, KL to the reference, entropy and moments of the coefficient of a policy.
 
     Args:
         model: the policy.
         reference: the reference model.
         own: coefficient of the arm's estimator as a function of u, or None.
-        future: whether the coefficient adds u of the tokens that follow.
-        space: the task; the demo's by default.
+        future: whether the coefficient adds u of the following tokens.
+        space: the task; by default that of the demo.
 
     Returns:
         `reward` (probability of a rewarded completion), `kl` and `entropy` (nats per completion), `coef_mean` and
@@ -195,7 +196,7 @@ def evaluate(
 
 
 def optimum(rewards: torch.Tensor, beta: float) -> dict[str, float]:
-    """What maximises E[R] - beta KL: the reference, reweighted by exp(R / beta), prompt by prompt.
+    """Compute the optimum of E[R] - beta KL: the reference, reweighted by exp(R / beta) for each prompt.
 
     Args:
         rewards: (prompts,) probability of a rewarded completion under the reference.

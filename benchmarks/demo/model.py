@@ -1,4 +1,4 @@
-"""The reference model: a two-layer Qwen2, made from its configuration and trained on the task's lines."""
+"""The reference model: a Qwen2 with two layers, made from its configuration and trained on the lines of the task."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from . import task
 
 BATCH = 96
 RATE = 6e-3
-LEARNING = 0.7  # of the steps: products are frequent, so that they are learned; then they become rare
+LEARNING = 0.7  # share of the steps in which products are frequent, so that they are learned; later they are rare
 HIDDEN = 32
-IGNORED = -100  # no label here
+IGNORED = -100  # label of positions that have no loss
 
 
 def tokenizer() -> Any:
-    """A word-level tokenizer over the task's vocabulary, made in code."""
+    """Make a word-level tokenizer for the vocabulary of the task."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,13 +32,13 @@ def tokenizer() -> Any:
 
 
 def blank_model(seed: int, family: str = "qwen2", hidden: int = HIDDEN, layers: int = 2) -> Any:
-    """An untrained model without dropout, made from its configuration.
+    """Make an untrained model without dropout from its configuration.
 
     Args:
-        seed: of the weights.
-        family: a transformers model type, such as `qwen2` or `llama`.
-        hidden: width; the feed-forward layer has twice that.
-        layers: depth.
+        seed: seed of the weights.
+        family: a model type of transformers, such as `qwen2` or `llama`.
+        hidden: width of the model; the feed-forward layer is twice as wide.
+        layers: number of layers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,10 +52,10 @@ def blank_model(seed: int, family: str = "qwen2", hidden: int = HIDDEN, layers: 
 
 
 def corpus(products: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every correct line and its probability.
+    """Return every correct line with its probability.
 
     Args:
-        products: the share of lines with a product.
+        products: share of the lines with a product.
 
     Returns:
         Token ids (lines, 9), int64, and probabilities (lines,), float32, which sum to one.
@@ -74,10 +74,10 @@ def pretrain(folder: Path, steps: int, seed: int, tick: Callable[[int], None]) -
     """Train the reference on random lines and save it with its tokenizer.
 
     Args:
-        folder: where the model and the tokenizer are written.
-        steps: optimizer steps.
-        seed: of the initial weights and of the lines drawn.
-        tick: called with the number of steps done.
+        folder: folder for the model and the tokenizer.
+        steps: number of optimizer steps.
+        seed: seed of the initial weights and of the drawn lines.
+        tick: function that is called with the number of finished steps.
 
     Returns:
         The last loss, nats per completion token.
@@ -95,18 +95,18 @@ def fit(
     model: Any, ids: torch.Tensor, phases: tuple[torch.Tensor, torch.Tensor], start: int, steps: int, seed: int,
     tick: Callable[[int], None], rate: float = RATE, mask: torch.Tensor | None = None,
 ) -> float:  # fmt: skip
-    """Train a model on random lines: first by the probabilities of the first phase, then of the second.
+    """Train a model on random lines, in two phases with different probabilities of the lines.
 
     Args:
         model: any causal language model.
         ids: (lines, tokens) int64.
-        phases: (lines,) probabilities of each.
+        phases: (lines,) probabilities of the lines in each phase.
         start: index of the first token that is learned.
-        steps: optimizer steps.
-        seed: of the lines drawn.
-        tick: called with the number of steps done.
+        steps: number of optimizer steps.
+        seed: seed of the drawn lines.
+        tick: function that is called with the number of finished steps.
         rate: the highest learning rate.
-        mask: (lines, tokens) bool, False on padding, which ends a line; by default there is none.
+        mask: (lines, tokens) bool, False on padding at the end of a line; by default there is no padding.
 
     Returns:
         The last loss, nats per learned token.

@@ -1,4 +1,4 @@
-"""The picture: four panels, mean over seeds as a line, their range as a band."""
+"""The picture of the demonstration: four panels, with the mean over seeds as a line and their range as a band."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .arms import K1_ADVANTAGE, K1_LOSS, K2_LOSS, NATIVE_K3, NONE, Arm
 
-# Okabe and Ito's colours; dashes and markers tell the lines apart in grey print too.
+# The colours are Okabe and Ito's. Dashes and markers distinguish the lines in grey prints.
 STYLES: dict[str, dict[str, Any]] = {
     NONE.name: {"color": "#555555", "linestyle": "-", "marker": "s"},
     K1_LOSS.name: {"color": "#D55E00", "linestyle": (0, (5, 2)), "marker": "X"},
@@ -15,7 +15,7 @@ STYLES: dict[str, dict[str, Any]] = {
     K2_LOSS.name: {"color": "#009E73", "linestyle": "-", "marker": "^"},
     K1_ADVANTAGE.name: {"color": "#CC79A7", "linestyle": "-", "marker": "D"},
 }
-ZERO = 1e-6  # nats; a smaller spread is rounding
+ZERO = 1e-6  # nats; a smaller standard deviation is rounding
 OTHERS = ("#E69F00", "#56B4E9", "#000000")
 PANELS = (
     ("reward", "Reward", "rewarded share of completions", "linear"),
@@ -31,11 +31,11 @@ def draw(
     """Write the picture.
 
     Args:
-        path: of the PNG.
-        runs: finished runs by arm name and seed.
-        arms: in the order of the legend.
-        reference: its description, for the dashed lines of the optimum.
-        caption: one line under the title.
+        path: path of the PNG file.
+        runs: finished runs, by name of the arm and seed.
+        arms: the arms in the order of the legend.
+        reference: description of the reference, for the dashed lines of the optimum.
+        caption: one line below the title.
     """
     import matplotlib
 
@@ -89,7 +89,7 @@ def _line(axis: Any, curves: list[list[dict[str, Any]]], measure: str, arm: Arm,
     points = [
         (column[0]["step"], [p[measure] for p in column])
         for column in zip(*curves, strict=True)
-        # at the start policy and reference are one; 0 has no place on a logarithmic axis
+        # At the start policy and reference are equal, and a logarithmic axis cannot show the value 0.
         if all(p[measure] is not None and (measure != "coef_std" or p[measure] > ZERO) for p in column)
     ]
     steps = [step for step, _ in points]

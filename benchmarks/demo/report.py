@@ -1,4 +1,4 @@
-"""What the runs say: the table, and one sentence whose every claim is a check on the numbers."""
+"""The results of the demonstration: a table, and a sentence in which every claim is a check on the numbers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MEASURES = {
     "objective": "objective",
     "coef_std": "spread",
 }
-SAME = 0.25  # relative distance of mean KLs within which k1 as a loss counts as "like no KL"
-HELD = 0.5  # of the smallest KL without a regulariser: below it, in every seed, the KL is "held"
+SAME = 0.25  # largest relative distance of mean KLs at which k1 as a loss is "like no KL"
+HELD = 0.5  # share of the smallest KL without a regulariser; if the KL of every seed is below it, the arm "holds"
 LOOSER = 1.1  # factor between the KLs of k3 and k2, in every seed
 WIDER = 2.0  # factor between the coefficient spreads of k3 and k2, in every seed
 
@@ -28,17 +28,17 @@ NOTES = (
     "and goes on rising: with --steps 900 both end near 3 nats, k3 with the higher reward.",
     "The spread is exact over the policy's tokens; most of k3's comes from tokens so rare that a batch seldom has one.",
     "Off-policy k1@loss does worse than no KL: its expected gradient then pushes away from the behaviour policy.",
-)  # said where the sentence is too short for it
+)  # remarks that the sentence leaves out
 
 
 @dataclass(frozen=True)
 class Check:
-    """A statement about the end of the runs, fixed before they are made."""
+    """A statement about the end of the runs, which was fixed before the runs."""
 
     name: str
     rule: str
-    claim: str  # the words where it holds
-    denial: str  # the words where it does not
+    claim: str  # the text if the statement is true
+    denial: str  # the text if it is not true
     holds: bool
 
 
@@ -46,10 +46,10 @@ Finals = dict[str, dict[str, list[float]]]
 
 
 def finals(runs: dict[str, dict[int, dict[str, Any]]], beta: float) -> Finals:
-    """Last values by arm and measure, one per seed.
+    """Return the last values by arm and measure, one per seed.
 
     Args:
-        runs: finished runs by arm name and seed.
+        runs: finished runs, by name of the arm and seed.
         beta: coefficient of the KL term, for the objective.
     """
     result: Finals = {}
@@ -67,11 +67,11 @@ def _mean(values: list[float]) -> float:
 
 
 def checks(ends: Finals, reference_entropy: float) -> list[Check]:
-    """Judge what the demo set out to show; only statements about arms that were run.
+    """Check the statements of the demo; statements about arms that were not run are left out.
 
     Args:
-        ends: from `finals`.
-        reference_entropy: of the reference, nats per completion.
+        ends: the values from `finals`.
+        reference_entropy: entropy of the reference, nats per completion.
     """
     result: list[Check] = []
     none, k1 = ends.get(NONE.name), ends.get(K1_LOSS.name)
@@ -134,7 +134,7 @@ def checks(ends: Finals, reference_entropy: float) -> list[Check]:
 
 
 def sentence(found: list[Check], steps: int) -> str:
-    """One sentence: what holds is claimed, what does not is said not to hold."""
+    """Return one sentence with the claims of the true statements and the denials of the others."""
     if not found:
         return "The arms that were run have nothing to be compared with."
     held = [c.claim for c in found if c.holds]
@@ -146,7 +146,7 @@ def sentence(found: list[Check], steps: int) -> str:
 
 
 def table(ends: Finals, arms: list[Arm], reference: dict[str, Any], beta: float) -> Table:
-    """Final values per arm: mean, and the range over the seeds."""
+    """Make the table of the final values of each arm, as mean and range over the seeds."""
     title = f"Exact values after training; objective: E[R] - {beta:g} KL"
     made = Table(title=title, box=box.SIMPLE, padding=0)  # narrow enough for 80 columns
     made.add_column("regulariser", style="bold", no_wrap=True)

@@ -1,9 +1,10 @@
-"""The task: write a number as an expression of three digits. The reward asks for what the reference rarely does.
+"""The task of the demonstration: write a number as an expression of three digits, with a rarely used operator.
 
-A line reads "1 2 = 2 * 5 + 2". The reference has learned to write correct lines, 98 % of them with sums and differences
-alone. A completion is rewarded when its value is right *and* it multiplies: one rare decision, an operator, separates
-the reference from the reward. In this regime the force of k3 as a loss is the weaker one (it saturates where the policy
-writes what the reference rarely does), that of k2 is not; where the reward is common, the order turns round.
+A line reads "1 2 = 2 * 5 + 2". The reference has learned to write correct lines, and 98 % of them have only sums and
+differences. A completion is rewarded if its value is right *and* it has a product, so the reference must change one
+rare decision to get the reward. In this case the force of k3 as a loss is weaker than that of k2, because it
+saturates where the policy writes what the reference rarely writes. If the rewarded behaviour is common, the order is
+the opposite.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-NUMBERS = tuple(range(5, 13))  # what the prompts ask for, each with 65 to 129 rewarded expressions
+NUMBERS = tuple(range(5, 13))  # numbers of the prompts, each with 65 to 129 rewarded expressions
 DIGITS = tuple("0123456789")
 OPERATORS = tuple("+-*")
 COMPLETION_TOKENS = 6  # digit, operator, digit, operator, digit, end of sequence
-LEARNED, RARE = 0.4, 0.02  # share of lines with a product while the reference learns, and in what it writes at the end
+LEARNED, RARE = 0.4, 0.02  # share of lines with a product in the first and in the last phase of training the reference
 VOCABULARY = ("<pad>", "<eos>", *"0123456789", *OPERATORS, "=")
 
 
 def prompt(number: int) -> str:
-    """The prompt for a number: its two decimal digits and an equals sign, one token each."""
+    """Return the prompt for a number: its two decimal digits and an equals sign, one token each."""
     return f"{number // 10} {number % 10} ="
 
 
 def value(expression: str) -> int | None:
-    """The value of a sequence of digits and operators separated by blanks, or None where it is malformed.
+    """Return the value of a sequence of digits and operators separated by blanks, or None if it is malformed.
 
     Args:
         expression: such as "2 * 5 + 2"; `*` binds before `+` and `-`.
 
     Returns:
-        The integer value; None for anything that is not digit (operator digit)*.
+        The integer value; None for any text that does not have the form digit (operator digit)*.
     """
     parts = expression.split()
     if len(parts) % 2 == 0 or any(p not in DIGITS for p in parts[::2]) or any(p not in OPERATORS for p in parts[1::2]):
@@ -49,18 +50,18 @@ def value(expression: str) -> int | None:
 
 @lru_cache(maxsize=1 << 20)
 def verify(asked: str, completion: str) -> float:
-    """1.0 where the completion has the value that the prompt asks for and contains a product, else 0.0."""
+    """Return 1.0 if the completion has the value of the prompt and contains a product, otherwise 0.0."""
     return float("*" in completion and value(completion) == int(asked.replace(" ", "").rstrip("=")))
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-    """TRL's reward function: one verified 0 or 1 per completion."""
+    """Return the reward of each completion, 0 or 1, by verifying it; this is TRL's reward function."""
     return [verify(asked, completion) for asked, completion in zip(prompts, completions, strict=True)]
 
 
 @lru_cache(maxsize=1)
 def expressions() -> tuple[str, ...]:
-    """All well-formed expressions of one, two and three digits, the longest a completion can hold."""
+    """Return all well-formed expressions of one, two and three digits; longer ones do not fit into a completion."""
     found: list[str] = []
     for operators in range(3):
         for words in product(DIGITS, *([OPERATORS, DIGITS] * operators)):
@@ -69,11 +70,11 @@ def expressions() -> tuple[str, ...]:
 
 
 def lines(number: int) -> tuple[list[str], list[str]]:
-    """All correct three-digit expressions for a number: those without, and those with a product."""
+    """Return all correct expressions of three digits for a number: those without a product, and those with one."""
     right = [e for e in expressions() if len(e.split()) == 5 and value(e) == number]
     return [e for e in right if "*" not in e], [e for e in right if "*" in e]
 
 
 def ids(text: str) -> list[int]:
-    """Token ids of a text whose words are in the vocabulary."""
+    """Return the token ids of a text whose words are in the vocabulary."""
     return [VOCABULARY.index(word) for word in text.split()]

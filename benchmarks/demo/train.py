@@ -1,4 +1,4 @@
-"""One GRPO run with TRL, and the reference it starts from. Runs inside a worker process."""
+"""One GRPO run with TRL, and the training of its reference; both run inside a worker process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .curve import Curve, Tick
 
 
 def make_reference(folder: Path, settings: Settings, tick: Tick) -> dict[str, Any]:
-    """Pre-train the reference, save it, and describe it and the machine.
+    """Pre-train the reference, save it, and return a description of it and of the machine.
 
     Args:
-        folder: where the model is written.
-        settings: of the demo.
-        tick: called with the number of steps done.
+        folder: folder for the model.
+        settings: settings of the demo.
+        tick: function that is called with the number of finished steps.
     """
     from kl_plugins.kernels.backend import COMPILE_ABOVE, backend_status, chosen_backend
 
@@ -50,14 +50,14 @@ def make_reference(folder: Path, settings: Settings, tick: Tick) -> dict[str, An
 
 
 def load(folder: Path) -> Any:
-    """The saved reference model."""
+    """Load the saved reference model."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def settings_of_trl(arm: Arm, seed: int, settings: Settings, output: str, completion_tokens: int) -> dict[str, Any]:
-    """Arguments of TRL's `GRPOConfig`, `kl` included where the arm is a KL spec."""
+    """Return the arguments of TRL's `GRPOConfig`, with `kl` if the arm is a KL spec."""
     extra = {"use_bias_correction_kl": NATIVE.get(arm.name, False)} if arm.spec is None else {"kl": arm.spec}
     return {
         "output_dir": output,
@@ -87,7 +87,7 @@ def settings_of_trl(arm: Arm, seed: int, settings: Settings, output: str, comple
 
 
 def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: str, callback: Any) -> Any:
-    """TRL's own trainer, or the one with the `kl` field where the arm is a KL spec."""
+    """Make TRL's own trainer, or the one of kl-plugins if the arm is a KL spec."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -105,7 +105,7 @@ def make_trainer(arm: Arm, seed: int, settings: Settings, policy: Any, output: s
 
 
 def watcher(curve: Curve) -> Any:
-    """A TRL callback that gives a curve what it asks for."""
+    """Return a TRL callback that tells a curve about TRL's steps and logs."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
@@ -128,15 +128,15 @@ def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: T
 
     Args:
         arm: the regulariser.
-        seed: of the rollouts.
-        settings: of the demo.
-        reference_folder: where the reference was saved.
-        tick: called with the number of steps done.
+        seed: seed of the rollouts.
+        settings: settings of the demo.
+        reference_folder: folder of the saved reference.
+        tick: function that is called with the number of finished steps.
 
     Returns:
-        `curve`: one dict per evaluation (see `evaluate`, with `step` and `logged_coef_std`, the plugin's own
-        `kl/coef/std` averaged since the evaluation before); `seconds` by the clock, `cpu_seconds` of the processor,
-        `evaluation_seconds`.
+        `curve` with one dict per evaluation; `seconds` of wall-clock time; `cpu_seconds`; and `evaluation_seconds`. A
+        dict of the curve has the results of `evaluate`, `step`, and `logged_coef_std`, the mean of the logged
+        `kl/coef/std` since the previous evaluation.
     """
     from kl_plugins.adapters.trl import detach
 
@@ -149,7 +149,7 @@ def run(arm: Arm, seed: int, settings: Settings, reference_folder: Path, tick: T
         with tempfile.TemporaryDirectory() as output:
             make_trainer(arm, seed, settings, policy, output, watcher(curve)).train()
     finally:
-        detach()  # the next run in this worker may be TRL's own
+        detach()  # the next run in this worker may use TRL without kl-plugins
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     points = [{**point, "logged_coef_std": point.pop(spread)} for point in curve.points]
     return {"curve": points, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": curve.seconds}

@@ -1,17 +1,21 @@
-"""Start each host's worker in its own environment, one after the other."""
+"""Start the program of each host in the environment of the host, one after the other."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress, TaskID
 
-from benchmarks.hosts.cases import HOSTS
+from benchmarks.hosts.cases import HOSTS, NAMES
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 900.0
@@ -37,12 +41,6 @@ def interpreters(given: list[str]) -> dict[str, str]:
             "name at least one host's interpreter, for example --python trl=.nox/trl-1.16/bin/python"
         )
     return found
-
-
-def command(module: str) -> str:
-    """What was typed, without what is this machine's own."""
-    words = [word.partition("=")[0] + "=..." if "=" in word else word for word in sys.argv[1:]]
-    return " ".join(["python -m", module, *words])
 
 
 class WorkerError(RuntimeError):
@@ -83,25 +81,73 @@ def run_module(python: str, module: str, *arguments: str | Path, log: Path, limi
         raise WorkerError(f"{module} {ended}; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
-def survived(failed: dict[str, str], host: str, module: str, *arguments: str | Path, **given: Any) -> bool:
-    """:func:`run_module` for one of several hosts: its failure is noted, and the others go on.
+@dataclass
+class Hosts:
+    """The hosts that a benchmark runs, one after the other.
 
-    Args:
-        failed: gets what went wrong, by host.
-        host: whose worker it is.
-        module, arguments, given: of :func:`run_module`.
+    Attributes:
+        environments: interpreter of each host's environment.
+        folder: what the programs exchange; it is gone afterwards.
+        logs: folder of their output.
+        failed: what went wrong, by host.
     """
-    try:
-        run_module(given.pop("python"), module, *arguments, **given)
-    except WorkerError as error:
-        failed[host] = str(error)
-        return False
-    return True
+
+    environments: dict[str, str]
+    folder: Path
+    logs: Path
+    progress: Progress
+    task: TaskID
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        for host in self.environments:
+            self.progress.update(self.task, description=NAMES[host])
+            yield host
+            self.progress.advance(self.task)
+
+    def prepare(self, module: str, *arguments: str | Path, log: str) -> None:
+        """Run what makes the models or rollouts of all hosts, in the first environment.
+
+        Raises:
+            WorkerError: it failed or took too long.
+        """
+        run_module(next(iter(self.environments.values())), module, *arguments, log=self.logs / log)
+
+    def run(self, host: str, module: str, *arguments: str | Path, log: str = "", limit: float = LIMIT) -> bool:
+        """:func:`run_module` in the environment of a host: its failure is noted, and the other hosts go on.
+
+        Returns:
+            Whether it went well.
+        """
+        try:
+            path = self.logs / (log or f"{host}.log")
+            run_module(self.environments[host], module, *arguments, log=path, limit=limit)
+        except WorkerError as error:
+            self.failed[host] = str(error)
+            return False
+        return True
+
+    def report(self, console: Console) -> None:
+        """Print what went wrong."""
+        for text in self.failed.values():
+            console.print(text, highlight=False, markup=False)
+
+    def without(self) -> str:
+        """Say which hosts are missing from a result, as the end of a sentence."""
+        return f"; failed: {', '.join(self.failed)}" if self.failed else ""
 
 
-def without(failed: dict[str, str]) -> str:
-    """Who is missing from a result, as the end of a sentence."""
-    return f"; failed: {', '.join(failed)}" if failed else ""
+@contextmanager
+def over_hosts(python: list[str], logs: Path) -> Iterator[Hosts]:
+    """Show the progress over the hosts of ``HOST=PATH`` options, and give their programs a folder.
+
+    Raises:
+        typer.BadParameter: see :func:`interpreters`.
+    """
+    environments = interpreters(python)
+    with tempfile.TemporaryDirectory(prefix="klp") as folder, Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("before the hosts", total=len(environments))
+        yield Hosts(environments, Path(folder), logs, progress, task)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

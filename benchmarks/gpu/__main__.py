@@ -1,4 +1,4 @@
-"""Command line of the GPU stages."""
+"""The command line of the GPU stages."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.command_line import listed
 from benchmarks.gpu.stages import STAGE_MINUTES, STAGES, Step
 from benchmarks.reporting import machine, write_json
 
 
 def main(
     stage: Annotated[int, typer.Argument(help=f"One of {', '.join(map(str, STAGES))}.")],
-    out: Annotated[Path, typer.Option(help="Where logs and results go.")] = Path("out/bench/gpu"),
+    out: Annotated[Path, typer.Option(help="Folder for logs and results.")] = Path("out/bench/gpu"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
     minutes: Annotated[
-        float, typer.Option(help="Bound on the whole stage; steps that do not fit are left out.")
+        float, typer.Option(help="Time limit of the stage; steps that do not fit are left out.")
     ] = STAGE_MINUTES,
     only: Annotated[str, typer.Option(help="Comma-separated names of steps; all by default.")] = "",
-    smoke: Annotated[bool, typer.Option(help="Tiny sizes: does everything run?")] = False,
+    smoke: Annotated[bool, typer.Option(help="Only test that everything runs, with tiny sizes.")] = False,
 ) -> None:
     """Run a stage step by step. Finished steps are kept and skipped; a step that fails does not stop the others."""
     if stage not in STAGES:
@@ -33,7 +34,7 @@ def main(
     record_file = out / f"stage{stage}.json"
     record: dict[str, Any] = json.loads(record_file.read_text()) if record_file.exists() else {}
     record["machine"] = {**machine(), **card()}
-    wanted = [name for name in only.split(",") if name]
+    wanted = listed(only, str, optional=True)
     failed = False
     for step in STAGES[stage]:
         if wanted and step.name not in wanted:
@@ -54,28 +55,31 @@ def main(
 
 
 def filled(step: Step, out: Path, device: str, smoke: bool) -> list[str]:
-    """A step's arguments of the interpreter."""
+    """Return the arguments of the interpreter for a step."""
     return [part.format(out=out, device=device) for part in (step.smoke if smoke else step.command)]
 
 
 def finished(entry: dict[str, Any], command: list[str]) -> bool:
-    """Whether this very command ended well; a smoke run does not stand for a real one."""
+    """Return whether exactly this command has succeeded before; a smoke run does not replace a real one."""
     return entry.get("status") == 0 and entry.get("command") == shown(command)
 
 
 def shown(command: list[str]) -> str:
-    """A command as the record names it."""
+    """Return a command in the form in which the record names it."""
     return " ".join(["python", *command])
 
 
 def run(name: str, command: list[str], out: Path, seconds: float) -> dict[str, Any]:
-    """Run one step; its output is kept in ``out``, and shown when it has ended.
+    """Run one step; its output is written into ``out``, and printed when the step has ended.
 
     Args:
-        name: of the step.
+        name: name of the step.
         command: arguments of the interpreter.
         out: folder of the log.
-        seconds: after which the step is ended, with status 124.
+        seconds: time limit, after which the step is stopped with status 124.
+
+    Returns:
+        The command, its exit status, and its time in seconds.
     """
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -96,7 +100,7 @@ def run(name: str, command: list[str], out: Path, seconds: float) -> dict[str, A
 
 
 def card() -> dict[str, str]:
-    """Name, driver and memory of the GPU as its driver tells them; empty where there is none."""
+    """Return name, driver and memory of the GPU as its driver reports them; empty if there is no GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout

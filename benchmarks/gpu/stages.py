@@ -57,7 +57,7 @@ STAGES: dict[int, tuple[Step, ...]] = {
         Step("trl-steps", _module(*_STEPS, "--minutes", "2.4", folder="{out}/trl-steps"),
              _module(*_STEPS, "--smoke", "--arms", "none,trl,default", folder="{out}/trl-steps"), 3),
     ),
-    # The same model on data that is some updates old. Two groups of runs fit; the same command goes on from there.
+    # Stage 3 trains the same model on stale data. Two groups of runs fit into one call; a second call continues.
     3: (
         Step("staleness", _module(*_STALE, "--minutes", "7.4", folder="{out}/staleness"),
              _module(*_STALE, "--smoke", *_TWO_ARMS, "--delays", "1,0", "--seeds", "1", folder="{out}/staleness"),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HOSTS = ("trl", "verl", "openrlhf")
+NAMES = {"trl": "TRL", "verl": "veRL", "openrlhf": "OpenRLHF"}
 BETA = 0.25
 NEAR, FAR = "near", "far"
 """Scenarios: a reference within a nat of the policy on most tokens, and one so far that hosts' clamps matter."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.hosts.cases import NAMES
 from benchmarks.hosts.compare import EQUAL
 
-NAMES = {"trl": "TRL", "verl": "veRL", "openrlhf": "OpenRLHF"}
 COLOURS = {"trl": "tab:orange", "verl": "tab:blue", "openrlhf": "tab:green"}
 MARKERS = {"trl": "o", "verl": "s", "openrlhf": "^"}
 

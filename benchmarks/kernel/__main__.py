@@ -1,4 +1,4 @@
-"""Command line of the kernel benchmark."""
+"""The command line of the kernel benchmark."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.command_line import console_of, typed
 from benchmarks.kernel.contestants import Contestant, of_hidden_states, of_logits
 from benchmarks.kernel.measure import compare
 from benchmarks.kernel.problems import Size, problem
@@ -32,7 +33,7 @@ PEERS = ("trl", "liger-kernel", "verl", "triton")
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where JSON and plots go.")] = Path("out/bench/kernel"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and plots.")] = Path("out/bench/kernel"),
     rounds: Annotated[int, typer.Option(min=3, help="Timed passes of each contestant.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     sizes: Annotated[str, typer.Option(help="smoke, cpu or cuda; the device's by default.")] = "",
@@ -40,8 +41,7 @@ def main(
     only: Annotated[str, typer.Option(help="logits or hidden; both by default.")] = "",
 ) -> None:
     """Measure every contestant on every size, print tables, write JSON and a plot per dtype."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=140)  # a log does not cut names off
+    console = console_of(140)
     chosen = [size for size in SIZES[sizes or device] if only in ("", "hidden" if size.width else "logits")]
     for name in dtypes.split(","):
         cases: list[dict[str, Any]] = []
@@ -50,14 +50,14 @@ def main(
             console.print(table(cases[-1]))
             for line in cases[-1]["absent"]:
                 console.print(f"not measured: {line}")
-            # After every size: an interrupted run keeps what it has measured.
+            # The file is written after every size, so that an interrupted run keeps its results.
             stem = "-".join(filter(None, ("kernel", device, name, only)))
             write_json(out / f"{stem}.json", {**surroundings(), "rounds": rounds, "cases": cases})
             plot(cases, out / f"{stem}.png")
 
 
 def case(size: Size, dtype: str, device: str, rounds: int) -> dict[str, Any]:
-    """One size in one dtype."""
+    """Measure one size in one dtype."""
     found = list((of_hidden_states if size.width else of_logits)(device))
     present = [it for it in found if isinstance(it, Contestant)]
     with Progress(console=Console(stderr=True)) as progress:
@@ -70,19 +70,20 @@ def case(size: Size, dtype: str, device: str, rounds: int) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, object]:
-    """Machine, command and peers' versions."""
+    """Return the machine, the command, and the versions of the peers."""
     peers = {}
     for name in PEERS:
         try:
             peers[name] = version(name)
         except PackageNotFoundError:
             peers[name] = None
-    return {"machine": machine(), "command": f"python -m benchmarks.kernel {' '.join(sys.argv[1:])}", "peers": peers}
+    return {"machine": machine(), "command": typed("benchmarks.kernel"), "peers": peers}
 
 
 if __name__ == "__main__":
     if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None:
-        # Fixed, so that glibc gives freed tensors back and the peak of one contestant is not hidden by another's.
+        # With a fixed threshold, glibc returns the memory of freed tensors. Otherwise the peak of one contestant could
+        # hide that of another.
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kernel", *sys.argv[1:]])
     typer.run(main)

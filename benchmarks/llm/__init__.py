@@ -1,1 +1,1 @@
-"""Runs with a real language model, SmolLM2-135M-Instruct: a demonstration, staleness, and TRL's step times."""
+"""Runs with a real language model, SmolLM2-135M-Instruct: a demonstration, stale data, and the times of TRL's step."""

@@ -1,4 +1,4 @@
-"""Runs in worker processes, the most valuable first, within a limit of time; each is kept as soon as it is there."""
+"""Makes runs in worker processes within a time limit, the most important first; finished runs are stored at once."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.demo.workers import Job, cores, pool
-from benchmarks.reporting import write_json
+from benchmarks.command_line import progress_of
+from benchmarks.reporting import finished, write_json
+from benchmarks.workers import Job, cores, pool
 
 from . import train
-from .settings import RUN_FILES, Settings, finished, run_key, slug, sources
+from .settings import RUN_FILES, Settings, run_key, slug, sources
 from .train import Tick
 
-MARGIN = 1.2  # a run may take so many times longer than this worker's longest before it
+MARGIN = 1.2  # a run is expected to take at most this factor times the longest earlier run of its worker
 _longest = 0.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run and where its record lies."""
+    """One run, and the file of its record."""
 
     arm: str
     seed: int
@@ -37,21 +37,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name of the run, for messages."""
         delay = "" if self.settings.delay is None else f" delay {self.settings.delay}"
         return f"{self.arm}{delay} seed {self.seed}"
 
     def record(self) -> dict[str, Any] | None:
-        """Its result, if it is there."""
+        """Return the result of the run, or None if there is none yet."""
         return finished(self.file, self.key)
 
 
 def planned(wanted: Sequence[tuple[str, int, Settings]], folder: Path) -> list[Run]:
-    """Runs of arms, seeds and settings, in the order given.
+    """Return the runs of arms, seeds and settings, in the given order.
 
     Args:
-        wanted: each run.
-        folder: where their records are kept.
+        wanted: arm, seed and settings of each run.
+        folder: folder of their records.
     """
     code = sources(RUN_FILES)
     made = []
@@ -69,15 +69,16 @@ def work(
     """Make the runs that are missing.
 
     Args:
-        console: shows the progress.
-        runs: in the order of their value.
-        folder: for logs.
-        workers: processes.
-        seconds: no run is begun that would probably end later; None: all are made.
-        done: called after each.
+        console: console that shows the progress.
+        runs: the runs in the order of their importance.
+        folder: folder for logs.
+        workers: number of processes.
+        seconds: time limit; a run that would probably end later is not started. None makes all runs.
+        done: function that is called after each run.
 
     Returns:
-        What is missing afterwards, and why: time, or an error, which does not end the others.
+        The runs that are missing afterwards, each with the reason: the time limit, or an error. An error does not stop
+        the other runs.
     """
     missing = [run for run in runs if run.record() is None]
     console.print(f"{len(missing)} of {len(runs)} runs to be made, {workers} at a time")
@@ -87,7 +88,7 @@ def work(
     threads = 1 if missing[0].settings.device == "cuda" else max(1, cores() // workers)
     failures: list[str] = []
     reached: dict[str, int] = {}
-    with pool(workers, folder / "logs") as crew, _progress(console) as bars:
+    with pool(workers, folder / "logs") as crew, progress_of(console) as bars:
         total = bars.add_task("all runs", total=sum(run.settings.steps for run in missing))
         tasks: dict[str, Any] = {}
 
@@ -123,7 +124,7 @@ def work(
 def attempt(
     arm: str, seed: int, settings: Settings, threads: int, deadline: float | None, tick: Tick
 ) -> dict[str, Any]:  # fmt: skip
-    """One run, unless it would end too late; an error is returned, so that it does not end other runs."""
+    """Make one run unless it would end too late; an error is returned, so that it does not stop other runs."""
     global _longest
     start = time.time()
     if deadline is not None and start + _longest * MARGIN >= deadline:
@@ -140,14 +141,9 @@ def attempt(
 
 
 def _tidy_up() -> None:
-    """Give the memory of a run back; trainers, models and graphs refer to each other."""
+    """Free the memory of a run; a garbage collection is necessary, because trainers, models and graphs form cycles."""
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console)

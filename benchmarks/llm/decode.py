@@ -1,8 +1,8 @@
-"""Fast sampling: a cache of fixed size and, on a GPU, one captured graph per token.
+"""Fast sampling with a cache of fixed size and, on a GPU, with one captured graph per token.
 
-transformers' own generation launches some thousand small kernels per token, 20 ms each time; a small model's arithmetic
-needs a twentieth of that. Tensors of fixed shape and place let a GPU replay all of it in one go, also after the weights
-have changed in place.
+The generation of transformers launches some thousand small kernels per token, which takes 20 ms. The arithmetic of a
+small model needs a twentieth of that. If all tensors have fixed shapes and addresses, a GPU can replay the kernels of a
+token as one graph, also after the weights have changed in place.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch.nn import functional
 
 from benchmarks.study.sampler import Drawn, sample
 
-KNOWN = ("llama", "qwen2")  # transformers' model types that `Decoder` computes
-ALIGNED = 8  # fused attention kernels want masks of such a multiple
-WARM_UP = 3  # steps before a capture
-CHECK_EVERY = 32  # steps between two looks at whether every row has ended; looking waits for the GPU
+KNOWN = ("llama", "qwen2")  # model types of transformers that `Decoder` supports
+ALIGNED = 8  # fused attention kernels need masks whose size is a multiple of this
+WARM_UP = 3  # number of steps before a capture
+CHECK_EVERY = 32  # steps between checks whether every row has ended; a check waits for the GPU
 
 
 def drawer(model: Any, tokenizer: Any, rows: int, prompt_tokens: int, tokens: int) -> Decoder | Plain:
-    """The fastest way to sample from a model.
+    """Return the fastest available sampler for a model.
 
     Args:
         model: a causal language model; its weights may change in place afterwards.
-        tokenizer: pads on the left.
-        rows: most prompts of a call.
-        prompt_tokens: of the longest prompt.
-        tokens: most of a completion.
+        tokenizer: tokenizer that pads on the left.
+        rows: largest number of prompts per call.
+        prompt_tokens: number of tokens of the longest prompt.
+        tokens: largest number of tokens of a completion.
     """
     config = model.config
     if config.model_type in KNOWN and not getattr(config, "use_sliding_window", False):
@@ -38,14 +38,14 @@ def drawer(model: Any, tokenizer: Any, rows: int, prompt_tokens: int, tokens: in
 
 
 class Plain:
-    """The same for models that `Decoder` does not know."""
+    """Draws completions by the generation of transformers, for models that `Decoder` does not support."""
 
     def __init__(self, model: Any, tokenizer: Any, tokens: int) -> None:
         self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
         self.captured = "no: not a model type that can be"
 
     def draw(self, prompts: list[str], generator: torch.Generator) -> Drawn:
-        """One completion per prompt at temperature 1."""
+        """Draw one completion per prompt at temperature 1."""
         return sample(self._model, self._tokenizer, prompts, self._tokens, generator)
 
 
@@ -53,7 +53,7 @@ class Decoder:
     """Draws completions at temperature 1 from the whole vocabulary, with their log-probs.
 
     Attributes:
-        captured: `yes`, or why tokens are not replayed from a graph.
+        captured: `yes` if tokens are replayed from a graph, otherwise the reason why not.
     """
 
     def __init__(self, model: Any, tokenizer: Any, rows: int, prompt_tokens: int, tokens: int) -> None:
@@ -86,11 +86,11 @@ class Decoder:
 
     @torch.no_grad()
     def draw(self, prompts: list[str], generator: torch.Generator) -> Drawn:
-        """One completion per prompt.
+        """Draw one completion per prompt.
 
         Args:
-            prompts: no more than `rows`.
-            generator: of the model's device.
+            prompts: at most `rows` prompts.
+            generator: random number generator on the model's device.
         """
         if not self.captured:
             self._capture()
@@ -117,7 +117,7 @@ class Decoder:
         """Fill the cache with the prompts and draw the first token."""
         positions = (attended.long().cumsum(1) - 1).clamp(min=0)
         count = ids.shape[1]
-        own = torch.eye(count, dtype=torch.bool, device=ids.device)  # padding sees itself: no row of a softmax is empty
+        own = torch.eye(count, dtype=torch.bool, device=ids.device)  # for padding, so that no softmax row is empty
         seen = torch.zeros(len(ids), 1, count, self._length, dtype=torch.bool, device=ids.device)
         seen[..., :count] = (own.cumsum(1).T.bool() & attended[:, None] | own)[:, None]
         hidden = self._hidden(ids, positions, torch.arange(count, device=ids.device), seen)
@@ -134,7 +134,7 @@ class Decoder:
         self._pick(hidden[:, -1])
 
     def _step(self) -> None:
-        """Take the token drawn last into the cache and draw the next; all of it in place."""
+        """Add the last drawn token to the cache and draw the next one; all tensors are changed in place."""
         self._position += 1
         self._slot += 1
         self._index += 1
@@ -143,7 +143,7 @@ class Decoder:
         self._pick(hidden[:, -1])
 
     def _pick(self, hidden: Tensor) -> None:
-        """Draw by the Gumbel trick: the largest of log-probs less the logarithm of exponential noise."""
+        """Draw tokens by the Gumbel trick: take the maximum of log-probs minus the logarithm of exponential noise."""
         logp = self._model.get_output_embeddings()(hidden).float().log_softmax(-1)
         drawn = (logp - self._noise.log()).argmax(-1, keepdim=True)
         self._mask.index_copy_(1, self._index, self._alive)
@@ -154,7 +154,7 @@ class Decoder:
         self._alive.logical_and_(drawn != self._tokenizer.eos_token_id)
 
     def _hidden(self, ids: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
-        """(B, S, D) last hidden states; keys and values go to their slots of the cache."""
+        """Return the (B, S, D) last hidden states, and write keys and values to their slots of the cache."""
         base = self._model.base_model
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
         x = base.embed_tokens(ids)
@@ -175,7 +175,7 @@ class Decoder:
         return heads.repeat_interleave(self._groups, 1)
 
     def _capture(self) -> None:
-        """Record one step. The state is scratch here; `_begin` sets all of it."""
+        """Record one step. The present state is overwritten; `_begin` sets all of it later."""
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -186,7 +186,7 @@ class Decoder:
             torch.cuda.current_stream().wait_stream(side)
             self._scratch()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data loaders pin memory meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data loaders may pin memory now
                 self._step()
             self._graph, self.captured = graph, "yes"
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The demonstration: SmolLM2 trained by TRL's GRPO without KL, with TRL's own, and under two specs of ours."""
+"""The demonstration: SmolLM2 trained by TRL's GRPO without a KL term, with TRL's own KL, and under two specs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.demo.workers import WorkerError
 from benchmarks.reporting import write_json
+from benchmarks.workers import WorkerError
 
 from . import demo_plot, demo_report
 from .crew import Run, planned, work
@@ -27,18 +27,18 @@ SMOKE = Settings(steps=4, prompts=2, generations=2, tokens=6, evaluate_every=2, 
 def demonstrate(
     console: Console, arms: tuple[str, ...], settings: Settings, folder: Path, workers: int, fresh: bool = False
 ) -> dict[str, Any]:
-    """Make what is missing; write the records, the table and the picture; print it all.
+    """Make the missing runs, write records, table and picture, and print the results.
 
     Args:
-        console: to print on.
-        arms: names.
-        settings: of every run.
-        folder: for everything that is written.
-        workers: processes; beside each other they share the machine, so that step times mean little.
-        fresh: repeat runs that are there.
+        console: console for the output.
+        arms: names of the arms.
+        settings: settings of every run.
+        folder: folder for all files.
+        workers: number of processes; several processes share the machine, so that step times are not comparable.
+        fresh: whether to repeat finished runs.
 
     Returns:
-        What `summary.json` holds.
+        The content of `summary.json`.
     """
     runs = planned([(arm, SEED, settings) for arm in arms], folder)
     if fresh:

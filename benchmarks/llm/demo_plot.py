@@ -1,4 +1,4 @@
-"""The demonstration's picture: reward, KL, and entropy over the steps, and the seconds of a step."""
+"""The picture of the demonstration: reward, KL and entropy over the steps, and the time of a step."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     """Write the picture.
 
     Args:
-        path: of the PNG.
-        found: what `summary.json` holds.
+        path: path of the PNG file.
+        found: content of `summary.json`.
     """
     import matplotlib
 

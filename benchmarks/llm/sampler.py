@@ -1,4 +1,4 @@
-"""A sampler that is some updates behind the policy, as an asynchronous engine is, in the precision of one."""
+"""A sampler that is some updates behind the policy and computes in the precision of an engine, as in async training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .model import load
 
 
 class LaggedSampler:
-    """TRL's `rollout_func`: completions of the policy as it was some updates ago, with their true log-probs.
+    """A `rollout_func` for TRL that draws from the policy of some updates ago and returns the true log-probs.
 
     Args:
-        folder: of the model that the policy began as.
+        folder: folder of the model from which the policy started.
         device: `cpu` or `cuda`.
-        delay: updates that it is behind; fewer while so many have not been made.
-        tokenizer: pads on the left.
-        shape: rows, tokens of the longest prompt, most tokens of a completion.
-        seed: of the tokens drawn.
-        watch: called with the policy, the completions, and the updates made.
+        delay: number of updates that the sampler is behind; at the start of a run it is smaller.
+        tokenizer: tokenizer that pads on the left.
+        shape: number of rows, tokens of the longest prompt, and largest number of tokens of a completion.
+        seed: seed of the drawn tokens.
+        watch: function that is called with the policy, the completions, and the number of updates so far.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class LaggedSampler:
 
     @property
     def captured(self) -> str:
-        """Whether tokens come from a captured graph."""
+        """`yes` if tokens are replayed from a captured graph, otherwise the reason why not."""
         return self._drawer.captured
 
     @torch.no_grad()
     def follow(self, policy: Any) -> None:
-        """Take a snapshot of the policy, and become the oldest one kept. Called once before each update."""
-        own = list(self.model.parameters())  # those that two layers share are listed once
+        """Store a snapshot of the policy, and load the oldest stored one; this is called once before each update."""
+        own = list(self.model.parameters())  # parameters that two layers share are listed once
         self._snapshots.append(
             [p.detach().to(o.dtype, copy=True) for p, o in zip(policy.parameters(), own, strict=True)]
         )
@@ -60,7 +60,7 @@ class LaggedSampler:
         return self._drawer.draw(prompts, self._generator)
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """What TRL wants of a rollout."""
+        """Return completions in the form that TRL expects from a `rollout_func`."""
         start = time.perf_counter()
         policy = trainer.accelerator.unwrap_model(trainer.model)
         drawn = self.draw(policy, prompts)

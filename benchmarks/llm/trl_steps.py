@@ -1,15 +1,14 @@
-"""`python -m benchmarks.llm.trl_steps`: seconds and memory of TRL's step with a real language model, arm against arm.
+"""The command `python -m benchmarks.llm.trl_steps`: measures time and memory of TRL's step with a real language model.
 
-Arms take turns in one process, a block of steps each, and every round begins with another arm, so that a machine that
-grows slower is no arm's fault. Completions are sampled inside the step, by captured graphs on a GPU, which is about as
-fast as an engine; the seconds that sampling took are given apart.
+The arms run in turns in one process, each for a block of steps. Every round begins with another arm, so that a change
+of the machine's speed affects all arms equally. Completions are sampled inside the step; on a GPU this uses captured
+graphs and is about as fast as an engine. The time of sampling is also reported separately.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import statistics
 import tempfile
 import time
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
+from benchmarks.command_line import console_of, interruptible, listed
 from benchmarks.reporting import machine, write_json
 
 from . import model
@@ -46,15 +45,16 @@ class Runner:
         self._tokenizer = tokenizer_of(self._folder)
         self._prompts: Prompts = prompts_of(settings.task, self._tokenizer)
         shape = settings.batch, longest(self._prompts, self._tokenizer), settings.tokens
-        # One for all blocks: what is captured once serves all, and its memory is in every arm's alike.
+        # All blocks use the same sampler, so that graphs are captured once and every arm includes their memory.
         self.sampler = LaggedSampler(self._folder, settings.device, 0, self._tokenizer, shape, 0)
 
     def block(self, arm: str, round_number: int) -> dict[str, Any]:
-        """One step to warm up and some that are timed, by a trainer made afresh.
+        """Make a new trainer, and run one step to warm up and some timed steps.
 
         Returns:
-            `seconds` of each step and of its `sampling`; `tokens`, the mean length; `peak_bytes` that torch allocated,
-            and `base_bytes` before the first step (0 on a CPU).
+            `seconds` of each step and of its `sampling`; `tokens`, the mean length of completions; `peak_bytes`, the
+            largest number of bytes that torch allocated; and `base_bytes`, the number before the first step. Both are 0
+            on a CPU.
         """
         import torch
         from datasets import Dataset
@@ -103,7 +103,7 @@ class Runner:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     if len(values) < 2:
         return dict.fromkeys(("median", "lower", "upper"), values[0])
     lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -111,7 +111,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def summary(blocks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Per arm: seconds of a step and of its parts, the ratio to TRL's own KL in the same round, memory."""
+    """Summarise each arm: time of a step and its parts, ratio to TRL's own KL in the same round, and memory."""
     found: dict[str, Any] = {}
     update = {
         arm: [
@@ -139,7 +139,7 @@ def summary(blocks: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A row per arm."""
+    """Return a table with one row per arm."""
     settings, arms = found["settings"], found["arms"]
     width = max(map(len, (*arms, "arm")))
     heads = ("rounds", "s/step", "sampling", "update", "quartiles", "to TRL's", "GB peak")
@@ -166,8 +166,8 @@ def table(found: dict[str, Any]) -> str:
 
 @app.command()
 def main(
-    minutes: Annotated[float, typer.Option(help="No block is begun that would end later; 0: all rounds.")] = 0.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Most rounds.")] = 8,
+    minutes: Annotated[float, typer.Option(help="Time limit; no block is begun that would end later; 0: none.")] = 0.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Largest number of rounds.")] = 8,
     arms: Annotated[str, typer.Option(help="Comma-separated: none, trl (its own KL), or KL specs.")] = ",".join(ARMS),
     steps: Annotated[int, typer.Option(min=0, help="Timed steps of a block; 0: 5 on a GPU, 2 on a CPU.")] = 0,
     tokens: Annotated[int, typer.Option(min=0, help="Most of a completion; 0: 256 on a GPU, 32 on a CPU.")] = 0,
@@ -178,17 +178,12 @@ def main(
     smoke: Annotated[bool, typer.Option(help="Two rounds of a tiny random model: does everything run?")] = False,
 ) -> None:
     """Time TRL's step under every arm."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=150)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = console_of(150)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     logging.getLogger("kl_plugins").setLevel(logging.WARNING)  # a receipt per trainer would hide the bar
     start = time.monotonic()
-    try:
-        names = list(dict.fromkeys(checked_arm(name.strip()) for name in arms.split(",")))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    names = listed(arms, checked_arm)
     folder = model.found_or_exit(given, source, smoke)
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
@@ -214,18 +209,19 @@ def main(
         shift = number % len(names)
         planned += [(number, arm) for arm in (*names[shift:], *names[:shift])]
     longest_block = 0.0
-    for number, arm in track(planned, "blocks", console=console):
-        begun = time.monotonic()
-        if minutes and begun - start + longest_block * MARGIN > minutes * 60:
-            break
-        if arm in failed:
-            continue
-        try:
-            blocks[arm].append(runner.block(arm, number))
-        except (RuntimeError, ValueError, TypeError) as error:
-            failed[arm] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        longest_block = max(longest_block, time.monotonic() - begun)
-        write()
+    with interruptible(console, resumable=False):
+        for number, arm in track(planned, "blocks", console=console):
+            begun = time.monotonic()
+            if minutes and begun - start + longest_block * MARGIN > minutes * 60:
+                break
+            if arm in failed:
+                continue
+            try:
+                blocks[arm].append(runner.block(arm, number))
+            except (RuntimeError, ValueError, TypeError) as error:
+                failed[arm] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            longest_block = max(longest_block, time.monotonic() - begun)
+            write()
     console.print(table(write()), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Written: {target / 'summary.json'}, {target / 'table.txt'}")
 

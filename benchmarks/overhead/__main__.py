@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from benchmarks.drivers import launch as run
-from benchmarks.hosts.report import NAMES
+from benchmarks.command_line import console_of, typed
+from benchmarks.drivers.launch import over_hosts
+from benchmarks.hosts.cases import NAMES
 from benchmarks.overhead.measure import UNDECIDED, Block, summary
 from benchmarks.overhead.plan import PAIRS, SMOKE, Plan, Size
 from benchmarks.overhead.report import plot, table
@@ -34,43 +32,35 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds that one host may take.")] = 3600.0,
 ) -> None:
     """Measure each host in turns with itself, print a table, write JSON and a plot; 1 if a host failed."""
-    console, environments = Console(), run.interpreters(python)
-    console = console if console.is_terminal else Console(width=150)
+    console = console_of(150)
     size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
     rounds, steps = (3, 1) if smoke else (rounds, steps)
     # Fixed, so that glibc gives freed tensors back and the peak of one arm is not hidden by another's.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="klp") as name, Progress(console=Console(stderr=True)) as progress:
-        task, folder = progress.add_task("model", total=1 + len(environments)), Path(name)
-        builder = next(iter(environments.values()))
-        run.run_module(builder, "benchmarks.overhead.work", json.dumps(asdict(size)), folder, log=out / "model.log")
-        for host, path in environments.items():
-            progress.update(task, advance=1, description=NAMES[host])
-            plan, result = folder / f"{host}.json", folder / f"{host}-out.json"
+    with over_hosts(python, out) as hosts:
+        hosts.prepare("benchmarks.overhead.work", json.dumps(asdict(size)), hosts.folder, log="model.log")
+        for host in hosts:
+            plan, result = hosts.folder / f"{host}.json", hosts.folder / f"{host}-out.json"
             Plan(size, PAIRS[host][: 1 if smoke else None], rounds, steps).write(plan)
-            module, log = f"benchmarks.overhead.{host}_steps", out / f"{host}.log"
-            if not run.survived(failed, host, module, plan, folder, result, python=path, log=log, limit=limit):
+            if not hosts.run(host, f"benchmarks.overhead.{host}_steps", plan, hosts.folder, result, limit=limit):
                 continue
             found = json.loads(result.read_text())
             versions[host] = found["version"]
             rows += [{"host": host, **summarised(pair)} for pair in found["pairs"]]
-        progress.update(task, advance=1)
-    for text in failed.values():
-        console.print(text, highlight=False, markup=False)
+    hosts.report(console)
     console.print(table(rows))
     compared = [row for row in rows if row["same_gradient"]]
     undecided = [f"{NAMES[row['host']]} {row['name']}" for row in compared if row["verdict"] == UNDECIDED]
     if undecided:
         console.print(f"too noisy for a percent, here and with so many rounds: {', '.join(undecided)}")
     settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}
-    about = {"machine": machine(), "command": run.command("benchmarks.overhead"), "versions": versions, **settings}
-    write_json(out / "overhead.json", {**about, "failed": failed, "rows": rows})
+    about = {"machine": machine(), "command": typed("benchmarks.overhead"), "versions": versions, **settings}
+    write_json(out / "overhead.json", {**about, "failed": hosts.failed, "rows": rows})
     if rows:
         plot(rows, out / "overhead.png")
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if hosts.failed else 0)
 
 
 def summarised(pair: dict[str, Any]) -> dict[str, Any]:

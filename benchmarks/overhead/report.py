@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.hosts.report import COLOURS, MARKERS, NAMES
+from benchmarks.hosts.cases import NAMES
+from benchmarks.hosts.report import COLOURS, MARKERS
 from benchmarks.overhead.measure import TARGET
 from benchmarks.overhead.plan import HOST
 

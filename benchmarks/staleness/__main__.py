@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks.staleness``."""
+"""The command ``python -m benchmarks.staleness``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.command_line import console_of, typed
 from benchmarks.reporting import machine, write_json
 from benchmarks.staleness import forces
 from benchmarks.staleness.findings import LIMITS, findings, shown
@@ -24,7 +25,7 @@ SMOKE_RUNS = 8
 
 
 def measured(found: Mapping[str, Sweep], console: Console) -> dict[str, Any]:
-    """Run all sweeps, and the courses of the main setting with noise and without."""
+    """Run all sweeps, and record the main setting over time with noise and without."""
     known: dict[Any, dict[str, Any]] = {}
     results = {}
     with Progress(console=console) as progress:
@@ -39,7 +40,7 @@ def measured(found: Mapping[str, Sweep], console: Console) -> dict[str, Any]:
 
 
 def table(sweep: Mapping[str, Any]) -> Table:
-    """Share that ran away and median KL at the end, by arm and value."""
+    """Make a table of the share of runs that ran away and of the median KL at the end, by arm and value."""
     base = sweep["base"]
     optimizer = f"{base['optimizer']} {base['rate']:g}, {base['samples']} drawn per update"
     noise = f"advantages of deviation {base['noise']:g}" if base["noise"] else "no policy gradient"
@@ -57,22 +58,25 @@ def table(sweep: Mapping[str, Any]) -> Table:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for staleness.json and the figures.")] = Path("out/bench/staleness"),
     runs: Annotated[int, typer.Option(help="Independent runs of every arm and setting.", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Of references, starts and draws.", min=0)] = 0,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Few and short runs: that it runs, no numbers.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of references, starts and draws.", min=0)] = 0,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Only test that it runs, with few and short runs.")] = False,
     redraw: Annotated[bool, typer.Option("--redraw", help="Print and draw from the staleness.json in --out.")] = False,
 ) -> None:
-    """Show in one state why an importance-weighted KL can run away on stale data, and what stops it."""
+    """Show in one state why an importance-weighted KL can run away on stale data, and what prevents it."""
     torch.set_num_threads(1)
-    console = Console()
-    console = console if console.is_terminal else Console(width=190)
+    console = console_of(190)
     ratio = forces.grid()
     curves = list(forces.curves(ratio))
     if redraw:
         data = json.loads((out / "staleness.json").read_text())
     else:
         found = sweeps(SMOKE_RUNS if smoke else runs, seed, smoke)
-        command = "python -m benchmarks.staleness"
-        data = {"machine": machine(), "command": command, "smoke": smoke, **measured(found, Console(stderr=True))}
+        data = {
+            "machine": machine(),
+            "command": typed("benchmarks.staleness"),
+            "smoke": smoke,
+            **measured(found, Console(stderr=True)),
+        }
     data["forces"], data["refused"] = [curve.summary(ratio) for curve in curves], forces.refused()
     said = findings({name: sweep["rows"] for name, sweep in data["sweeps"].items()}, data["forces"])
     data |= {"findings": said, "limits": list(LIMITS)}

@@ -1,9 +1,9 @@
 """A softmax policy over a few tokens in one state, trained on samples of an old copy of itself.
 
 Many independent runs are trained together, each with one row of logits. Runs of different KL specs are paired: they
-have the same reference, the same start and the same random numbers. `kl_term` computes the KL term and its gradient from
-the log-probs of the sampled tokens, as in a trainer. The divergence is then measured by a sum over all tokens, without
-sampling noise.
+have the same reference, the same start and the same random numbers. `kl_term` computes the KL term and its gradient
+from the log-probs of the sampled tokens, as in a trainer. The divergence is then measured by a sum over all tokens,
+without sampling noise.
 """
 
 from __future__ import annotations

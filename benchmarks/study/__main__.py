@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from benchmarks.command_line import console_of, interruptible, listed, typed
 from benchmarks.demo.arms import find_arm
-from benchmarks.demo.workers import cores, failures_reported
+from benchmarks.workers import cores
 
 from .comparison import Options, study
 from .plan import Scope
@@ -56,16 +53,12 @@ def main(
     smoke: Annotated[bool, typer.Option(help="2 seeds of 4 steps, a few claims: does everything run?")] = False,
 ) -> None:
     """Test published claims about KL regularisers in real RL runs; finished runs are kept and skipped."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=150)  # a log does not cut tables off
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
+    console = console_of(150)
     try:
-        names = tuple("none" if n == "none" else find_arm(n).name for n in _listed(arms))
+        names = tuple("none" if n == "none" else find_arm(n).name for n in _names(arms))
         # A model that was given has a family of its own.
-        kinds = ("given",) if model else _known("family", _listed(families), FAMILIES)
-        scope = Scope(
-            _known("task", _listed(tasks), tuple(TASKS)), kinds, names, _delays(delays), _listed(claims), host
-        )
+        kinds = ("given",) if model else _known("family", _names(families), FAMILIES)
+        scope = Scope(_known("task", _names(tasks), tuple(TASKS)), kinds, names, _delays(delays), _names(claims), host)
         _known("size", (size,), tuple(SIZES))
         settings = Settings(
             steps=steps,
@@ -88,22 +81,18 @@ def main(
             workers or (1 if device != "cpu" else cores()),
             fresh,
             dry_run,
-            _command(),
+            typed("benchmarks.study"),
             smoke,
             judge_only,
         )
-        with failures_reported(console):
+        with interruptible(console):
             study(console, scope, settings, options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
-def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks.study", *sys.argv[1:]])
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(listed(text, str, optional=True))
 
 
 def _known(kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -114,7 +103,7 @@ def _known(kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[s
 
 
 def _delays(text: str) -> tuple[int, ...]:
-    return tuple(int(d) for d in _known("delay", _listed(text), tuple(map(str, DELAYS))))
+    return tuple(int(d) for d in _known("delay", _names(text), tuple(map(str, DELAYS))))
 
 
 if __name__ == "__main__":

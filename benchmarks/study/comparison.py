@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from benchmarks.demo.workers import Job, Pool, pool
+from benchmarks.command_line import progress_of
 from benchmarks.reporting import machine, write_json
+from benchmarks.workers import Job, Pool, pool
 
 from . import hosts, models, plan, summary
 from .settings import Settings, sources
@@ -85,7 +85,7 @@ def complete(
         f"workers{'' if found else ' (a guess until runs are there to go by)'}."
     )
     if (missing or models_missing) and not (options.dry or options.judge_only):
-        with pool(workers, options.folder / "logs") as crew, _progress(console) as bars:
+        with pool(workers, options.folder / "logs") as crew, progress_of(console, remaining=True) as bars:
             if models_missing:
                 _references(crew, bars, models_missing, settings)
             if missing:
@@ -140,21 +140,15 @@ def _draw(folder: Path, data: dict[str, Any]) -> bool:
 
 
 def _references(crew: Pool, bars: Progress, missing: list[plan.Reference], settings: Settings) -> None:
-    total = settings.pretrain_steps * len(missing)
-    task, steps = bars.add_task("reference models", total=total), Counter[str]()
-
-    def show(name: str, done: int) -> None:
-        steps[name] = max(done, steps[name])
-        bars.update(task, completed=steps.total())
-
     def keep(model: plan.Reference, result: dict[str, Any]) -> None:
         write_json(model.file, {**result, "key": model.key})  # after the model: its presence says that all is there
 
-    crew.run([
+    jobs = [
         Job(f"reference {m.task} {m.family}", models.make_reference, (m.folder, m.task, m.family, settings),
             settings.pretrain_steps, partial(keep, m))
         for m in missing
-    ], show)  # fmt: skip
+    ]  # fmt: skip
+    crew.run_in_groups(bars, [("reference models", job) for job in jobs])
 
 
 def _train(
@@ -162,29 +156,16 @@ def _train(
     found: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
     """Make the missing runs; each is written as soon as it is there."""
-    by_name = {run.name: run for run in missing}
-    counts = Counter(run.cell.task for run in missing)
-    tasks = {name: bars.add_task(name, total=settings.steps * count) for name, count in counts.items()}
-    steps = dict.fromkeys(by_name, 0)
     folders = {(m.task, m.family): m.folder for m in needed}
-
-    def show(name: str, done: int) -> None:
-        steps[name] = max(done, steps[name])
-        task = by_name[name].cell.task
-        bars.update(tasks[task], completed=sum(n for other, n in steps.items() if by_name[other].cell.task == task))
 
     def keep(run: plan.Run, result: dict[str, Any]) -> None:
         record = {**result, "cell": asdict(run.cell), "seed": run.seed, "key": run.key}
         write_json(run.file, record)
         found[run.key] = record
 
-    crew.run([
+    jobs = [
         Job(run.name, hosts.train, (run.cell, run.seed, settings, folders[run.cell.task, run.cell.family]),
             settings.steps, partial(keep, run))
         for run in missing
-    ], show)  # fmt: skip
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+    ]  # fmt: skip
+    crew.run_in_groups(bars, [(run.cell.task, job) for run, job in zip(missing, jobs, strict=True)])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.reporting import finished
 
 from .claims import CLAIMS
 from .settings import Cell, Settings, reference_key, run_key
@@ -58,16 +59,7 @@ class Run:
 
     def finished(self) -> dict[str, Any] | None:
         """Its result, if it was made under this very key and is whole."""
-        return read(self.file, self.key)
-
-
-def read(file: Path, key: str) -> dict[str, Any] | None:
-    """A finished record, if it was made under this key; None for one that is missing, torn, or another's."""
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and record.get("key") == key else None
+        return finished(self.file, self.key)
 
 
 def chosen_claims(scope: Scope) -> list[Claim]:
@@ -131,7 +123,7 @@ class Reference:
 
     def finished(self) -> dict[str, Any] | None:
         """Its description, if the model is there."""
-        return read(self.file, self.key) if (self.folder / "config.json").exists() else None
+        return finished(self.file, self.key) if (self.folder / "config.json").exists() else None
 
 
 def references(planned: Iterable[Run], settings: Settings, folder: Path, code: str) -> list[Reference]:

@@ -17,25 +17,25 @@ QUESTION = "What is {}? Think step by step, and end with the result."
 
 
 def sums(rows: int, seed: int) -> list[tuple[str, str]]:
-    """Pairs of a question and its answer."""
+    """Return pairs of a question and its answer."""
     random_numbers = random.Random(seed)
     terms = [[random_numbers.randint(10, 99) for _ in range(3)] for _ in range(rows)]
     return [(QUESTION.format("+".join(map(str, numbers))), str(sum(numbers))) for numbers in terms]
 
 
 def chat(question: str) -> list[dict[str, str]]:
-    """A conversation of one message; the hosts apply the model's chat template to it."""
+    """Return a conversation of one message; the hosts apply the model's chat template to it."""
     return [{"role": "user", "content": question}]
 
 
 def write_trl(folder: Path, name: str, pairs: list[tuple[str, str]]) -> None:
-    """Columns: `prompt`, and whatever the reward function takes by name, here `answer`."""
+    """Make a row for TRL: `prompt`, and the columns that the reward function takes by name, here `answer`."""
     rows = [{"prompt": chat(question), "answer": answer} for question, answer in pairs]
     pandas.DataFrame(rows).to_parquet(folder / f"{name}.parquet")
 
 
 def write_verl(folder: Path, name: str, pairs: list[tuple[str, str]]) -> None:
-    """Columns: `prompt`, and `data_source` and `reward_model`, which veRL hands to the reward function."""
+    """Make a row for veRL: `prompt`, and `data_source` and `reward_model`, which veRL passes to the reward function."""
     rows = [
         {
             "data_source": "sums",
@@ -50,7 +50,7 @@ def write_verl(folder: Path, name: str, pairs: list[tuple[str, str]]) -> None:
 
 
 def write_openrlhf(folder: Path, name: str, pairs: list[tuple[str, str]]) -> None:
-    """Keys: those that `--data.input_key` and `--data.label_key` name."""
+    """Make a row for OpenRLHF, with the keys that `--data.input_key` and `--data.label_key` name."""
     rows = [{"input": chat(question), "label": answer} for question, answer in pairs]
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -1,4 +1,4 @@
-"""Structured explanation of a KL spec: formulas, which gradient they estimate, and what to know beside it."""
+"""Structured explanation of a KL spec: formulas, which gradient they estimate, and their caveats."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Explanation:
     sources: tuple[Source, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the explanation as plain data, which JSON can hold."""
         return asdict(self)
 
 

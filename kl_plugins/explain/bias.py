@@ -43,8 +43,9 @@ def off_policy(spec: KLSpec) -> Estimate:
     if spec.target == NO_CLEAR_TARGET:
         return Estimate(NO_CLEAR_TARGET, f"No divergence's gradient. {why_none(spec)}")
     level = "token" if spec.clip is not None else spec.correction
+    reweighted = "each token is" if spec.top is None else "set and bucket need no weight, the sampled remainder is"
     gains = {
-        "token": "each token is reweighted; which states are visited remains the behaviour policy's choice",
+        "token": f"{reweighted} reweighted; which states are visited remains the behaviour policy's choice",
         "prefix": "the product of weights up to the token corrects its state too; it decays or explodes with length",
         "sequence": "the weight of the whole response corrects everything, at the highest variance",
         "decision": "each term carries the weights of the tokens up to it, and no more",
@@ -96,7 +97,9 @@ def _missing_weight(spec: KLSpec) -> str:
         return "On-policy it is none either, so a weight would not help."
     if spec.horizon == "sequence":
         return "Add is:decision or is:sequence."
-    return "Add is:prefix." if spec.estimator == "exact" else "Add is:token, or is:prefix for the policy's own states."
+    if spec.estimator == "exact" and spec.top is None:
+        return "Add is:prefix."
+    return "Add is:token, or is:prefix for the policy's own states."
 
 
 def _score_off_policy(spec: KLSpec) -> str:

@@ -9,8 +9,11 @@ from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import format_number
 from kl_plugins.spec.options import OPTIONS
 
+BUCKET = "sum_S p log(p / r) + P L, with p of the policy, r of the reference"
+"""Value of ``exact`` with ``top:``: the KL over the set and one bucket."""
+
 UNSTATED = "user-defined"
-"""What a registered row says where its author gave no formula."""
+"""Text of a formula that the author of a registered estimator did not give."""
 
 
 def row_of(spec: KLSpec) -> Estimator:
@@ -38,7 +41,7 @@ def formulas(spec: KLSpec) -> dict[str, str]:
 
 def _value(spec: KLSpec) -> str:
     if spec.estimator == "exact":
-        return "KL_t" + (f", its {spec.top} most probable tokens exactly, the tail sampled" if spec.top else "")
+        return "KL_t" if spec.top is None else BUCKET
     formula = row_of(spec).value_formula
     return UNSTATED if formula == UNSTATED else _at(formula, "t", "k")
 
@@ -51,8 +54,10 @@ def _loss_lines(spec: KLSpec) -> dict[str, str]:
     own = _at(row_of(spec).coefficient_formula, "t", "own")
     future = _future_sum(spec, "w_j " if spec.correction == "decision" else "")
     if spec.estimator == "exact":
-        lines["own term"] = f"{'w_t ' if weight else ''}grad KL_t, differentiated over the whole vocabulary"
-        own = ""
+        over = "the whole vocabulary" if spec.top is None else "the set S and the bucket"
+        exact_weight = _exact_weight(spec)
+        lines["own term"] = f"{exact_weight}grad {'KL_t' if spec.top is None else 'k_t'}, differentiated over {over}"
+        own = "" if spec.top is None else "v_t"
     if spec.clip is not None:
         interval = f"{1 - spec.clip:.12g}, {1 + spec.clip:.12g}"
         lines["clipped head"] = (
@@ -88,7 +93,7 @@ def _score_lines(spec: KLSpec) -> dict[str, str]:
 def _weight(spec: KLSpec) -> str:
     if not spec.needs_behaviour or spec.clip is not None:
         return ""  # the clipped head shows its ratio itself
-    own_is_exact = spec.estimator == "exact"
+    own_is_exact = spec.estimator == "exact" and spec.top is None
     text = {
         "token": "rho_t",
         "prefix": "rho_{1:t-1}" if own_is_exact else "rho_{1:t}",
@@ -99,14 +104,28 @@ def _weight(spec: KLSpec) -> str:
         if row.weight is not None and row.is_set(spec):
             text = row.weight(row.value(spec), text)
     line = f"w_t = {text}; detached"
-    if spec.correction == "decision" and (spec.future == "exact") is not own_is_exact:
+    if spec.top is not None:
+        if spec.correction in ("prefix", "decision"):
+            line += "; w'_t of set and bucket is the same with rho_{1:t-1}"
+    elif spec.correction == "decision" and (spec.future == "exact") is not own_is_exact:
         line += f"; w_j of a future term is the same with rho_{{1:{'j-1' if spec.future == 'exact' else 'j'}}}"
     return line
+
+
+def _exact_weight(spec: KLSpec) -> str:
+    """What multiplies the own term's gradient: with ``top:`` the weight ends one token before the sampled part's."""
+    if not spec.needs_behaviour or (spec.top is not None and spec.correction == "token"):
+        return ""
+    return "w_t " if spec.top is None or spec.correction == "sequence" else "w'_t "
 
 
 def _future_sum(spec: KLSpec, weight: str) -> str:
     if spec.horizon == "token":
         return ""
+    if spec.future == "exact" and spec.top is not None:
+        discount = "" if spec.gamma == 1 else f"{format_number(spec.gamma)}^(j-t) "
+        terms = "w'_j k_j + w_j v_j" if weight else "k_j + v_j"
+        return f"sum_{{j>t}} {discount}({terms})"
     term = {"k1": "u_j", "k3": "(delta_j - 1 + u_j)", "exact": "KL_j"}.get(spec.future or "")
     term = term or _group(_at(row_of(spec).value_formula, "j", "k"))
     discount = "" if spec.gamma == 1 else f"{format_number(spec.gamma)}^(j-t) "
@@ -120,6 +139,12 @@ def _symbols(spec: KLSpec, used: str) -> str:
     if "rho_" in used:
         behaviour = {None: "behaviour", "sampler": "sampler", "old": "old policy"}[spec.behaviour]
         legend.append(f"rho_t = policy/{behaviour}, rho_{{1:t}} its product over response tokens")
+    if spec.top is not None:
+        legend += [
+            f"S: the reference's {spec.top} most probable tokens; P and R: what policy and reference leave outside S; "
+            "L = log(P / R)",
+            "v_t = u_t - L where token t is not in S, else 0",
+        ]
     if "KL_" in used:
         legend.append("KL_t = sum_a policy(a) log(policy(a)/reference(a))")
     return "; ".join(legend)

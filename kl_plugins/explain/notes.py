@@ -1,4 +1,4 @@
-"""What a reader of a spec is most likely to be wrong about, said first."""
+"""Notes on common misunderstandings about a spec; ``explain`` shows them first."""
 
 from __future__ import annotations
 
@@ -55,15 +55,26 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
         )
     if kind == "other_f" and spec.target.startswith("other_f"):
         found.append(f"The divergence is {_divergence(spec)}.")
-    if spec.needs_exact:
+    if spec.top is not None:
+        found.append(
+            f"Of the reference it needs the {spec.top} most probable tokens of every state, their log-probs, and the "
+            "probability that they leave, which the pass that gives its log-probs can give as well: what a host keeps "
+            "or recomputes for that is in its receipt."
+        )
+        found.append(
+            "The value is the KL over the set and one bucket for all other tokens: never negative, and a lower bound "
+            "of the KL. What happens inside the bucket enters the gradient by the drawn token, without bias."
+        )
+    elif spec.needs_exact:
         found.append(
             "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps"
             " or recomputes for that is in its receipt."
         )
-    if spec.top is not None:
+    if spec.estimator == "exact":
         found.append(
-            "The sum's gradient is sum_i u_i grad p_i with every u detached, so a sampled tail of coefficient u is "
-            "unbiased; a head that differentiates u beside it would not be. Its value is unbiased, but may be negative."
+            "Which one to take: exact has no token noise and needs the reference's logits. top:<k> has the noise of "
+            "the tokens outside the top k alone and needs 2 k + 1 numbers per token. k2 needs only log-probs and has "
+            "all of the noise."
         )
     if said := stability(spec):
         found.append(said)

@@ -1,4 +1,4 @@
-"""What a weighted term does to a token that the policy has all but dropped: an unbiased gradient may be unstable.
+"""Effect of a weighted term on a token that the policy has nearly dropped: an unbiased gradient can be unstable.
 
 Write p, r and m for a token's probability under policy, reference and behaviour policy. The force on a sampled token is
 the weight p/m times the coefficient c(u), u = log(p/r). Noise pushes sampled tokens down a little. On fresh data new
@@ -23,6 +23,12 @@ def stability(spec: KLSpec) -> str:
     row = row_of(spec)
     if spec.placement != "loss" or row.kind == "none":
         return ""
+    if spec.top is not None:
+        return (
+            "The own term is a sum over a set of tokens and one bucket, so no noise of sampled tokens drives tokens of "
+            "the set out on stale data. The tokens inside the bucket have a sampled remainder; their bucket as a whole "
+            "is held."
+        )
     if spec.estimator == "exact":
         return (
             "The own term is a sum over the vocabulary and not over a sample, so no noise of sampled tokens drives "

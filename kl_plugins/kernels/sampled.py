@@ -25,9 +25,10 @@ class SampledTerms(NamedTuple):
     Attributes:
         value: value of the term, nats, in the compute dtype.
         coefficient: factor of grad log pi(a_t|s_t), in the compute dtype.
-        weight: importance weight, in the compute dtype.
+        weight: importance weight of what was sampled, in the compute dtype; that of the exact term where nothing was.
         altered: bool, True where the options cap, band or clip changed the weight or the coefficient.
         unraised: the weight before a floor was applied; None without a floor.
+        exact_weight: importance weight of an exact term's own gradient; None where the term is not exact.
     """
 
     value: Tensor
@@ -35,6 +36,7 @@ class SampledTerms(NamedTuple):
     weight: Tensor
     altered: Tensor
     unraised: Tensor | None = None
+    exact_weight: Tensor | None = None
 
 
 def row_of(spec: KLSpec) -> Estimator:
@@ -79,7 +81,9 @@ def score_terms(spec: KLSpec, u: Tensor, mask: Tensor, exact: Tensor | None) -> 
     return value.masked_fill(~mask, 0.0), future.masked_fill(~mask, 0.0)
 
 
-def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None) -> SampledTerms:
+def loss_terms(
+    spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Tensor | None, remainder: Tensor | None = None
+) -> SampledTerms:
     """Compute value, coefficient and weight of a ``@loss`` spec by their closed forms.
 
     ``docs/specs.md`` has the coefficient of each horizon and correction.
@@ -89,25 +93,36 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
         u: (B, T) log(policy/reference), nats, 0 outside the mask.
         log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
         mask: (B, T) bool.
-        exact: (B, T) KL over the whole vocabulary, nats, 0 outside the mask, or None.
+        exact: (B, T) KL over the whole vocabulary, or over a set of tokens and one bucket, nats, 0 outside the mask;
+            None for a spec without exact terms.
+        remainder: (B, T) what a sampled token adds to the KL over set and bucket, nats, 0 outside the mask, or None.
 
     Returns:
         The results at each token, in the dtype of ``u``. For an ``exact`` spec with ``exact`` given, the coefficient
-        has only the future part; the gradient of the term itself flows through ``exact``.
+        has only the future part and the remainder; the gradient of the rest flows through ``exact``.
     """
     limits = Limits.of(u.dtype, spec.bound)
     value, future = score_terms(spec, u, mask, exact)
     exact_own = spec.estimator == "exact"
     if exact_own and exact is not None:
-        # The gradient of this term flows through ``exact``, so the score coefficient has only the future part.
+        # The gradient of ``exact`` flows through it, so the score coefficient has only what was sampled.
         value, own = limits.saturate(exact.to(u.dtype)).masked_fill(~mask, 0.0), u * 0.0
     else:
         own = limits.saturate(row_of(spec).coefficient(limits.linear(u), limits.exponent(u)))
     weight, altered, unraised = importance_weight(spec, log_rho, mask, limits, one_earlier=exact_own)
+    exact_weight = weight if exact_own else None
+    future_rest = u * 0.0
+    if remainder is not None:
+        # Set and bucket are averages over the token, so their weight ends before it; the remainder was drawn with it.
+        weight, altered, unraised = importance_weight(spec, log_rho, mask, limits)
+        own = limits.linear(remainder.to(u.dtype))
+        future_rest = own if spec.future == "exact" else future_rest
     if spec.correction == "decision":
         each = importance_weight(spec, log_rho, mask, limits, one_earlier=spec.future == "exact").value
-        score = weight * own + future_sum(limits.saturate(each * future), mask, spec.gamma)
+        later = limits.saturate(each * future + weight * future_rest)
+        score = weight * own + future_sum(later, mask, spec.gamma)
     else:
+        future = future + future_rest
         if spec.horizon == "sequence":
             own = own + future_sum(future, mask, spec.gamma)
         score = weight * own
@@ -116,7 +131,7 @@ def loss_terms(spec: KLSpec, u: Tensor, log_rho: Tensor, mask: Tensor, exact: Te
         clipped = weight.clamp(1 - width, 1 + width) * own
         altered = mask & (score < clipped)
         score = score.masked_fill(altered, 0.0)
-    return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered, unraised)
+    return SampledTerms(value, limits.saturate(score).masked_fill(~mask, 0.0), weight, altered, unraised, exact_weight)
 
 
 class SampledLoss(torch.autograd.Function):

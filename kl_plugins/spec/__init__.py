@@ -19,7 +19,9 @@ def looks_like_spec(text: object) -> bool:
 
 @dataclass(frozen=True)
 class KLSpec:
-    """A KL regulariser, named completely. Build it with :meth:`parse`; ``str()`` gives the canonical text.
+    """A parsed KL spec, which names a KL regulariser completely.
+
+    Build it with :meth:`parse`; ``str()`` gives the canonical text.
 
     Attributes:
         estimator: row of the estimator table (``k2``, ``alpha-0.5``, ``exact``).
@@ -33,7 +35,8 @@ class KLSpec:
         clip: half-width of the clipped KL head, or None.
         bound: largest absolute log-ratio that enters an ``exp``, nats.
         beta: schedule or controller of beta; None = the host's constant.
-        top: number of tokens that ``exact`` treats exactly, None = all.
+        top: how many of the reference's most probable tokens ``exact`` treats one by one; all others share a bucket.
+            None = the whole vocabulary.
         allow_biased: the user knows that the target is ``none``.
     """
 
@@ -75,14 +78,14 @@ class KLSpec:
 
     @property
     def target(self) -> str:
-        """Which gradient the expectation estimates: a key of :data:`kl_plugins.spec.target.TARGETS`."""
+        """Name of the gradient that the spec estimates in expectation, a key of ``kl_plugins.spec.target.TARGETS``."""
         from kl_plugins.spec.target import target_of
 
         return target_of(self)
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """Sentences on what bends the estimate although the target stays."""
+        """Reasons why the estimate can deviate from the target, one sentence each."""
         from kl_plugins.spec.target import caveats_of
 
         return caveats_of(self)

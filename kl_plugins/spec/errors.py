@@ -1,4 +1,4 @@
-"""The one error that a bad KL spec raises."""
+"""The error that an invalid KL spec raises."""
 
 from __future__ import annotations
 

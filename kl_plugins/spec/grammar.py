@@ -6,18 +6,21 @@ import math
 import re
 
 MAX_LENGTH = 256
-"""A longer text is no spec but a mistake (a pasted file, a template that was not filled in)."""
+"""Longest text that is read as a spec. A longer one is refused: it is a pasted file, or a template not filled in."""
 
 PLACEMENTS = ("loss", "reward", "advantage")
 
 DEFAULT_BOUND = 30.0
+
+DEFAULT_TOP = 64
+"""How many tokens ``top`` keeps where it is written without a number."""
 
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
 
 
 def parse_number(text: str) -> float | None:
-    """A decimal or ``1e-3`` number that is finite and >= 0; None for anything else."""
+    """Return a decimal or ``1e-3`` number that is finite and >= 0, or None if the text is not one."""
     if not re.fullmatch(NUMBER, text):
         return None
     value = float(text)
@@ -25,7 +28,7 @@ def parse_number(text: str) -> float | None:
 
 
 def parse_numbers(text: str) -> list[float] | None:
-    """Numbers joined by ``-`` (an exponent's minus sign is part of its number); None where that fails."""
+    """Return numbers that are joined by ``-`` (an exponent's minus sign is part of its number), or None."""
     if not re.fullmatch(rf"{NUMBER}(?:-{NUMBER})*", text):
         return None
     values = [float(part) for part in re.findall(NUMBER, text)]

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Reference: TypeAlias = "tuple[str, str] | None"
-"""Where something comes from, and what it is the source of."""
+"""A reference, and the part of the spec that comes from it; None without one."""
 
 Fault: TypeAlias = tuple[str, str]
-"""What is wrong with an option in its spec, and what would be right."""
+"""A fault of an option in its spec, and its correction."""
 
 
 class BadValueError(Exception):
@@ -41,6 +41,7 @@ class Values:
         meanings: the valid words and what each does; empty where values are no words.
         forms: every way a value can look; by default the words, else ``form`` alone.
         examples: canonical text, another way to write the same value, and the value; tests build their specs of them.
+        bare: the value of the option written without a colon; None where a value has to be written.
     """
 
     form: str
@@ -50,6 +51,7 @@ class Values:
     meanings: Mapping[str, str] = field(default_factory=dict)
     forms: tuple[str, ...] = ()
     examples: tuple[tuple[str, str, Any], ...] = ()
+    bare: Any = None
 
     @property
     def is_flag(self) -> bool:
@@ -85,6 +87,7 @@ def number(
     expected: str = "a finite number > 0, decimal or like 1e-3",
     holds: Callable[[float], bool] = lambda x: x > 0,
     of: Callable[[float], float] = float,
+    bare: float | None = None,
 ) -> Values:
     """A number.
 
@@ -95,6 +98,7 @@ def number(
         expected: what is said of a number that will not do.
         holds: which numbers will do.
         of: ``int`` where the number counts something.
+        bare: the number where none is written.
     """
 
     def read(text: str) -> float:
@@ -110,11 +114,12 @@ def number(
         lambda value: effect(format_number(value)),
         forms=(form,),
         examples=tuple((short, other, of(float(other))) for short, other in examples.items()),
+        bare=bare,
     )
 
 
 def flag(effect: str) -> Values:
-    """No value: the option is there or not."""
+    """Values of an option that is written without a value."""
     return Values("", lambda _: True, lambda _: "", lambda _: effect, examples=(("", "", True),))
 
 

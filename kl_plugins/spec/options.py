@@ -2,8 +2,9 @@
 
 Parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, docs/specs.md and the specs that
 the tests draw all come from these rows. A new option is one row here and one attribute of
-:class:`~kl_plugins.spec.KLSpec`; what it computes stands elsewhere. What concerns several parts of a spec at once is in
-:mod:`kl_plugins.spec.rules` and :mod:`kl_plugins.spec.target`.
+:class:`~kl_plugins.spec.KLSpec`. What an option computes is in :mod:`kl_plugins.kernels.sampled` and
+:mod:`kl_plugins.corrections`. What concerns several parts of a spec at once is in :mod:`kl_plugins.spec.rules` and
+:mod:`kl_plugins.spec.target`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kl_plugins.estimators import find_estimator
-from kl_plugins.spec.grammar import DEFAULT_BOUND, format_number
+from kl_plugins.spec.grammar import DEFAULT_BOUND, DEFAULT_TOP, format_number
 from kl_plugins.spec.option_row import NOT_IN_REWARD, Fault, OptionRow, Reference, Values, number, words
 from kl_plugins.spec.schedules import SCHEDULE
 from kl_plugins.spec.weight_options import WEIGHT_OPTIONS
@@ -111,13 +112,18 @@ OPTIONS: dict[str, OptionRow] = {
             "top",
             number(
                 "<k>",
-                lambda k: f"the {float(k):.0f} most probable tokens exactly, the tail by an unbiased sample",
+                lambda k: (
+                    f"the reference's {float(k):.0f} most probable tokens and one bucket for all others exactly, "
+                    "what happens inside the bucket by an unbiased sample"
+                ),
                 {"1": "1.0", "20": "20", "1e3": "1000"},
                 expected="a whole number >= 1",
                 holds=lambda x: x >= 1 and x == int(x),
                 of=int,
+                bare=DEFAULT_TOP,
             ),
-            "exact only: the k most probable tokens exactly, the tail by an unbiased sample",
+            "exact only: the reference's k most probable tokens and one bucket for all others exactly, what happens "
+            f"inside the bucket by an unbiased sample; without a number k is {DEFAULT_TOP}",
             faults=_top_faults,
             acts=lambda spec: spec.estimator == "exact",
             unset=("all", "the whole vocabulary exactly"),

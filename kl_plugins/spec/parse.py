@@ -113,7 +113,8 @@ def _read_options(text: str, options: list[Part]) -> tuple[dict[str, Any], dict[
         if row.values.is_flag and colon:
             raise part.error(text, f"{name!r} takes no value", name)
         try:
-            values[row.name] = row.values.read(value)
+            bare = row.values.bare if not colon else None
+            values[row.name] = row.values.read(value) if bare is None else bare
         except BadValueError as bad:
             where = Part(value, part.start + len(name) + 1)
             raise where.error(text, f"{name}: {bad.problem}", bad.expected, bad.nearest) from None

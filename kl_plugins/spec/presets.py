@@ -1,4 +1,4 @@
-"""Names for specs that papers and frameworks made known."""
+"""Presets: short names for specs that papers and frameworks use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Contradictions: combinations of valid parts that mean nothing, each refused with its reason.
+"""Rules about combinations of parts; a combination without a meaning is refused with its reason.
 
-What one option contradicts stands in its row of :mod:`kl_plugins.spec.options`.
+What one option contradicts is in its row of :mod:`kl_plugins.spec.options`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which gradient a spec estimates in expectation, and what to know beside it.
+"""Which gradient a spec estimates in expectation, and its caveats.
 
 The verdicts are those of exact enumeration (``tests/oracle``), not of a reading of the formulas.
 """
@@ -28,7 +28,7 @@ TARGETS: dict[str, str] = {
 
 
 def target_of(spec: KLSpec) -> str:
-    """The key of :data:`TARGETS` that the spec's expected gradient is.
+    """Return the key of :data:`TARGETS` that names the expected gradient of the spec.
 
     Data are read as coming from the behaviour policy; with ``is:none`` as on-policy.
     """
@@ -68,7 +68,7 @@ def caveats_with_source(spec: KLSpec, source: str) -> tuple[str, ...]:
 
 
 def caveats_of(spec: KLSpec) -> tuple[str, ...]:
-    """Sentences on what keeps the target but bends the estimate."""
+    """Reasons why the estimate can deviate from the target, one sentence each."""
     found: list[str] = []
     score = spec.placement != "loss"
     if spec.placement == "loss" and spec.estimator == "exact" and spec.correction == "none" and spec.horizon == "token":
@@ -76,8 +76,8 @@ def caveats_of(spec: KLSpec) -> tuple[str, ...]:
             found.append("off-policy, this is exactly the reverse-KL gradient on the behaviour policy's states")
         else:
             found.append(
-                "off-policy, the sampled tail of top: is biased, because its token was drawn from another policy: 20 % "
-                "in one example; without top: nothing is sampled"
+                "off-policy, the sampled remainder of top: is biased, because its token was drawn from another policy "
+                "(20 % in one example); is:token beside it weights the remainder alone"
             )
     elif not score and not spec.needs_behaviour:
         found.append("is:none reads the data as on-policy; on stale or mismatched samples the gradient is biased")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
-"""Said whenever the importance weight divides by old log-probs, whether the user asked for them or not."""
+"""Caveat of every weight that divides by old log-probs, whether the spec names them or they are the default."""
 
 
 def _beside_clip(spec: KLSpec, name: str) -> Iterator[Fault]:
@@ -41,10 +41,11 @@ def _without_weight(spec: KLSpec, name: str) -> Iterator[Fault]:
 
 
 def _is_faults(spec: KLSpec) -> Iterator[Fault]:
-    if spec.estimator == "exact" and spec.correction == "token":
+    if spec.estimator == "exact" and spec.top is None and spec.correction == "token":
         yield (
             "an exact term is already averaged over its own token, so a token weight on it is 1",
-            "is:none (the behaviour policy's states), is:prefix (the policy's states) or is:decision",
+            "is:none (the behaviour policy's states), is:prefix (the policy's states) or is:decision; or top: beside "
+            "it, whose remainder is sampled",
         )
     if spec.correction == "decision" and spec.horizon == "token":
         yield "is:decision weights each future term by its own product", "horizon:sequence beside it, or is:prefix"
@@ -73,7 +74,7 @@ def _treatment_faults(name: str) -> Callable[[KLSpec], Iterator[Fault]]:
 
 def _floor_faults(spec: KLSpec) -> Iterator[Fault]:
     without = "the spec without floor"
-    if spec.estimator == "exact":
+    if spec.estimator == "exact" and spec.top is None:
         yield "an exact own term has no weight of its own token that a floor could raise", without
     yield from _beside_clip(spec, "floor")
     if spec.correction == "none":
@@ -93,7 +94,8 @@ def _floor_faults(spec: KLSpec) -> Iterator[Fault]:
     if spec.cap is not None and spec.floor is not None and spec.cap < spec.floor:
         yield f"the cap {format_number(spec.cap)} is below the floor", f"a floor of {format_number(spec.cap)} or less"
     row = find_estimator(spec.estimator)
-    if row is None or not row.restoring:
+    # The remainder of top: is 0 at the reference, as a restoring coefficient is, and the bucket is not sampled.
+    if spec.top is None and (row is None or not row.restoring):
         yield (
             f"the coefficient of {spec.estimator} is not known to have the sign of u, so a raised weight may push away "
             "from the reference",
@@ -105,6 +107,11 @@ def _floor_caveat(spec: KLSpec) -> str:
     if spec.floor is None:
         return ""
     floor = format_number(spec.floor)
+    if spec.top is not None:
+        return (
+            f"floor raises the weight of the sampled remainder alone; its bias is E_behaviour[({floor} - w)+ v grad "
+            f"log policy] over the tokens outside the top {spec.top}, which is 0 where no weight w is below {floor}"
+        )
     return (
         f"floor keeps a pull on tokens that the policy has all but dropped; its bias is "
         f"E_behaviour[({floor} - w)+ c(u) grad log policy], which is 0 where no weight w is below {floor}"
@@ -259,4 +266,4 @@ WEIGHT_OPTIONS = (
         source=("arXiv 2510.01555", "the KL term as a clipped head of its own"),
     ),
 )
-"""In canonical order."""
+"""The options of the importance weight, in canonical order."""

@@ -92,6 +92,7 @@ def test_term(size: tuple[int, int]) -> None:
         (logp, ref, old, sampler, exact), mask, upstream = draw_inputs(rows, dtype, seed)
         logp, exact = logp.requires_grad_(), exact.requires_grad_()
         given_exact = {"exact": exact} if spec.needs_exact else {}
+        given_exact |= {} if spec.top is None else {"remainder": sampler}
         term = kl_term(spec, logp, ref, mask, old_logp=old, sampler_logp=sampler, **given_exact)
         term.loss.backward(upstream)
         check("gradient", logp.grad, mask)
@@ -115,6 +116,8 @@ def test_penalty(size: tuple[int, int]) -> None:
         text = written.canonical + (bound if "bound" not in written.canonical else "")
         spec = KLSpec.parse(text.replace("alpha-3@", f"{ALPHAS[seed % len(ALPHAS)]}@"))
         (logp, ref, _, _, exact), mask, _ = draw_inputs(rows, DTYPES[seed % 7 % len(DTYPES)], seed)
-        check("penalty", kl_penalty(spec, logp, ref, mask, **({"exact": exact} if spec.needs_exact else {})), mask)
+        given_exact = {"exact": exact} if spec.needs_exact else {}
+        given_exact |= {} if spec.top is None else {"remainder": ref}
+        check("penalty", kl_penalty(spec, logp, ref, mask, **given_exact), mask)
 
     run()

@@ -66,6 +66,11 @@ CASES = [
     ("k2@loss/is:token/floor:0.5/cap:0.2", "floor:0.5", "cap 0.2 is below"),
     ("k1@loss/is:token/floor:0.5/allow:biased", "floor:0.5", "sign of u"),
     ("exact@loss/floor:0.5", "floor:0.5", "weight of its own token"),
+    ("exact@loss/top:8/floor:0.5", "floor:0.5", "importance weight"),
+    ("exact@loss/top:8/is:prefix/floor:0.5", "floor:0.5", "product of weights"),
+    ("exact@loss/top:8/is:token/floor:0.5/norm", "floor:0.5", "norm divides"),
+    ("exact@loss/top:8/horizon:sequence/is:token", WHOLE, "no divergence"),
+    ("exact@loss/top:8/clip:0.2", "clip:0.2", "no score coefficient"),
     ("exact@loss/is:prefix/floor:0.5", "floor:0.5", "weight of its own token"),
     ("k1@advantage/floor:0.5", "floor:0.5", "@advantage"),
     ("k1@reward/floor:0.5", "floor:0.5", "@reward"),
@@ -138,13 +143,15 @@ def is_refused(it: Combination) -> bool:
     if estimator == "exact":
         if placement == "advantage" and future != "exact":
             return True
-        if clipped or correction == "token":
+        if clipped or (correction == "token" and "top" not in written):
             return True
     elif "top" in written:
         return True
     if horizon == "token" and (written & {"future", "gamma"} or correction == "decision"):
         return True
     if horizon == "sequence" and (future == "own") is not (estimator in F_DIVERGENCES):
+        return True
+    if "floor" in written and estimator == "exact" and "top" not in written:
         return True
     if "floor" in written:
         if horizon != "token" or correction != "token" or estimator == "k1" or written & {"band", "norm"}:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kl_plugins import KLSpec
+from kl_plugins import KLSpec, KLSpecError
 from kl_plugins.spec import PRESETS, looks_like_spec
-from kl_plugins.spec.grammar import format_number, parse_number, parse_numbers
+from kl_plugins.spec.grammar import DEFAULT_TOP, format_number, parse_number, parse_numbers
 from kl_plugins.spec.presets import NOTES
 from kl_plugins.spec.target import TARGETS, caveats_with_source
 from tests.support.core.specs import Written, written_specs
@@ -156,13 +156,23 @@ def test_joined_numbers_read_back(values: list[float]) -> None:
 
 
 def test_only_the_whole_sum_is_said_to_be_exact_off_policy() -> None:
-    """With top:, a sampled tail remains, which is biased on another policy's data."""
+    """With top:, a sampled remainder is left, which is biased on another policy's data without its weight."""
     (whole,) = (caveat for caveat in KLSpec.parse("exact@loss").caveats if caveat.startswith("off-policy"))
     (top,) = (caveat for caveat in KLSpec.parse("exact@loss/top:16").caveats if caveat.startswith("off-policy"))
     assert "exactly" in whole
     assert "exactly" not in top
     assert "biased" in top
-    assert not any("off-policy, this is exactly" in c for c in KLSpec.parse("exact@loss/top:16/is:prefix").caveats)
+    for weighted in ("prefix", "token"):
+        caveats = KLSpec.parse(f"exact@loss/top:16/is:{weighted}").caveats
+        assert not any(caveat.startswith("off-policy") for caveat in caveats)
+
+
+def test_top_without_a_number_is_the_default_and_printed_with_it() -> None:
+    """Receipts and checkpoints say which number it was."""
+    assert KLSpec.parse("exact@loss/top") == KLSpec.parse(f"exact@loss/top:{DEFAULT_TOP}")
+    assert str(KLSpec.parse("exact@loss/is:token/top")) == f"exact@loss/top:{DEFAULT_TOP}/is:token"
+    with pytest.raises(KLSpecError, match="whole number"):
+        KLSpec.parse("exact@loss/top:")
 
 
 def test_the_caveat_of_old_log_probs_is_said_once_whoever_chose_them() -> None:

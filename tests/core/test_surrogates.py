@@ -23,25 +23,32 @@ def futures(estimator: str, placement: str = "loss") -> list[str]:
 
 def loss_specs() -> list[str]:
     found = []
-    for estimator in (*SAMPLED, "exact"):
+    for estimator, top in (*((estimator, "") for estimator in (*SAMPLED, "exact")), ("exact", "/top:2")):
         horizons = [("token", "")] + [
             ("sequence", f"/horizon:sequence/future:{future}/gamma:{gamma}")
             for future, gamma in zip(futures(estimator), ("1", "0.7", "0.9"), strict=False)
         ]
         for (horizon, options), level in product(horizons, ("none", "token", "prefix", "sequence", "decision", "clip")):
-            if (level == "decision" and horizon == "token") or (estimator == "exact" and level in ("token", "clip")):
+            if (level == "decision" and horizon == "token") or (estimator == "exact" and level == "clip"):
+                continue
+            if estimator == "exact" and level == "token" and not top:
                 continue
             biased = is_biased(estimator, "loss", horizon, level, clipped=level == "clip")
             weight = "/clip:0.3" if level == "clip" else f"/is:{level}"
-            for treatment in TREATMENTS if level not in ("none", "clip") else [""]:
-                found.append(f"{estimator}@loss{options}{weight}{treatment}" + "/allow:biased" * biased)
+            treatments = TREATMENTS if level not in ("none", "clip") else [""]
+            if top and level == "token" and horizon == "token":
+                treatments = [*treatments, "/floor:0.9", "/floor:0.6/cap:1.2"]
+            for treatment in treatments:
+                found.append(f"{estimator}@loss{top}{options}{weight}{treatment}" + "/allow:biased" * biased)
     return found
 
 
 @pytest.mark.parametrize("text", loss_specs())
 def test_loss(text: str) -> None:
     spec, data = KLSpec.parse(text), batch(rows=3, length=5, seed=len(text)).leaves()
-    losses, values = surrogates.surrogate(spec, data.logp, data.ref, data.sampler, data.mask, data.exact)
+    losses, values = surrogates.surrogate(
+        spec, data.logp, data.ref, data.sampler, data.mask, data.exact, data.remainder
+    )
     upstream = torch.linspace(-1.5, 2, losses.numel(), dtype=torch.float64).reshape_as(losses)
     wanted = torch.autograd.grad((losses * upstream).sum(), (data.logp, data.exact), allow_unused=True)
     term = kl_term(spec, data.logp, data.ref, data.mask, **data.keywords(spec))
@@ -83,6 +90,7 @@ def penalty_specs() -> list[str]:
         found += [f"{estimator}@advantage/horizon:token"] if estimator != "exact" else []
         for future, gamma in product(futures(estimator, "advantage"), ("1", "0.6", "0")):
             found.append(f"{estimator}@advantage/horizon:sequence/future:{future}/gamma:{gamma}")
+            found += [found[-1].replace("@advantage", "@advantage/top:2")] if estimator == "exact" else []
     return [
         text + "/allow:biased" * is_biased(text.split("@")[0], text.split("@")[1].split("/")[0], "", "", clipped=False)
         for text in found
@@ -92,9 +100,8 @@ def penalty_specs() -> list[str]:
 @pytest.mark.parametrize("text", penalty_specs())
 def test_penalty(text: str) -> None:
     spec, data = KLSpec.parse(text), batch(rows=3, length=5, seed=len(text)).leaves()
-    exact = {"exact": data.exact} if spec.needs_exact else {}
-    found = kl_penalty(spec, data.logp, data.ref, data.mask, **exact)
-    wanted = surrogates.penalty(spec, data.logp.detach(), data.ref, data.mask, data.exact.detach())
+    found = kl_penalty(spec, data.logp, data.ref, data.mask, **data.exact_keywords(spec))
+    wanted = surrogates.penalty(spec, data.logp.detach(), data.ref, data.mask, data.exact.detach(), data.remainder)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     assert not found.requires_grad
 

@@ -14,6 +14,7 @@ from tests.support.core.tensors import Batch, batch
 
 SPECS = ["k2@loss/is:token/cap:2", "alpha-0.5@loss/horizon:sequence/gamma:0.5/is:decision/norm", "k3@loss/clip:0.2"]
 SPECS += ["exact@loss/horizon:sequence/is:decision/band:0.5-2", "k2@loss/is:token/floor:0.7/cap:1.2"]
+SPECS += ["exact@loss/top:8/is:token/floor:0.7/cap:1.2"]
 
 # Dynamo makes an instance of every autograd.Function it traces, and inductor uses torch.jit: torch deprecates both.
 pytestmark = [

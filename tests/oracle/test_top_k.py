@@ -1,45 +1,79 @@
-"""The top k tokens exactly, the tail by the sampled one: unbiased, on- and off-policy, in every place it may stand."""
+"""A set of tokens and a bucket exactly, the rest by the drawn token: unbiased on any data, wherever it stands."""
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
+from torch import Tensor
 
-from kl_plugins import exact_kl
-from tests.support.oracle.expectation import full_vocabulary_kl, loss_gradient, policy_gradient, released_tail
+from kl_plugins import KLSpec, exact_kl, kl_term
+from tests.support.oracle.enumeration import Problem
+from tests.support.oracle.expectation import (
+    exact_for,
+    full_vocabulary_kl,
+    loss_gradient,
+    padded,
+    policy_gradient,
+    released_tail,
+    score_gradient,
+    term_for,
+    top_k_kl,
+    weights,
+)
 from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
 from tests.support.oracle.specs import parse
 from tests.support.oracle.targets import all_targets, relative_error, target_gradient
 
 TOPS = (1, 2)
+ON_POLICY = ["exact@loss", "exact@loss/horizon:sequence", "exact@loss/horizon:sequence/future:k1"]
+OFF_POLICY = [
+    "exact@loss/is:token",
+    "exact@loss/is:prefix",
+    "exact@loss/is:sequence",
+    "exact@loss/horizon:sequence/is:decision",
+    "exact@loss/horizon:sequence/is:sequence",
+    "exact@loss/horizon:sequence/future:k1/is:decision",
+]
+by_problem = pytest.mark.parametrize("problem", problems(), ids=lambda problem: problem.name)
+WIDE = [problem for problem in problems() if problem.vocab > 2]
+"""A bucket of one token has no remainder."""
+
+
+def sets(problem: Problem) -> list[tuple[int, ...]]:
+    """Every set of tokens, but the empty one."""
+    return [s for k in range(1, problem.vocab + 1) for s in combinations(range(problem.vocab), k)]
+
+
+@by_problem
+@pytest.mark.parametrize("text", ON_POLICY)
+def test_on_policy_for_every_set(text: str, problem: Problem) -> None:
+    spec = parse(f"{text}/top:1")
+    wanted = target_gradient(problem, spec.target, "", "current")
+    for chosen in sets(problem):
+        exact = exact_for(spec, problem, "current", chosen)
+        assert relative_error(loss_gradient(spec, problem, "current", given=(), exact=exact), wanted) < TOLERANCE
+
+
+@by_problem
+@pytest.mark.parametrize("text", OFF_POLICY)
+def test_off_policy_for_every_set(text: str, problem: Problem) -> None:
+    spec = parse(f"{text}/top:1")
+    for data in ("old", "sampler"):
+        wanted = target_gradient(problem, spec.target, "", data)
+        for chosen in sets(problem):
+            exact = exact_for(spec, problem, "current", chosen)
+            assert relative_error(loss_gradient(spec, problem, data, exact=exact), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("text", ["exact@loss", "exact@loss/horizon:sequence", "exact@loss/horizon:sequence/future:k1"])
-def test_on_policy(text: str, top: int) -> None:
-    spec = parse(f"{text}/top:{top}")
+@pytest.mark.parametrize("text", OFF_POLICY)
+def test_weights_change_nothing_on_policy(text: str, top: int) -> None:
+    weighted, plain = parse(f"{text}/top:{top}"), parse(f"{text.rpartition('/is:')[0]}/top:{top}")
     for problem in problems():
-        wanted = target_gradient(problem, spec.target, "", "current")
-        assert relative_error(loss_gradient(spec, problem, "current", given=()), wanted) < TOLERANCE
-
-
-@pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize(
-    "text",
-    [
-        "exact@loss/is:prefix",
-        "exact@loss/is:sequence",
-        "exact@loss/horizon:sequence/is:decision",
-        "exact@loss/horizon:sequence/is:sequence",
-        "exact@loss/horizon:sequence/future:k1/is:decision",
-    ],
-)
-def test_off_policy(text: str, top: int) -> None:
-    spec = parse(f"{text}/top:{top}")
-    for problem in problems():
-        for data in ("old", "sampler"):
-            wanted = target_gradient(problem, spec.target, "", data)
-            assert relative_error(loss_gradient(spec, problem, data), wanted) < TOLERANCE
+        one, other = loss_gradient(weighted, problem, "current"), loss_gradient(plain, problem, "current", given=())
+        torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=1e-13)
 
 
 @pytest.mark.parametrize("top", TOPS)
@@ -51,59 +85,131 @@ def test_as_an_advantage(top: int) -> None:
 
 
 def test_stale_data_need_the_weight() -> None:
-    """Unlike the whole vocabulary, a sampled tail is not exact on the behaviour policy's states."""
+    """Unlike the whole vocabulary, a sampled remainder is not exact on the behaviour policy's states."""
     spec = parse("exact@loss/top:1")
-    for problem in problems():
+    for problem in WIDE:
         for data in ("old", "sampler"):
             gradient = loss_gradient(spec, problem, data)
             assert min(relative_error(gradient, wanted) for wanted in all_targets(problem, data).values()) > MARGIN
 
 
-def test_the_value_is_unbiased_and_all_tokens_are_exact() -> None:
+def test_without_the_remainder_something_is_missing() -> None:
+    """The control of the tests above: sum and bucket alone are not the KL."""
+    spec = parse("exact@loss/top:1")
+    for problem in WIDE:
+        bucket = {"exact": exact_for(spec, problem, "current")["exact"]}
+        gradient = loss_gradient(spec, problem, "current", given=(), exact=bucket)
+        assert relative_error(gradient, target_gradient(problem, spec.target, "", "current")) > MARGIN
+
+
+@pytest.mark.parametrize("problem", WIDE, ids=lambda problem: problem.name)
+def test_floor_and_cap_bend_the_remainder_alone(problem: Problem) -> None:
+    data, spec = "sampler", parse("exact@loss/top:1/is:token/floor:0.8/cap:1.2")
+    remainder = top_k_kl(problem, 1).remainder
+    rho = weights(problem, data, "token")
+    outside = remainder != 0
+    assert ((rho < 0.8) & outside).any()
+    assert ((rho > 1.2) & outside).any()
+    target = target_gradient(problem, "reverse_kl_token_behaviour", "", data)
+    extra = ((0.8 - rho).clamp_min(0.0) - (rho - 1.2).clamp_min(0.0)) * remainder
+    gradient = loss_gradient(spec, problem, data)
+    assert relative_error(gradient, target + score_gradient(problem, extra, data)) < TOLERANCE
+    assert relative_error(gradient, target) > MARGIN
+
+
+@by_problem
+def test_a_small_cap_leaves_set_and_bucket_whole(problem: Problem) -> None:
+    """Their token weight is 1 because they are averages, so there is nothing to cap."""
+    term = term_for(parse("exact@loss/top:2/is:token/cap:0.5"), problem, "sampler")
+    found = top_k_kl(problem, 2)
+    bucket = problem.gradient(problem.expected(found.kl.sum(-1), "sampler"))
+    capped = weights(problem, "sampler", "token").clamp_max(0.5) * found.remainder
+    wanted = bucket + score_gradient(problem, capped, "sampler")
+    assert relative_error(problem.gradient(problem.expected(term.loss.sum(-1), "sampler")), wanted) < TOLERANCE
+    assert float(term.weight.max()) == 0.5
+    assert torch.equal(term.value[problem.mask], found.kl.detach()[problem.mask])
+
+
+@by_problem
+def test_at_the_reference_there_is_no_force(problem: Problem) -> None:
+    at_reference = problem.with_policies(current=problem.policies["reference"])
+    spec = parse("exact@loss/top:1/is:token/floor:0.5")
+    assert (weights(at_reference, "sampler", "token") < 0.5).any()
+    assert loss_gradient(spec, at_reference, "sampler").norm() < 1e-13
+
+
+@by_problem
+def test_set_and_bucket_are_a_lower_bound_and_never_negative(problem: Problem) -> None:
+    whole = full_vocabulary_kl(problem)[problem.mask].detach()
+    for chosen in sets(problem):
+        found = top_k_kl(problem, chosen)
+        kl = found.kl[problem.mask].detach()
+        assert (kl >= 0).all()
+        assert (kl <= whole + 1e-14).all()
+        assert (kl < whole - 1e-6).any() == (len(chosen) < problem.vocab - 1)
+        total = padded(problem, found.kl + found.remainder).detach().nan_to_num(0.0).sum(-1)
+        exact = full_vocabulary_kl(problem).detach().nan_to_num(0.0).sum(-1)
+        torch.testing.assert_close(problem.expected(total, "current"), problem.expected(exact, "current"))
+
+
+def test_all_tokens_are_exact() -> None:
     for problem in problems():
         whole = full_vocabulary_kl(problem)[problem.mask]
-        every = full_vocabulary_kl(problem, top=problem.vocab + 5)[problem.mask]
+        found = top_k_kl(problem, problem.vocab + 5)
+        assert not found.remainder.any()
+        every = found.kl[problem.mask]
         torch.testing.assert_close(every, whole, rtol=1e-10, atol=1e-12)
-        weights = torch.linspace(0.5, 1.5, len(whole), dtype=torch.float64)
-        gradients = [problem.gradient((weights * kl).sum()) for kl in (every, whole)]
+        factor = torch.linspace(0.5, 1.5, len(whole), dtype=torch.float64)
+        gradients = [problem.gradient((factor * kl).sum()) for kl in (every, whole)]
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-        part = full_vocabulary_kl(problem, top=1).nan_to_num(0.0).sum(-1)
-        total = full_vocabulary_kl(problem).nan_to_num(0.0).sum(-1)
-        torch.testing.assert_close(problem.expected(part, "current"), problem.expected(total, "current"))
+
+
+@by_problem
+def test_the_metrics_report_set_and_bucket(problem: Problem) -> None:
+    term = term_for(parse("exact@loss/top:1/is:token/floor:0.9"), problem, "sampler")
+    mean = top_k_kl(problem, 1).kl.detach()[problem.mask].mean()
+    rho = weights(problem, "sampler", "token")[problem.mask]
+    for key, wanted in (
+        ("kl/value", mean),
+        ("kl/exact", mean),
+        ("kl/weight/mean", rho.mean()),
+        ("kl/floor_frac", (rho < 0.9).double().mean()),
+    ):
+        torch.testing.assert_close(term.metrics[key], wanted)
+    assert term.metrics["kl/dead_frac"] == 0
+
+
+def embedded(spec: KLSpec, problem: Problem, data: str) -> dict[str, Tensor]:
+    """The remainder inside of the KL, with its weight where the spec's own ends one token earlier."""
+    earlier = spec.correction in ("token", "prefix", "decision")
+    return {"exact": full_vocabulary_kl(problem, top=spec.top, behaviour=data if earlier else None)}
+
+
+@pytest.mark.parametrize("top", TOPS)
+@pytest.mark.parametrize("text", OFF_POLICY)
+def test_with_the_remainder_inside_of_the_kl(text: str, top: int) -> None:
+    spec = parse(f"{text}/top:{top}")
+    for problem in problems():
+        for data in ("old", "sampler"):
+            wanted = target_gradient(problem, spec.target, "", data)
+            exact = embedded(spec, problem, data)
+            assert relative_error(loss_gradient(spec, problem, data, exact=exact), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("top", TOPS)
+@pytest.mark.parametrize("text", ON_POLICY)
+def test_with_the_remainder_inside_of_the_kl_on_policy(text: str, top: int) -> None:
+    spec = parse(f"{text}/top:{top}")
+    for problem in problems():
+        wanted = target_gradient(problem, spec.target, "", "current")
+        exact = embedded(spec, problem, "current")
+        assert relative_error(loss_gradient(spec, problem, "current", given=(), exact=exact), wanted) < TOLERANCE
 
 
 def test_the_published_tail_is_biased() -> None:
     for problem in problems():
         wanted = target_gradient(problem, "reverse_kl_token", "", "current")
         assert relative_error(released_tail(problem, 1), wanted) > MARGIN
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 3.0, "ref_softcap": 2.0}], ids=str)
-def test_gradient_of_the_surrogate(options: dict[str, float]) -> None:
-    torch.manual_seed(0)
-    live, ref = torch.randn(6, 5, dtype=torch.float64).requires_grad_(), torch.randn(6, 5, dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 3, 4, -100])
-    drawn = torch.randn(6, dtype=torch.float64) - 1
-    grads = torch.rand(2, 6, dtype=torch.float64)
-    found = exact_kl(live, ref, labels, top=2, behaviour_logp=drawn, **options)
-    torch.autograd.backward(found[:2], list(grads))
-    one, other = live.detach().requires_grad_(), ref
-    temperature = options.get("temperature", 1.0)
-    if "softcap" in options:
-        z, other = 3 * torch.tanh(one / 3), 2 * torch.tanh(ref / 2)
-    else:
-        z = one
-    log_p, log_q = torch.log_softmax(z / temperature, -1), torch.log_softmax(other / temperature, -1)
-    u = (log_p - log_q).detach()
-    head = torch.zeros_like(u).scatter(-1, log_p.topk(2, -1).indices, 1.0)
-    index = labels.clamp_min(0)[:, None]
-    sampled = log_p.gather(-1, index)[:, 0]
-    tail = (1 - head.gather(-1, index)[:, 0]) * (sampled.detach() - drawn).exp() * u.gather(-1, index)[:, 0]
-    kl = (head * log_p.exp() * u).sum(-1) + tail * (sampled - sampled.detach()).exp()
-    kept = labels >= 0
-    torch.testing.assert_close(found.kl, kl * kept)
-    ((grads[0] * kl + grads[1] * sampled) * kept).sum().backward()
-    torch.testing.assert_close(live.grad, one.grad)
 
 
 def test_mistakes() -> None:
@@ -114,3 +220,9 @@ def test_mistakes() -> None:
         exact_kl(*rows, behaviour_logp=torch.zeros(2))
     with pytest.raises(ValueError, match="one per position"):
         exact_kl(*rows, top=1, behaviour_logp=torch.zeros(3))
+    one = torch.zeros(1, 2)
+    mask = one.bool()
+    with pytest.raises(ValueError, match="leaves no remainder"):
+        kl_term(KLSpec.parse("exact@loss"), one, one, mask, exact=one, remainder=one)
+    with pytest.raises(ValueError, match="pass it as remainder"):
+        kl_term(KLSpec.parse("exact@loss/top/is:token/floor:0.5"), one, one, mask, exact=one, old_logp=one)

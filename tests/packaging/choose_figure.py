@@ -35,12 +35,12 @@ class Step:
 
 STEPS = (
     Step(
-        ("1. Do you reproduce published results?", "Then take what they used."),
+        ("1. Do you reproduce published results?", "Then use the spec of these results."),
         "yes",
         (("k3@loss", "GRPO"), ("k1@reward", "PPO, RLOO, REINFORCE++"), ("k1@advantage", "FRPO")),
     ),
     Step(
-        ("2. Can the KL not go into the loss?", "For example, TRL's RLOO has none there."),
+        ("2. Is a KL in the loss impossible?", "TRL's RLOO, for example, has none there."),
         "yes",
         (("k1@advantage", "after normalisation, so beta keeps its meaning"),),
     ),
@@ -52,7 +52,7 @@ STEPS = (
         ),
         "yes",
         (
-            ("default", "fresh: the floor rarely acts; else watch kl/floor_frac"),
+            ("default", "fresh: the floor rarely acts; older: watch kl/floor_frac"),
             ("exact@loss", "no sampling noise; runs the reference once more"),
         ),
     ),
@@ -60,8 +60,8 @@ STEPS = (
         ("4. Asynchronous: can the KL be exact?", "It needs logits of the reference."),
         "",
         (
-            ("exact@loss", "if it can: no token noise, and no weight"),
-            ("k2@loss/is:token/behaviour:sampler/floor:0.5", "if not: divides by the engine's own log-probs"),
+            ("exact@loss", "yes: no token noise, and no weight"),
+            ("k2@loss/is:token/behaviour:sampler/floor:0.5", "no: the weight divides by the engine's own log-probs"),
         ),
     ),
 )

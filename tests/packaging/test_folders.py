@@ -1,4 +1,4 @@
-"""Who may import whom among the folders of tests and benchmarks."""
+"""Tests of the imports between the folders of tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = sorted(str(path.relative_to(ROOT)) for name in ("tests", "benchmarks") f
 
 
 def modules(tree: ast.AST) -> Iterator[str]:
-    """Every name that an import statement may load: a module, or a name in it, which may be a module as well."""
+    """Yield every name that an import statement may load: a module, or a name in it, which may be a module as well."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -24,7 +24,7 @@ def modules(tree: ast.AST) -> Iterator[str]:
 
 
 def faults(file: str, source: str) -> list[str]:
-    """What is wrong with the imports of a file; `file` is its path from the root of the repository."""
+    """Return the forbidden imports of a file; `file` is its path from the root of the repository."""
     in_benchmarks = file.startswith("benchmarks/") and not file.startswith("benchmarks/tests/")
     found = []
     for name in modules(ast.parse(source)):
@@ -32,9 +32,9 @@ def faults(file: str, source: str) -> list[str]:
         if top not in ("tests", "benchmarks"):
             continue
         if file.startswith("tests/") and top == "benchmarks":
-            found.append(f"{file} imports {name}: what is in tests/ must not need benchmarks/")
+            found.append(f"{file} imports {name}: files in tests/ must not need benchmarks/")
         if in_benchmarks and top == "tests" and name != "tests" and not f"{name}.".startswith(f"{SUPPORT}."):
-            found.append(f"{file} imports {name}: benchmarks may use {SUPPORT} alone")
+            found.append(f"{file} imports {name}: benchmarks may use only {SUPPORT}")
         if in_benchmarks and name.startswith("benchmarks.tests"):
             found.append(f"{file} imports {name}: a benchmark must not need its tests")
         if any(part.startswith("test_") for part in rest):
@@ -52,8 +52,8 @@ def test_imports_stay_within_their_walls() -> None:
     [
         ("tests/trl/test_loss.py", "from benchmarks.study import models", "must not need benchmarks/"),
         ("tests/support/trl/trainers.py", "def f():\n    import benchmarks", "must not need benchmarks/"),
-        ("benchmarks/drivers/launch.py", "from tests.trl import conftest", "alone"),
-        ("benchmarks/drivers/launch.py", "from tests import pages", "alone"),
+        ("benchmarks/drivers/launch.py", "from tests.trl import conftest", "may use only"),
+        ("benchmarks/drivers/launch.py", "from tests import pages", "may use only"),
         ("benchmarks/drivers/launch.py", "from benchmarks.tests.core import host_fixture", "its tests"),
         ("tests/trl/test_loss.py", "from tests.trl.test_reward import BETA", "belongs into"),
         ("benchmarks/tests/trl/test_study.py", "from benchmarks.tests.trl import test_demo", "belongs into"),

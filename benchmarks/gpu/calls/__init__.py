@@ -1,1 +1,1 @@
-"""What runs on the GPU machine, call by call; ``benchmarks.gpu.bundle`` puts it into the bundle."""
+"""The programs that run on the GPU machine, one per call; ``benchmarks.gpu.bundle`` puts them into the bundle."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Call 1 installs the wheels, keeps the first part of the model, and runs stage 1: tests and kernels.
-# Arguments go to `python -m benchmarks.gpu 1`, for example --smoke --device cpu.
+# Call 1 installs the wheels, stores the first part of the model, and runs stage 1: tests and kernels.
+# Its arguments are passed to `python -m benchmarks.gpu 1`, for example --smoke --device cpu.
 . "$(dirname "$0")/common.sh"
 
 "$python" "$here/needed.py"

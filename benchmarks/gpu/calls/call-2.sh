@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Call 2 keeps the second part of the model, joins and converts it, and runs stage 2: a real model in TRL.
-# Arguments go to `python -m benchmarks.gpu 2`, for example --smoke --device cpu.
+# Call 2 stores the second part of the model, joins and converts the model, and runs stage 2: a real model in TRL.
+# Its arguments are passed to `python -m benchmarks.gpu 2`, for example --smoke --device cpu.
 . "$(dirname "$0")/common.sh"
 
 need_first_call

@@ -1,8 +1,8 @@
-# What the three calls share; each of them reads this file first.
+# Functions and settings of all three calls, which source this file first. These variables change the settings:
 #
-# WORK    folder that lasts from call to call on the machine (default: /tmp/kl-plugins-gpu)
-# OUT     folder that gets each call's results, packed (default: WORK)
-# PYTHON  interpreter that has torch and the other packages named in README.txt (default: python3)
+# WORK    folder on the machine that is kept between the calls (default: /tmp/kl-plugins-gpu)
+# OUT     folder for the packed results of each call (default: WORK)
+# PYTHON  interpreter that has torch and the other packages that README.txt names (default: python3)
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -11,18 +11,18 @@ python=${PYTHON:-python3}
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 results=$(mkdir -p "${OUT:-$work}" && cd "${OUT:-$work}" && pwd)
-# The copy of the repository comes first, and holds no kl_plugins/: the installed package is the one that is run.
+# The copy of the repository comes first. It has no kl_plugins/, so that Python imports the installed package.
 export PYTHONPATH="$work/tree:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-# Copies a folder that was sent to where the next call finds it.
+# Copies a folder that was sent to the place where the next call finds it.
 keep() {
     rm -rf "${work:?}/$1"
     mkdir -p "$work/$(dirname "$1")"
     cp -R "$here/$1" "$work/$1"
 }
 
-# Ends the call unless the first one has run on this machine.
+# Stops the call unless call 1 has run on this machine.
 need_first_call() {
     if [ ! -d "$work/site" ]; then
         echo "$work/site is not there: run call 1 first, on this machine and with this WORK" >&2
@@ -30,7 +30,7 @@ need_first_call() {
     fi
 }
 
-# Runs a stage with the call's own arguments and packs what it wrote, whether it ended well or not.
+# Runs a stage with the arguments of the call and packs its results, also if the stage failed.
 stage() {
     number=$1
     shift

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import signal
-import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,9 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.demo.workers import cores, failures_reported
+from benchmarks.command_line import console_of, interruptible, typed
 from benchmarks.reporting import machine, write_json
 from benchmarks.study.comparison import Options
+from benchmarks.workers import cores
 
 from . import arms, rules, runs, summary
 
@@ -35,12 +33,9 @@ def main(
     judge_only: Annotated[bool, typer.Option(help="Make no runs; judge those that are there.")] = False,
 ) -> None:
     """Choose the default spec by the rules in `rules.py`; finished runs are kept and skipped."""
-    console = Console()
-    console = console if console.is_terminal else Console(width=180)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the workers as on Ctrl-C
-    command = shlex.join(["python", "-m", "benchmarks.study.stale", *sys.argv[1:]])
+    console, command = console_of(180), typed("benchmarks.study.stale")
     options = Options(seeds, out, workers or cores(), dry=dry_run, command=command, judge_only=judge_only)
-    with failures_reported(console):
+    with interruptible(console):
         study(console, options, confirm, selection_only)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reporting import finished
 from benchmarks.study import summary
 from benchmarks.study.claims import CLAIMS
-from benchmarks.study.plan import Reference, Run, Scope, cells, chosen_claims, estimate, read, references, runs
+from benchmarks.study.plan import Reference, Run, Scope, cells, chosen_claims, estimate, references, runs
 from benchmarks.study.settings import Cell, Settings, run_key
 from benchmarks.study.verdicts import REFUTED, REPRODUCED, UNDECIDED, Claim, Point, judge, measures
 from kl_plugins import KLSpec
@@ -116,11 +117,11 @@ def test_key_changes_with_everything_that_makes_a_run():
 @pytest.mark.parametrize("text", ["", "{", '{"key": "another"}', "null"])
 def test_torn_or_foreign_records_are_not_finished(text, tmp_path):
     file = tmp_path / "run.json"
-    assert read(file, "key") is None
+    assert finished(file, "key") is None
     file.write_text(text)
-    assert read(file, "key") is None
+    assert finished(file, "key") is None
     file.write_text('{"key": "key", "curve": []}')
-    assert read(file, "key") is not None
+    assert finished(file, "key") is not None
 
 
 def test_other_settings_write_other_files(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import trl
 from packaging.version import Version
 
-from benchmarks.drivers.launch import WorkerError, run_module, survived
+from benchmarks.drivers.launch import WorkerError, over_hosts, run_module
 from tests.support.trl.launch import ROOT
 
 LIMIT = 280
@@ -58,8 +58,11 @@ def test_a_worker_that_hangs_is_ended(tmp_path):
 
 
 def test_the_others_go_on_without_a_host_that_fails(tmp_path):
-    failed: dict[str, str] = {}
-    assert survived(failed, "trl", "timeit", "-n1", "-r1", "1", python=sys.executable, log=tmp_path / "log")
-    assert failed == {}
-    assert not survived(failed, "verl", "timeit", "1/0", python=sys.executable, log=tmp_path / "log")
-    assert "ZeroDivisionError" in failed["verl"]
+    with over_hosts([f"trl={sys.executable}", f"verl={sys.executable}"], tmp_path) as hosts:
+        assert list(hosts) == ["trl", "verl"]
+        assert hosts.run("trl", "timeit", "-n1", "-r1", "1")
+        assert hosts.failed == {}
+        assert hosts.without() == ""
+        assert not hosts.run("verl", "timeit", "1/0")
+    assert "ZeroDivisionError" in hosts.failed["verl"]
+    assert hosts.without() == "; failed: verl"

@@ -16,7 +16,7 @@ import re
 import torch
 from datasets import Dataset
 
-# TRL's own classes with one more field, `kl`. TRL itself stays as it is.
+# These are TRL's own classes with one more field, `kl`. TRL itself is not changed.
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 
 MODEL = os.environ.get("MODEL", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -25,7 +25,7 @@ BETA = float(os.environ.get("BETA", "0.04"))  # coefficient of the KL; must not 
 STEPS = int(os.environ.get("STEPS", "200"))  # optimizer steps
 PROMPTS = int(os.environ.get("PROMPTS", "4"))  # prompts per device and step
 GENERATIONS = int(os.environ.get("GENERATIONS", "8"))  # completions per prompt
-LENGTH = int(os.environ.get("LENGTH", "128"))  # tokens of a completion, at most
+LENGTH = int(os.environ.get("LENGTH", "128"))  # largest number of tokens of a completion
 OUT = os.environ.get("OUT", "out/trl")
 
 
@@ -46,7 +46,7 @@ def sums(rows: int) -> Dataset:
 
 
 def correct(completions: list, answer: list[str], **unused: object) -> list[float]:
-    """The reward: 1 where the last number of the completion is the answer, else 0."""
+    """The reward: 1 if the last number of the completion is the answer, otherwise 0."""
     texts = [completion[0]["content"] for completion in completions]
     numbers = [re.findall(r"\d+", text) for text in texts]
     return [float(bool(found) and found[-1] == right) for found, right in zip(numbers, answer, strict=True)]
@@ -57,11 +57,11 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     config = GRPOConfig(
         output_dir=OUT,
-        # The KL: what is regularised, and how strongly. A misspelt spec fails here, before a model is loaded.
+        # The KL term and its coefficient. A misspelt spec fails here, before a model is loaded.
         kl=KL,
         beta=BETA,
-        # Each batch of completions is used for two updates. In the second one the policy has moved away from the one
-        # that was sampled. That is what the importance weight in the spec (`is:token`) is for.
+        # Each batch of completions is used for two updates. In the second one the policy differs from the one that was
+        # sampled. The importance weight in the spec (`is:token`) corrects for that.
         num_iterations=2,
         per_device_train_batch_size=PROMPTS * GENERATIONS,
         num_generations=GENERATIONS,
@@ -76,8 +76,8 @@ def main() -> None:
     trainer = GRPOTrainer(model=MODEL, reward_funcs=correct, args=config, train_dataset=sums(2048))
     trainer.train()
     trainer.save_model()
-    # What to look at: `kl/value` is the KL per token. `kl/ess` is the effective share of the tokens under the weights:
-    # 1 while the data are fresh, less the further the policy has moved away from the one that was sampled.
+    # Watch these metrics: `kl/value` is the KL per token. `kl/ess` is the effective share of the tokens under the
+    # weights; it is 1 for fresh data, and smaller if the policy differs from the one that was sampled.
     last = [entry for entry in trainer.state.log_history if "kl/value" in entry][-1]
     print({name: round(last[name], 4) for name in ("reward", "kl/value", "kl/beta", "kl/ess") if name in last})
 

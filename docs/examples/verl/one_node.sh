@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# GRPO in veRL under a KL spec, on one node. veRL finds kl-plugins by itself: it has to be installed where veRL is.
+# GRPO in veRL under a KL spec, on one node. veRL finds kl-plugins by itself if it is installed in veRL's environment.
 #
 #   python ../data.py                                          # writes ./data
 #   bash one_node.sh
-#   KL=k2@loss/is:token GPUS=4 bash one_node.sh trainer.save_freq=20    # more Hydra overrides go at the end
+#   KL=k2@loss/is:token GPUS=4 bash one_node.sh trainer.save_freq=20    # add more Hydra overrides at the end
 #
 # Before the first rollout each worker prints one line, and a worker without it stops the run:
 #
@@ -13,7 +13,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}
 DATA=${DATA:-$HERE/data/verl}     # train.parquet and test.parquet
-REWARD=${REWARD:-$HERE/reward.py} # the function compute_score in it
+REWARD=${REWARD:-$HERE/reward.py} # has the function compute_score
 OUT=${OUT:-$HERE/out}             # checkpoints
 KL=${KL:-k2@loss/is:token/floor:0.5}
 BETA=${BETA:-0.001}               # coefficient of the KL; must not be 0
@@ -22,19 +22,19 @@ GPUS=${GPUS:-8}                   # per node
 STEPS=${STEPS:-200}
 PROMPTS=${PROMPTS:-128}           # per step
 RESPONSES=${RESPONSES:-8}         # per prompt
-LENGTH=${LENGTH:-512}             # tokens of a response, at most
+LENGTH=${LENGTH:-512}             # largest number of tokens of a response
 MICRO=${MICRO:-8}                 # responses per GPU and forward pass; divides PROMPTS * RESPONSES / 2 / number of GPUs
 
 overrides=(
-  # The KL, beside the policy loss: on, which one, how strongly. These are veRL's own keys.
+  # The KL term beside the policy loss: its switch, the spec, and the coefficient. These are veRL's own keys.
   actor_rollout_ref.actor.use_kl_loss=True
   actor_rollout_ref.actor.kl_loss_type="$KL"
   actor_rollout_ref.actor.kl_loss_coef="$BETA"
-  # A spec with @reward or @advantage goes elsewhere: leave the three lines above out, and set
+  # A spec with @reward or @advantage belongs to other keys: leave out the three lines above, and set
   #   algorithm.use_kl_in_reward=True algorithm.kl_penalty=k1@advantage algorithm.kl_ctrl.kl_coef=0.001
 
-  # The sampler's log-probs: the importance weight divides by them, so that it also corrects for what the engine's
-  # kernels compute differently. Without this line it divides by the trainer's own old log-probs.
+  # With this line the importance weight divides by the sampler's log-probs, so that it also corrects for numerical
+  # differences of the engine's kernels. Without it, the weight divides by the trainer's own old log-probs.
   actor_rollout_ref.rollout.calculate_log_probs=True
 
   algorithm.adv_estimator=grpo
@@ -48,7 +48,7 @@ overrides=(
 
   actor_rollout_ref.model.path="$MODEL"
   actor_rollout_ref.actor.optim.lr=1e-6
-  # Half of a rollout batch: two updates per batch, of which the second one is off-policy.
+  # The batch of an update is half of a rollout batch, so there are two updates per rollout; the second is off-policy.
   actor_rollout_ref.actor.ppo_mini_batch_size=$((PROMPTS / 2))
   actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="$MICRO"
   actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu="$MICRO"

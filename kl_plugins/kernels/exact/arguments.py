@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from kl_plugins.kernels.exact.reference import RefTopK
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options
 
 
@@ -62,6 +63,45 @@ def row_options(
     if tile_bytes is not None and tile_bytes <= 0:
         raise ValueError(f"max_tile_bytes={tile_bytes}: must be above 0")
     return Options(1.0 / temperature, softcap, ref_softcap, backend, tile_bytes)
+
+
+def checked_reference(
+    reference: RefTopK,
+    ref_logp: Tensor | None,
+    labels: Tensor,
+    shape: torch.Size,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is known of the reference in each row: (N, k) ids as int64 and their log-probs, (N,) tail and label.
+
+    Args:
+        reference: of all positions.
+        ref_logp: log-probs of the labels under the reference.
+        labels: (N,) int64.
+        shape: of the positions.
+        options: of the policy.
+    """
+    if ref_logp is None:
+        raise ValueError("reference= needs ref_logp=, the labels' log-probs under the reference")
+    ids, logp, log_tail, temperature = reference
+    if not math.isclose(1.0 / temperature, options.scale, rel_tol=1e-6):
+        raise ValueError(
+            f"the reference's log-probs are of temperature {temperature}, the policy's of {1.0 / options.scale:.6g}: "
+            "they must be the same"
+        )
+    wrong = {"logp": logp.shape != ids.shape, "log_tail": log_tail.shape != shape, "ref_logp": ref_logp.shape != shape}
+    if ids.shape[:-1] != shape or not ids.shape[-1] or any(wrong.values()):
+        raise ValueError(
+            f"reference: ids {tuple(ids.shape)} and logp {tuple(logp.shape)} must be {(*shape, 'k')}, log_tail "
+            f"{tuple(log_tail.shape)} and ref_logp {tuple(ref_logp.shape)} must be {tuple(shape)}"
+        )
+    check_floats(logp=logp, log_tail=log_tail, ref_logp=ref_logp)
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"reference.ids hold {ids.dtype}, expected token ids")
+    kept = (labels != IGNORE_INDEX)[:, None]
+    # Rows that do not count may hold anything, which must not be read as a column.
+    rows = flat_rows(ids.detach()).long().masked_fill(~kept, 0)
+    return rows, flat_rows(logp.detach()), log_tail.detach().reshape(-1), ref_logp.detach().reshape(-1)
 
 
 def loss_weight(weight: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor:

@@ -35,6 +35,18 @@ def for_each_argument(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | Non
     return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
 
 
+def flattened(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Arguments of a function that ``vmap`` calls, with the batch of rows as more rows."""
+    return [_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+
+
+def _flat(value: Any, dim: int | None, size: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    batched = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+    return batched.flatten(0, 1)
+
+
 class BackwardPass(torch.autograd.Function):
     """A backward pass as a function of its own, which cannot be differentiated again.
 

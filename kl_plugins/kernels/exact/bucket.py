@@ -21,164 +21,234 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact import eager
+from kl_plugins.kernels.exact.autograd import BackwardPass, flattened, for_each_argument, named
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.logits import check_labels
+from kl_plugins.kernels.exact.reference import tail_log_sum_exp, tail_tiles
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, RowStatistics, Upstream, scaled
-from kl_plugins.kernels.exact.top_k import slope
 from kl_plugins.numerics import LINEAR_LIMIT
 
 
-class RefTopK(NamedTuple):
-    """What is kept of a reference's distribution: 2 k + 1 numbers per state.
+class TopKReference(NamedTuple):
+    """The reference of each row: three fields of :class:`RefTopK`, (N, k), (N, k) and (N,), and the label's log-prob.
 
-    Attributes:
-        ids: (..., k) int64, the reference's most probable tokens.
-        logp: (..., k) float32, their log-probs under the reference, nats.
-        log_tail: (...) float32, log of the probability that they leave, nats; -inf where they are the vocabulary.
-        temperature: that the reference's logits were divided by; the policy's has to be the same.
+    ``label_logp`` is (N,), nats, and read only where the label is none of the k tokens.
     """
 
     ids: Tensor
     logp: Tensor
     log_tail: Tensor
-    temperature: float = 1.0
+    label_logp: Tensor
 
-    def rows(self) -> RefTopK:
-        """The same with one leading dimension."""
-        return RefTopK(self.ids.flatten(0, -2), self.logp.flatten(0, -2), self.log_tail.reshape(-1), self.temperature)
-
-
-def tail_log_sum_exp(
-    logits: Tensor, ids: Tensor, scale: float, softcap: float | None, tile_bytes: int | None = None
-) -> Tensor:
-    """(N,) float32: log-sum-exp of the scaled logits of all tokens but some.
-
-    Args:
-        logits: (N, V), any float dtype.
-        ids: (N, k) int64, the tokens to leave out.
-        scale: 1 / temperature.
-        softcap: of the model's final logits, or None.
-        tile_bytes: bound on temporaries; at least one row's are needed.
-
-    Returns:
-        By a maximum of its own, never as a difference of sums: a tail of 1e-30 keeps its digits. -inf for no token.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    found = [
-        torch.logsumexp(scaled(logits[rows].to(dtype), scale, softcap).scatter(-1, ids[rows], -torch.inf), -1)
-        for rows in eager.tiles(logits, tile_bytes or eager.TILE_BYTES, dtype)
-    ]
-    return torch.cat(found) if found else logits.new_zeros(0, dtype=dtype)
+    def at(self, index: Tensor | slice) -> TopKReference:
+        """Those of some rows."""
+        return TopKReference(*(part[index] for part in self))
 
 
-def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
-    """The k most probable tokens of each row, (N, V) logits of the reference."""
-    with torch.no_grad():
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        top = logits.topk(min(k, logits.shape[-1]), -1)
-        z = scaled(top.values.to(dtype), options.scale, options.softcap)
-        log_tail = tail_log_sum_exp(logits, top.indices, options.scale, options.softcap, options.tile_bytes)
-        lse = torch.logaddexp(torch.logsumexp(z, -1), log_tail)
-        return RefTopK(top.indices, z - lse[:, None], log_tail - lse, 1.0 / options.scale)
+class TopKRows(NamedTuple):
+    """Logits of the policy, (N, V), labels, (N,) int64, and then the fields of :class:`TopKReference`."""
+
+    logits: Tensor
+    labels: Tensor
+    ids: Tensor
+    logp: Tensor
+    log_tail: Tensor
+    label_logp: Tensor
+
+    def at(self, index: Tensor | slice) -> TopKRows:
+        """Some of the rows."""
+        return TopKRows(*(part[index] for part in self))
 
 
-class Cells(NamedTuple):
-    """The k tokens and the bucket of each row, from the policy's side.
+class TopKStatistics(NamedTuple):
+    """Per row, all (N,), float32 (float64 for float64 logits), 0 in ignored rows.
 
     Attributes:
-        p: (N, k) probabilities of the tokens; detached, as all others.
-        bucket: (N,) probability of the bucket, P.
-        u: (N, k) log(p / r), nats, within 1e4.
-        level: (N,) L = log(P / R), nats; 0 where the bucket is empty.
+        kl: KL of the k + 1 cells, nats, in [0, 1e4].
+        logp: log-prob of the label under the policy, nats, at least -1e4.
+        remainder: u - L of a label outside S, nats, within 1e4; 0 for one of S.
+        lse: log-sum-exp of the policy's scaled logits.
+        mean: mean log-ratio of the cells, sum p u + P L, nats.
+        level: L, nats, within 1e4; 0 where the policy's bucket is empty.
     """
 
-    p: Tensor
-    bucket: Tensor
-    u: Tensor
+    kl: Tensor
+    logp: Tensor
+    remainder: Tensor
+    lse: Tensor
+    mean: Tensor
     level: Tensor
 
-
-def cells_of(logits: Tensor, lse: Tensor, reference: RefTopK, options: Options) -> Cells:
-    """Probabilities and log-ratios of the cells of rows (N, V), given the log-sum-exp of each."""
-    dtype = lse.dtype
-    logp = scaled(logits.gather(-1, reference.ids).to(dtype), options.scale, options.softcap) - lse[:, None]
-    log_bucket = tail_log_sum_exp(logits, reference.ids, options.scale, options.softcap, options.tile_bytes) - lse
-    bucket = log_bucket.exp()
-    level = (log_bucket - reference.log_tail.to(dtype)).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
-    u = (logp - reference.logp.to(dtype)).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
-    p = logp.exp()
-    # Where the policy has no mass, p u is 0 whatever u is; NaN from -inf - (-inf) must not come back.
-    return Cells(p, bucket, torch.where(p > 0, u, 0.0), torch.where(bucket > 0, level, 0.0))
+    def at(self, index: Tensor | slice) -> TopKStatistics:
+        """Those of some rows."""
+        return TopKStatistics(*(part[index] for part in self))
 
 
-def divergence(cells: Cells, reference: RefTopK) -> tuple[Tensor, Tensor]:
-    """(N,) the KL of the cells, and their mean log-ratio sum p u + P L, both nats."""
-    p = torch.cat([cells.p, cells.bucket[:, None]], -1).double()
-    u = torch.cat([cells.u, cells.level[:, None]], -1).double()
-    r = torch.cat([reference.logp, reference.log_tail[:, None]], -1).double().exp()
-    # p exp(-u) is r; where the policy has no mass, r is what counts.
-    small = u.abs() < 0.5
-    second = torch.where(small & (p > 0), p * (torch.expm1(-u) + u), r - p + p * u)
-    return second.sum(-1).clamp(0.0, LINEAR_LIMIT), (p * u).sum(-1)
+def top_k_statistics(rows: TopKRows, options: Options) -> TopKStatistics:
+    """Statistics of each row: one pass over the logits, a tile at a time, and 2 k + 1 numbers a row in float64."""
+    _check_ids(rows.ids, rows.logits.shape[-1])
+    backend_for(rows.logits, options)  # computes the gradient; one that cannot be used is an error before that
+    dtype = torch.promote_types(rows.logits.dtype, torch.float32)
+    parts = [_tile_statistics(rows.at(part), options, dtype) for part in tail_tiles(rows.logits, options)]
+    if not parts:
+        return TopKStatistics(*(rows.logits.new_zeros(0, dtype=dtype) for _ in TopKStatistics._fields))
+    return TopKStatistics(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-class BucketKL(torch.autograd.Function):
-    """(logits, labels, ref_logp, reference, options) -> kl, remainder, logp; kl and logp are differentiable."""
+def top_k_gradients(
+    rows: TopKRows, statistics: TopKStatistics, upstream: Upstream, options: Options, out: Tensor | None = None
+) -> Tensor:
+    """Gradient with respect to the policy's logits.
+
+    It is p_j (u_j - mean) in S and p_j (L - mean) outside, both times ``upstream.kl``, and that of the log-prob.
+
+    Args:
+        rows, options: as given to :func:`top_k_statistics`.
+        statistics: what it returned.
+        upstream: gradients.
+        out: (N, V) to write into, of any float dtype; ``rows.logits`` itself is allowed. Default: a new tensor like it.
+
+    Returns:
+        (N, V): ``out``, or a tensor in the dtype of the logits.
+    """
+    dtype = statistics.lse.dtype
+    kept = (rows.labels != IGNORE_INDEX)[:, None]
+    grad_kl, grad_logp = (grad.to(dtype)[:, None] for grad in upstream)
+    lse, mean, level = (part[:, None] for part in (statistics.lse, statistics.mean, statistics.level))
+    # Outside S the gradient is that of a log-prob, dense (onehot - p); the label's column is right but for the onehot.
+    dense = grad_logp - grad_kl * (level - mean)
+    # Before the first row is written: out may be the logits.
+    label = rows.labels.clamp_min(0)[:, None]
+    z_label, z = rows.logits.gather(-1, label).to(dtype), rows.logits.gather(-1, rows.ids).to(dtype)
+    at_label = slope(z_label, options) * (grad_logp - _probability(z_label, lse, options) * dense)
+    p, u = _cells(z, lse, rows.logp, options)
+    at_top = slope(z, options) * (p * (grad_kl * (u - mean) - grad_logp) + grad_logp * (rows.ids == label))
+    # The policy is its own reference: wanted is the gradient of a log-prob.
+    own = options._replace(ref_softcap=options.softcap)
+    zeros = torch.zeros_like(statistics.lse)
+    out = backend_for(rows.logits, own).backward(
+        Rows(rows.logits, rows.logits, rows.labels),
+        RowStatistics(zeros, zeros, zeros, statistics.lse, zeros.double()),
+        Upstream(zeros, dense[:, 0]),
+        own,
+        out,
+    )
+    # Written over the dense part, and not added to it: in 16 bits the sum would keep the roundings of both.
+    row = torch.arange(len(label), device=label.device)[:, None]
+    info = torch.finfo(out.dtype)
+    for index, value in ((label, at_label), (rows.ids, at_top)):
+        out[row, index] = torch.where(kept, value.clamp(info.min, info.max), 0.0).to(out.dtype)
+    return out
+
+
+class TopKRowsKL(torch.autograd.Function):
+    """(*TopKRows, options) -> TopKStatistics; kl and logp are differentiable."""
 
     @staticmethod
-    def forward(
-        logits: Tensor, labels: Tensor, ref_logp: Tensor, ids: Tensor, ref_top: Tensor, log_tail: Tensor,
-        options: Options,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """(N,) each; then what the backward pass needs."""
-        check_labels(labels, logits.shape[-1])
-        reference = RefTopK(ids, ref_top, log_tail)
-        with torch.autocast(logits.device.type, enabled=False):
-            # The policy is its own reference: what is wanted are log-sum-exp and log-prob.
-            one_cap = options._replace(ref_softcap=options.softcap)
-            rows = backend_for(logits, one_cap).forward(Rows(logits, logits, labels), one_cap)
-            kept = labels != IGNORE_INDEX
-            cells = cells_of(logits, rows.lse, reference, options)
-            kl, mean = divergence(cells, reference)
-            in_tail = kept & (ids != labels[:, None]).all(-1)
-            inside = (rows.logp - ref_logp.to(rows.logp.dtype) - cells.level).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
-            remainder = torch.where(in_tail, inside, 0.0)
-            kl = kl.to(rows.lse.dtype).masked_fill(~kept, 0.0)
-        return kl, remainder, rows.logp, rows.lse, *cells, mean.to(rows.lse.dtype)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        """Statistics of the rows."""
+        rows, options = named(args, TopKRows)
+        check_labels(rows.labels, rows.logits.shape[-1])
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return tuple(top_k_statistics(rows, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the logits, and the cells, which are k + 2 numbers a row."""
-        logits, labels, _, ids, _, _, ctx.options = inputs
-        ctx.save_for_backward(logits, labels, ids, *output[3:])
-        ctx.mark_non_differentiable(output[1], *output[3:])
+        """Keep the logits, which the model keeps anyway, the reference, and six numbers a row."""
+        *rows, ctx.options = inputs
+        ctx.save_for_backward(*rows, *output)
+        ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Tensor, _: Any, grad_logp: Tensor, *__: Any) -> tuple[Any, ...]:
-        """Gradient of the logits: p_j (u_j - mean) in S, p_j (L - mean) outside, and that of the log-prob."""
-        logits, labels, ids, lse, p, _, u, level, mean = ctx.saved_tensors
-        options: Options = ctx.options
-        kept = (labels != IGNORE_INDEX)[:, None]
-        grad_kl, grad_logp = (grad.to(lse.dtype) for grad in (grad_kl, grad_logp))
-        with torch.autocast(logits.device.type, enabled=False):
-            zeros = torch.zeros_like(lse)
-            rows = RowStatistics(zeros, zeros, zeros, lse, zeros.double())
-            # One dense part, that of a log-prob: dense (onehot_a - p). The label's entry is put right below.
-            dense = grad_logp - grad_kl * (level - mean)
-            one_cap = options._replace(ref_softcap=options.softcap)
-            out = backend_for(logits, one_cap).backward(
-                Rows(logits, logits, labels), rows, Upstream(torch.zeros_like(dense), dense), one_cap
-            )
-            label = labels.clamp_min(0)[:, None]
-            for index, value in (
-                (ids, grad_kl[:, None] * p * (u - level[:, None])),
-                (label, (grad_kl * (level - mean))[:, None]),
-            ):
-                value = value * slope(logits.gather(-1, index).to(lse.dtype), options)
-                out.scatter_add_(-1, index, torch.where(kept, value, 0.0).to(out.dtype))
-        return out, *(None,) * 6
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Both gradients at once, in the dtype of the logits."""
+        given = TopKStatistics(*grads)
+        upstream = Upstream(given.kl, given.logp)
+        return for_each_argument(ctx, top_k_gradient(*ctx.saved_tensors, *upstream, ctx.options))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """A batch of rows is more rows."""
+        found = top_k_rows(*flattened(info, in_dims, args))
+        return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
 
 
-bucket_rows: Callable[..., tuple[Tensor, ...]] = BucketKL.apply
-""":class:`BucketKL` as a function of (logits, labels, ref_logp, ids, logp of ids, log_tail, options)."""
+class TopKGradient(BackwardPass):
+    """The backward pass of :class:`TopKRowsKL`: (*TopKRows, *TopKStatistics, *Upstream, options) -> gradient (N, V)."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        """Gradient with respect to the policy's logits."""
+        rows, statistics, upstream, options = named(args, TopKRows, TopKStatistics, Upstream)
+        with torch.autocast(rows.logits.device.type, enabled=False):
+            return top_k_gradients(rows, statistics, upstream, options)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        """A batch of rows is more rows."""
+        rows = flattened(info, in_dims, args)
+        return top_k_gradient(*rows).reshape(info.batch_size, -1, rows[0].shape[-1]), 0
+
+
+def slope(logits: Tensor, options: Options) -> Tensor | float:
+    """Derivative of a scaled and soft-capped logit with respect to the logit."""
+    if options.softcap is None:
+        return options.scale
+    return options.scale * (1 - torch.tanh(logits / options.softcap).square())
+
+
+top_k_rows: Callable[..., tuple[Tensor, ...]] = TopKRowsKL.apply
+""":class:`TopKRowsKL` as the function it is."""
+
+top_k_gradient: Callable[..., Tensor] = TopKGradient.apply
+""":class:`TopKGradient` as the function it is."""
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    valid = ((ids >= 0) & (ids < vocabulary)).all()
+    message = f"reference.ids hold a token outside the vocabulary of {vocabulary}"
+    if ids.device.type != "cpu":
+        torch._assert_async(valid, f"kl-plugins: {message}")
+    elif not valid:
+        raise ValueError(message)
+
+
+def _tile_statistics(rows: TopKRows, options: Options, dtype: torch.dtype) -> TopKStatistics:
+    kept = rows.labels != IGNORE_INDEX
+    top, label = rows.logits.gather(-1, rows.ids).double(), rows.labels.clamp_min(0)[:, None]
+    z_label = scaled(rows.logits.gather(-1, label)[:, 0].double(), options.scale, options.softcap)
+    log_tail = tail_log_sum_exp(rows.logits, rows.ids, options.scale, options.softcap)
+    lse = torch.logaddexp(scaled(top, options.scale, options.softcap).logsumexp(-1), log_tail)
+    p, u = _cells(top, lse[:, None], rows.logp, options)
+    bucket = torch.exp(log_tail - lse)
+    level = (log_tail - lse - rows.log_tail.double()).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+    level = level.masked_fill(bucket == 0, 0.0)
+    kl, mean = _divergence(
+        torch.cat([p, bucket[:, None]], -1),
+        torch.cat([u, level[:, None]], -1),
+        torch.cat([rows.logp, rows.log_tail[:, None]], -1).double().exp(),
+    )
+    logp = (z_label - lse).clamp(-LINEAR_LIMIT, 0.0)
+    outside = kept & (rows.ids != label).all(-1)
+    inside = (logp - rows.label_logp.double() - level).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+    found = (kl.clamp(0.0, LINEAR_LIMIT), logp, torch.where(outside, inside, 0.0), lse, mean, level)
+    return TopKStatistics(*(part.masked_fill(~kept, 0.0).to(dtype) for part in found))
+
+
+def _probability(logits: Tensor, lse: Tensor, options: Options) -> Tensor:
+    return torch.exp((scaled(logits, options.scale, options.softcap) - lse).clamp(max=0.0))
+
+
+def _cells(logits: Tensor, lse: Tensor, ref_logp: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """(N, k) probability p of the tokens of S, and u = log(p / r), nats, within 1e4."""
+    logp = (scaled(logits, options.scale, options.softcap) - lse).clamp(max=0.0)
+    p, u = logp.exp(), (logp - ref_logp.to(logp.dtype)).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+    # Where the policy has no mass, p u is 0 whatever u is; NaN from -inf - (-inf) must not come back.
+    return p, u.masked_fill(p == 0, 0.0)
+
+
+def _divergence(p: Tensor, u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) the KL of cells (N, k + 1), and their mean log-ratio, both nats, float64."""
+    # p exp(-u) is r; where the policy has no mass, r is what counts.
+    second = torch.where((u.abs() < 0.5) & (p > 0), p * (torch.expm1(-u) + u), r - p + p * u)
+    return second.sum(-1), (p * u).sum(-1)

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kl_plugins.kernels import memory
 from kl_plugins.kernels.exact.backends import backend_for
+from kl_plugins.kernels.exact.bucket import (
+    TopKReference,
+    TopKRows,
+    TopKStatistics,
+    top_k_gradients,
+    top_k_statistics,
+)
 from kl_plugins.kernels.exact.products import Head
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, RowStatistics, Upstream
 
@@ -68,7 +75,7 @@ class Tile(NamedTuple):
 
     chosen: Tensor | slice
     hidden: Tensor
-    rows: Rows
+    rows: Rows | TopKRows
 
 
 class Plan(NamedTuple):
@@ -106,14 +113,20 @@ def step_of(count: int, most: int, multiple: int) -> int:
     return min(most, -(-step // multiple) * multiple) if step > multiple else max(1, step)
 
 
+Heads: TypeAlias = "tuple[Head, Head | None]"
+"""The policy's, and the reference's where it has one here."""
+
+
 class LinearInputs(NamedTuple):
-    """Two heads and what goes through them; ignored rows are never computed.
+    """The policy's head and what goes through it, and the reference's; ignored rows are never computed.
+
+    The reference is a head of its own, or what is known of its distribution in each row.
 
     Attributes:
-        hidden, ref_hidden: (N, D) and (N, D').
-        weight, ref_weight: (V, D) and (V, D').
-        bias, ref_bias: (V,) or None.
+        hidden, weight, bias: (N, D), (V, D), and (V,) or None.
+        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), and (V,) or None; all None where ``top_k`` is given.
         labels: (N,) int64.
+        top_k: the reference of each row, or None.
         options: for the rows.
         operands: dtypes that the two products read, from :func:`~kl_plugins.kernels.exact.products.operand_dtype`.
         tile_bytes: bound on everything that is neither argument, result nor the weight's gradient.
@@ -122,10 +135,11 @@ class LinearInputs(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    ref_hidden: Tensor
-    ref_weight: Tensor
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
     ref_bias: Tensor | None
     labels: Tensor
+    top_k: TopKReference | None
     options: Options
     operands: tuple[torch.dtype, torch.dtype]
     tile_bytes: int
@@ -137,17 +151,21 @@ class LinearInputs(NamedTuple):
 
     def settings(self) -> tuple[Any, ...]:
         """The other fields."""
-        return self.options, self.operands, self.tile_bytes
+        return self.top_k, self.options, self.operands, self.tile_bytes
 
-    def heads(self) -> tuple[Head, Head]:
+    def kind(self) -> type[RowStatistics | TopKStatistics]:
+        """What the statistics of the rows are."""
+        return RowStatistics if self.top_k is None else TopKStatistics
+
+    def heads(self) -> Heads:
         """Policy's and reference's."""
         block = self.tile_bytes // 8
-        return (
-            Head(self.weight, self.bias, self.operands[0], block),
-            Head(self.ref_weight, self.ref_bias, self.operands[1], block),
-        )
+        policy = Head(self.weight, self.bias, self.operands[0], block)
+        if self.ref_weight is None:
+            return policy, None
+        return policy, Head(self.ref_weight, self.ref_bias, self.operands[1], block)
 
-    def plan(self, heads: tuple[Head, Head], *, grouped: bool) -> Plan:
+    def plan(self, heads: Heads, *, grouped: bool) -> Plan:
         """How the rows that count are cut into tiles.
 
         Args:
@@ -158,9 +176,12 @@ class LinearInputs(NamedTuple):
         kept = (self.labels != IGNORE_INDEX).nonzero()[:, 0]
         count, vocabulary = len(kept), self.weight.shape[0]
         group = GROUP if grouped and head.mixed and head.operands == torch.bfloat16 else 1
-        per_row = vocabulary * (head.compute.itemsize + ref_head.compute.itemsize)
+        per_row, width = vocabulary * head.compute.itemsize, self.hidden.shape[1]
+        if ref_head is not None and self.ref_hidden is not None:
+            per_row += vocabulary * ref_head.compute.itemsize
+            width += self.ref_hidden.shape[1]
         per_row += group * vocabulary * head.operands.itemsize if head.mixed else 0
-        per_row += 2 * head.compute.itemsize * (self.hidden.shape[1] + self.ref_hidden.shape[1])
+        per_row += 2 * head.compute.itemsize * width
         share = _MIXED_LOGITS_SHARE if head.mixed else _LOGITS_SHARE
         multiple = 1 if self.hidden.device.type == "cpu" else ROW_MULTIPLE
         return Plan(
@@ -170,24 +191,32 @@ class LinearInputs(NamedTuple):
             group,
         )
 
-    def tiles(self, heads: tuple[Head, Head], plan: Plan) -> Iterator[Tile]:
+    def tiles(self, heads: Heads, plan: Plan) -> Iterator[Tile]:
         """Logits of the rows that count, tile by tile."""
         head, ref_head = heads
         count, step, vocabulary = len(plan.kept), plan.step, self.weight.shape[0]
         if count == 0:
             return
         buffer = torch.empty(step, vocabulary, dtype=head.compute, device=self.hidden.device)
-        ref_buffer = torch.empty(step, vocabulary, dtype=ref_head.compute, device=self.hidden.device)
+        ref_buffer = buffer[:0]
+        if ref_head is not None:
+            ref_buffer = torch.empty(step, vocabulary, dtype=ref_head.compute, device=self.hidden.device)
         for start in range(0, count, step):
             index = plan.rows(start, min(start + step, count))
             hidden, size = self.hidden[index], min(step, count - start)
             logits = head.logits(hidden, buffer[:size])
-            ref_logits = ref_head.logits(self.ref_hidden[index], ref_buffer[:size])
-            yield Tile(index, hidden, Rows(logits, ref_logits, self.labels[index]))
+            if self.top_k is not None:
+                yield Tile(index, hidden, TopKRows(logits, self.labels[index], *self.top_k.at(index)))
+            elif ref_head is not None and self.ref_hidden is not None:
+                ref_logits = ref_head.logits(self.ref_hidden[index], ref_buffer[:size])
+                yield Tile(index, hidden, Rows(logits, ref_logits, self.labels[index]))
 
     def row_options(self) -> Options:
-        """Options with the eager backend's share of the tile."""
-        return self.options._replace(tile_bytes=max(1, min(16 * 2**20, self.tile_bytes // 8)))
+        """Options with the share of the tile that is left to a pass over the rows of one."""
+        share = self.tile_bytes // 8
+        if self.top_k is None or self.hidden.device.type == "cpu":
+            share = min(16 * 2**20, share)
+        return self.options._replace(tile_bytes=max(1, share))
 
 
 class _Accumulated:
@@ -210,13 +239,16 @@ class _Accumulated:
             self.waiting = torch.empty(rows, inputs.weight.shape[0], dtype=head.operands, device=inputs.hidden.device)
         self.done, self.seen = 0, 0
 
-    def add(self, tile: Tile, statistics: RowStatistics, upstream: Upstream) -> None:
+    def add(self, tile: Tile, statistics: Any, upstream: Upstream) -> None:
         """Add a tile's, perhaps overwriting its logits; tiles come in the order of the plan."""
         options, size = self.inputs.row_options(), len(tile.hidden)
         out = tile.rows.logits
         if self.waiting is not None:
             out = self.waiting[self.seen - self.done :][:size]
-        backend_for(tile.rows.logits, options).backward(tile.rows, statistics, upstream, options, out)
+        if isinstance(tile.rows, TopKRows):
+            top_k_gradients(tile.rows, statistics, upstream, options, out)
+        else:
+            backend_for(tile.rows.logits, options).backward(tile.rows, statistics, upstream, options, out)
         self.seen += size
         if self.waiting is None:
             gradient, factor = self.head.operand(out)
@@ -256,8 +288,8 @@ class _Accumulated:
         return Gradients(self.hidden, weight, self.bias)
 
 
-def statistics_of(inputs: LinearInputs) -> RowStatistics:
-    """Row statistics (N,), zeros in ignored rows; two products."""
+def statistics_of(inputs: LinearInputs) -> Any:
+    """Statistics (N,) of the kind of the inputs, zeros in ignored rows; a product for each head."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
     for tile in inputs.tiles(heads, inputs.plan(heads, grouped=False)):
@@ -265,7 +297,7 @@ def statistics_of(inputs: LinearInputs) -> RowStatistics:
     return result
 
 
-def gradients_of(inputs: LinearInputs, statistics: RowStatistics, upstream: Upstream, wanted: Wanted) -> Gradients:
+def gradients_of(inputs: LinearInputs, statistics: Any, upstream: Upstream, wanted: Wanted) -> Gradients:
     """Gradients for upstream gradients (N,), from tiles computed again: four products."""
     heads = inputs.heads()
     plan = inputs.plan(heads, grouped=wanted.weight)
@@ -275,9 +307,7 @@ def gradients_of(inputs: LinearInputs, statistics: RowStatistics, upstream: Upst
     return total.result()
 
 
-def statistics_and_gradients(
-    inputs: LinearInputs, upstream: Upstream, wanted: Wanted
-) -> tuple[RowStatistics, Gradients]:
+def statistics_and_gradients(inputs: LinearInputs, upstream: Upstream, wanted: Wanted) -> tuple[Any, Gradients]:
     """Both from one visit to each tile: four products in all."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
@@ -290,17 +320,20 @@ def statistics_and_gradients(
     return result, total.result()
 
 
-def empty_statistics(inputs: LinearInputs, head: Head) -> RowStatistics:
-    """Zeros for every row."""
-    shape = (len(RowStatistics._fields), inputs.labels.shape[0])
-    parts = RowStatistics(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))
-    return parts._replace(centre=parts.centre.double())
+def empty_statistics(inputs: LinearInputs, head: Head) -> Any:
+    """Zeros for every row, of the kind of the inputs."""
+    kind = inputs.kind()
+    shape = (len(kind._fields), inputs.labels.shape[0])
+    parts = kind(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))
+    return parts._replace(centre=parts.centre.double()) if isinstance(parts, RowStatistics) else parts
 
 
-def _forward(tile: Tile, options: Options) -> RowStatistics:
+def _forward(tile: Tile, options: Options) -> RowStatistics | TopKStatistics:
+    if isinstance(tile.rows, TopKRows):
+        return top_k_statistics(tile.rows, options)
     return backend_for(tile.rows.logits, options).forward(tile.rows, options)
 
 
-def _put(result: RowStatistics, tile: Tile, found: RowStatistics) -> None:
+def _put(result: Any, tile: Tile, found: RowStatistics | TopKStatistics) -> None:
     for target, source in zip(result, found, strict=True):
         target[tile.chosen] = source

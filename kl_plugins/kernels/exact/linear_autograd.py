@@ -19,7 +19,7 @@ from kl_plugins.kernels.exact.linear import (
     statistics_of,
 )
 from kl_plugins.kernels.exact.logits import check_labels
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, RowStatistics, Upstream
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Upstream
 from kl_plugins.numerics import cast_saturating
 
 _NOTHING = Wanted(hidden=False, weight=False, bias=False)
@@ -34,7 +34,7 @@ def wanted_gradients(inputs: LinearInputs) -> Wanted:
 
 
 class LinearKL(torch.autograd.Function):
-    """(*LinearInputs, rows_first) -> RowStatistics and None, for any upstream gradient of kl and logp.
+    """(*LinearInputs, rows_first) -> statistics of the inputs' kind and None, for any upstream gradient of kl and logp.
 
     It takes 2 products forward and up to 4 backward. With ``rows_first`` the gradient of kl with respect to the hidden
     states is computed in the forward pass and returned in the place of None. That costs one product more, and the
@@ -58,7 +58,8 @@ class LinearKL(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep the arguments and five numbers a row, or the rows' gradient alone."""
         given, ctx.rows_first = named(inputs, LinearInputs)
-        statistics, rows_gradient = named(output, RowStatistics)
+        ctx.kind = given.kind()
+        statistics, rows_gradient = named(output, ctx.kind)
         # Else zeros as large as the hidden states, for an output that is not differentiable.
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.dtype = given.settings(), given.hidden.dtype
@@ -72,7 +73,7 @@ class LinearKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states, weight and bias."""
-        given, _ = named(grads, RowStatistics)
+        given, _ = named(grads, ctx.kind)
         if ctx.rows_first:
             (rows_gradient,) = ctx.saved_tensors
             if given.kl is None:
@@ -80,7 +81,7 @@ class LinearKL(torch.autograd.Function):
             # Ignored rows hold zeros, and an upstream NaN there must stay outside.
             scaled = torch.where(rows_gradient == 0, 0.0, rows_gradient.to(given.kl.dtype) * given.kl[:, None])
             return for_each_argument(ctx, cast_saturating(scaled, ctx.dtype))
-        statistics, *tensors = named(ctx.saved_tensors, RowStatistics)
+        statistics, *tensors = named(ctx.saved_tensors, ctx.kind)
         zeros = torch.zeros_like(statistics.kl)
         upstream = Upstream(*(zeros if grad is None else grad for grad in (given.kl, given.logp)))
         wanted = ctx.needs_input_grad[: len(Wanted._fields)]
@@ -88,12 +89,13 @@ class LinearKL(torch.autograd.Function):
 
 
 class LinearGradient(BackwardPass):
-    """The backward pass of :class:`LinearKL`: (*LinearInputs, *RowStatistics, *Upstream, *Wanted) -> Gradients."""
+    """The backward pass of :class:`LinearKL`: (*LinearInputs, *statistics, *Upstream, *Wanted) -> Gradients."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
         """Gradients in the arguments' dtypes."""
-        inputs, statistics, upstream, wanted = named(args, LinearInputs, RowStatistics, Upstream, Wanted)
+        inputs, *others = named(args, LinearInputs)
+        statistics, upstream, wanted = named(tuple(others), inputs.kind(), Upstream, Wanted)
         with torch.autocast(inputs.hidden.device.type, enabled=False):
             found = gradients_of(inputs, statistics, upstream, wanted)
         given = (inputs.hidden, inputs.weight, inputs.bias)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.autograd import BackwardPass, for_each_argument, named
+from kl_plugins.kernels.exact.autograd import BackwardPass, flattened, for_each_argument, named
 from kl_plugins.kernels.exact.backends import backend_for
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Rows, RowStatistics, Upstream
 
@@ -53,7 +53,7 @@ class LogitsKL(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """A batch of rows is more rows."""
-        found = logits_kl(*(_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)))
+        found = logits_kl(*flattened(info, in_dims, args))
         return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
 
 
@@ -70,15 +70,8 @@ class LogitsGradient(BackwardPass):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         """A batch of rows is more rows."""
-        rows = [_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
+        rows = flattened(info, in_dims, args)
         return logits_gradient(*rows).reshape(info.batch_size, -1, rows[0].shape[-1]), 0
-
-
-def _flat(value: Any, dim: int | None, size: int) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    batched = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-    return batched.flatten(0, 1)
 
 
 logits_kl: Callable[..., tuple[Tensor, ...]] = LogitsKL.apply

@@ -54,6 +54,8 @@ def weights_of(spec: KLSpec, log_rho: Tensor, mask: Tensor, *, one_earlier: bool
             }[spec.correction]
             weights[b, t] = sum(log_rho[b, i] for i in upto) if upto else 0.0
             weights[b, t] = weights[b, t].exp()
+            if spec.floor is not None:
+                weights[b, t] = max(weights[b, t].item(), spec.floor)
             if spec.cap is not None:
                 weights[b, t] = min(weights[b, t].item(), spec.cap)
             if spec.band is not None and not spec.band[0] <= weights[b, t] <= spec.band[1]:
@@ -63,12 +65,25 @@ def weights_of(spec: KLSpec, log_rho: Tensor, mask: Tensor, *, one_earlier: bool
 
 
 def surrogate(
-    spec: KLSpec, logp: Tensor, ref: Tensor, behaviour: Tensor, mask: Tensor, exact: Tensor | None = None
+    spec: KLSpec,
+    logp: Tensor,
+    ref: Tensor,
+    behaviour: Tensor,
+    mask: Tensor,
+    exact: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per-token surrogate losses (their values mean nothing, their gradients all) and the detached own values."""
+    """Per-token surrogate losses (their values mean nothing, their gradients all) and the detached own values.
+
+    With ``top:`` the remainder takes the weight that holds its token, whatever the weight of the exact part is.
+    """
     rho = logp - behaviour
     own_is_exact = spec.estimator == "exact"
+    rest = torch.zeros_like(logp) if spec.top is None or remainder is None else remainder
+    sampled = weights_of(spec, rho.detach(), mask, one_earlier=False)
     weight = weights_of(spec, rho.detach(), mask, one_earlier=own_is_exact)
+    if own_is_exact and spec.correction == "token":
+        weight = torch.ones_like(weight)
     each = weights_of(spec, rho.detach(), mask, one_earlier=spec.future == "exact")
     losses, values = torch.zeros_like(logp), torch.zeros_like(logp)
     u = (logp - ref).detach()
@@ -84,8 +99,11 @@ def surrogate(
                     term = exact[b, j].detach()
                 else:
                     term = value_of(spec.estimator if spec.future == "own" else spec.future, u[b, j])
-                factor = each[b, j] if spec.correction == "decision" else weight[b, t]
-                future = future + factor * spec.gamma**power * term
+                per_decision, discount = spec.correction == "decision", spec.gamma**power
+                factor = each[b, j] if per_decision else weight[b, t] if spec.top is None else sampled[b, t]
+                future = future + factor * discount * term
+                if spec.future == "exact":
+                    future = future + (sampled[b, j] if per_decision else sampled[b, t]) * discount * rest[b, j]
             if own_is_exact:
                 assert exact is not None
                 own, values[b, t] = exact[b, t], exact[b, t].detach()
@@ -95,7 +113,7 @@ def surrogate(
                     value_of(spec.estimator, u[b, t]),
                 )
             if spec.clip is None:
-                losses[b, t] = weight[b, t] * own + future * logp[b, t]
+                losses[b, t] = weight[b, t] * own + (sampled[b, t] * rest[b, t] + future) * logp[b, t]
             else:
                 (slope,) = torch.autograd.grad(own, logp, retain_graph=True)
                 score, live = slope[b, t] + future, rho[b, t].exp()  # weight is 1 here: correction is "none"
@@ -103,7 +121,14 @@ def surrogate(
     return losses, values
 
 
-def penalty(spec: KLSpec, logp: Tensor, ref: Tensor, mask: Tensor, exact: Tensor | None = None) -> Tensor:
+def penalty(
+    spec: KLSpec,
+    logp: Tensor,
+    ref: Tensor,
+    mask: Tensor,
+    exact: Tensor | None = None,
+    remainder: Tensor | None = None,
+) -> Tensor:
     """The score penalty, term by term."""
     result, u = torch.zeros_like(logp), logp - ref
     for b in range(mask.shape[0]):
@@ -113,7 +138,8 @@ def penalty(spec: KLSpec, logp: Tensor, ref: Tensor, mask: Tensor, exact: Tensor
             for power, j in enumerate(positions[n + 1 :], start=1):
                 if spec.future == "exact":
                     assert exact is not None
-                    result[b, t] += spec.gamma**power * exact[b, j]
+                    rest = 0.0 if spec.top is None or remainder is None else remainder[b, j]
+                    result[b, t] += spec.gamma**power * (exact[b, j] + rest)
                 elif spec.future is not None:
                     kind = spec.estimator if spec.future == "own" else spec.future
                     result[b, t] += spec.gamma**power * value_of(kind, u[b, j])

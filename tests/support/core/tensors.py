@@ -11,17 +11,21 @@ from kl_plugins import KLSpec
 
 
 class Batch(NamedTuple):
-    """Log-probs of policy, reference, trainer's old policy and sampler, and full-vocabulary KL; all (B, T), nats."""
+    """Log-probs of policy, reference, trainer's old policy and sampler, and exact values; all (B, T), nats.
+
+    ``exact`` is the full-vocabulary KL, or with ``top:`` that of a set and a bucket, which ``remainder`` completes.
+    """
 
     logp: Tensor
     ref: Tensor
     old: Tensor
     sampler: Tensor
     exact: Tensor
+    remainder: Tensor
     mask: Tensor
 
     def to(self, dtype: torch.dtype) -> Batch:
-        return Batch(*(x.to(dtype) for x in self[:5]), self.mask)
+        return Batch(*(x.to(dtype) for x in self[:6]), self.mask)
 
     def leaves(self) -> Batch:
         """The same with gradients wanted for ``logp`` and ``exact``."""
@@ -29,9 +33,13 @@ class Batch(NamedTuple):
         return self._replace(logp=logp, exact=exact)
 
     def keywords(self, spec: KLSpec) -> dict[str, Tensor]:
-        """What ``kl_term`` takes by name; ``exact`` only where the spec has a use for it."""
-        found = {"old_logp": self.old, "sampler_logp": self.sampler}
-        return found | ({"exact": self.exact} if spec.needs_exact else {})
+        """What ``kl_term`` takes by name."""
+        return {"old_logp": self.old, "sampler_logp": self.sampler} | self.exact_keywords(spec)
+
+    def exact_keywords(self, spec: KLSpec) -> dict[str, Tensor]:
+        """``exact`` and ``remainder``, only where the spec has a use for them."""
+        found = {"exact": self.exact} if spec.needs_exact else {}
+        return found | ({} if spec.top is None else {"remainder": self.remainder})
 
 
 def masks(rows: int, length: int) -> dict[str, Tensor]:
@@ -47,6 +55,8 @@ def masks(rows: int, length: int) -> dict[str, Tensor]:
 def batch(rows: int = 3, length: int = 6, mask: str = "holes", seed: int = 0, scale: float = 0.7) -> Batch:
     """A tame random batch in float64."""
     generator = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(rows, length, dtype=torch.float64, generator=generator) * scale for _ in range(5)]
+    noise = [torch.randn(rows, length, dtype=torch.float64, generator=generator) * scale for _ in range(6)]
     logp = -noise[0].abs() - 0.5
-    return Batch(logp, logp + noise[1], logp + noise[2], logp + noise[3], noise[4].abs(), masks(rows, length)[mask])
+    others = (logp + noise[1], logp + noise[2], logp + noise[3], noise[4].abs())
+    remainder = noise[5].masked_fill(noise[5] < -0.5 * scale, 0.0)  # of a token in the set
+    return Batch(logp, *others, remainder, masks(rows, length)[mask])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kl_plugins import KLSpec, KLTerm, exact_kl, kl_penalty, kl_term
+from kl_plugins import KLSpec, KLTerm, RefTopK, exact_kl, kl_penalty, kl_term, reference_top_k
+from kl_plugins.exact import TopKKL
 from tests.support.oracle.enumeration import Problem
 
 
@@ -28,8 +29,8 @@ def full_vocabulary_kl(
     Args:
         problem: policies and sequences.
         policy: whose KL; differentiable for `current`.
-        top: tokens summed exactly, None for all.
-        behaviour: the policy that drew the tokens, where `top` has to weight the sampled tail.
+        top: tokens summed one by one, None for all; the sampled remainder is then in the KL.
+        behaviour: the policy that drew the tokens, where `top` has to weight the remainder.
     """
     drawn = None if behaviour is None else padded(problem, problem.log_probs(behaviour).detach())
     found = exact_kl(
@@ -45,15 +46,55 @@ def full_vocabulary_kl(
     return padded(problem, found.kl)
 
 
-def exact_for(spec: KLSpec, problem: Problem, policy: str, data: str) -> Tensor | None:
-    """What a host passes as `exact`: None where the spec has no use for it."""
+def kept_of_the_reference(problem: Problem, chosen: int | tuple[int, ...]) -> RefTopK:
+    """Its most probable tokens in each state, so many, or the same tokens in every state."""
+    ref_logits = logits(problem, "reference")
+    if isinstance(chosen, int):
+        return reference_top_k(ref_logits, chosen)
+    logp, ids = torch.log_softmax(ref_logits, -1), torch.tensor(chosen)
+    rest = torch.full_like(logp, 0.0).index_fill(-1, ids, -torch.inf)
+    return RefTopK(ids.expand(*logp.shape[:-1], -1), logp[..., ids], torch.logsumexp(logp + rest, -1))
+
+
+def top_k_kl(problem: Problem, chosen: int | tuple[int, ...], policy: str = "current") -> TopKKL:
+    """(N, T) each: KL of a set and a bucket in every state passed through, and the remainder of each token."""
+    found = exact_kl(
+        logits(problem, policy),
+        None,
+        problem.tokens,
+        reference=kept_of_the_reference(problem, chosen),
+        ref_logp=padded(problem, problem.log_probs("reference")),
+        mask=problem.mask,
+    )
+    torch.testing.assert_close(found.logp, problem.log_probs(policy), rtol=1e-12, atol=1e-12)
+    return found
+
+
+def exact_for(spec: KLSpec, problem: Problem, policy: str, chosen: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    """What a host passes beside the log-probs: nothing where the spec has no use for it.
+
+    Args:
+        spec: a parsed spec.
+        problem: policies and sequences.
+        policy: whose KL.
+        chosen: the tokens of `top` in every state; by default the reference's most probable ones.
+    """
     if not spec.needs_exact:
-        return None
-    tail = spec.top is not None and spec.correction in ("prefix", "decision")
-    return full_vocabulary_kl(problem, policy, top=spec.top, behaviour=data if tail else None)
+        return {}
+    if spec.top is None:
+        return {"exact": full_vocabulary_kl(problem, policy)}
+    found = top_k_kl(problem, chosen or spec.top, policy)
+    return {"exact": padded(problem, found.kl), "remainder": padded(problem, found.remainder)}
 
 
-def term_for(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...] | None = None) -> KLTerm:
+def term_for(
+    spec: KLSpec,
+    problem: Problem,
+    data: str,
+    *,
+    given: tuple[str, ...] | None = None,
+    exact: dict[str, Tensor] | None = None,
+) -> KLTerm:
     """`kl_term` over all sequences.
 
     Args:
@@ -62,6 +103,7 @@ def term_for(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...
         data: policy that the data come from; `current` means on-policy data.
         given: which of `old` and `sampler` are passed. By default the data's own policy; on-policy data pass the
             current log-probs as the sampler's.
+        exact: what is passed for exact terms; by default that of `exact_for`.
     """
     names = given if given is not None else (data,)
     behaviour: dict[str, Tensor] = {}
@@ -73,14 +115,21 @@ def term_for(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...
         padded(problem, problem.log_probs("current")),
         padded(problem, problem.log_probs("reference")),
         problem.mask,
-        exact=exact_for(spec, problem, "current", data),
+        **(exact_for(spec, problem, "current") if exact is None else exact),
         **behaviour,
     )
 
 
-def loss_gradient(spec: KLSpec, problem: Problem, data: str, *, given: tuple[str, ...] | None = None) -> Tensor:
-    """Expected gradient of the loss summed over tokens."""
-    loss = term_for(spec, problem, data, given=given).loss
+def loss_gradient(
+    spec: KLSpec,
+    problem: Problem,
+    data: str,
+    *,
+    given: tuple[str, ...] | None = None,
+    exact: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """Expected gradient of the loss summed over tokens; arguments as in `term_for`."""
+    loss = term_for(spec, problem, data, given=given, exact=exact).loss
     assert loss.dtype == torch.float64
     return problem.gradient(problem.expected(loss.sum(-1), data))
 
@@ -92,7 +141,7 @@ def penalty_for(spec: KLSpec, problem: Problem, evaluated: str = "current") -> T
         padded(problem, problem.log_probs(evaluated).detach()),
         padded(problem, problem.log_probs("reference")),
         problem.mask,
-        exact=exact_for(spec, problem, evaluated, evaluated),
+        **exact_for(spec, problem, evaluated),
     )
     assert penalty.dtype == torch.float64
     assert not penalty.requires_grad

@@ -1,4 +1,4 @@
-"""Worker processes: independent runs side by side, progress back to one display, errors brought to light."""
+"""Worker processes that make independent runs in parallel, and report progress and errors to one display."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import queue
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.console import Console
+from rich.progress import Progress
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # models of this size are fastest with one thread, and the runs share the cores
@@ -33,30 +33,12 @@ _messages: Any = None
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed; the text holds its own error."""
-
-
-@contextmanager
-def failures_reported(console: Console) -> Iterator[None]:
-    """Turn a worker's error and an interruption into a message and an exit status.
-
-    Raises:
-        typer.Exit: after the message.
-    """
-    try:
-        yield
-    except WorkerError as error:
-        console.print("failed:", style="bold red", end=" ")
-        console.print(str(error), highlight=False, markup=False)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        console.print("interrupted; finished runs are kept, the same command goes on from here")
-        raise typer.Exit(130) from None
+    """A worker process failed; the message contains the error of the worker."""
 
 
 @dataclass
 class Job:
-    """One piece of work: `function(*arguments, tick)` in some worker."""
+    """One piece of work, which calls `function(*arguments, tick)` in a worker."""
 
     name: str
     function: Callable[..., dict[str, Any]]
@@ -66,17 +48,17 @@ class Job:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def pool(workers: int, log_folder: Path) -> Iterator[Pool]:
-    """Worker processes that end with the block, whichever way it is left.
+    """Start worker processes for a `with` block; they end when the block is left, also by an error.
 
     Args:
-        workers: how many processes.
-        log_folder: where what they print goes, one file per process.
+        workers: number of processes.
+        log_folder: folder for the output of the processes, one file per process.
     """
     os.environ.update(ENVIRONMENT)
     log_folder.mkdir(parents=True, exist_ok=True)
@@ -100,14 +82,14 @@ class Pool:
         self._executor, self._messages, self._log_folder = executor, messages, log_folder
 
     def run(self, jobs: Sequence[Job], progress: Callable[[str, int], None]) -> None:
-        """Run all jobs; the first failure ends them all.
+        """Run all jobs; the first failure stops all of them.
 
         Args:
-            jobs: each one's `done` is called here with its result, as soon as it is there.
-            progress: called with a job's name and the steps it has done.
+            jobs: the jobs. When a job has finished, this process calls its `done` with the result.
+            progress: function that is called with the name of a job and the number of its finished steps.
 
         Raises:
-            WorkerError: a job raised, or a worker process died.
+            WorkerError: A job raised an error, or a worker process died.
         """
         futures: dict[Future[dict[str, Any]], Job] = {
             self._executor.submit(_work, job.name, job.function, job.arguments): job for job in jobs
@@ -130,6 +112,26 @@ class Pool:
                 job.done(result)
                 progress(job.name, job.steps)
 
+    def run_in_groups(self, bars: Progress, jobs: Sequence[tuple[str, Job]]) -> None:
+        """Run all jobs like :meth:`run`, with one progress bar for each group.
+
+        Args:
+            bars: display that gets the bars.
+            jobs: the jobs, each with the name of its group.
+        """
+        group_of = {job.name: group for group, job in jobs}
+        totals, steps = Counter[str](), dict.fromkeys(group_of, 0)
+        for group, job in jobs:
+            totals[group] += job.steps
+        tasks = {group: bars.add_task(group, total=total) for group, total in totals.items()}
+
+        def show(name: str, done: int) -> None:
+            steps[name] = max(done, steps[name])
+            group = group_of[name]
+            bars.update(tasks[group], completed=sum(n for other, n in steps.items() if group_of[other] == group))
+
+        self.run([job for _, job in jobs], show)
+
     def _last_words(self) -> str:
         logs = sorted(self._log_folder.glob("worker-*.log"), key=lambda f: f.stat().st_mtime)
         return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs[-2:])
@@ -146,8 +148,8 @@ def _prepare(messages: Any, log_folder: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for chatty in ("httpx", "httpcore", "datasets", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if find_spec("trl") is not None:  # another host's environment need not have it
-        importlib.import_module("trl").GRPOTrainer  # noqa: B018  slow: every worker pays for it at once
+    if find_spec("trl") is not None:  # the environments of other hosts may lack it
+        importlib.import_module("trl").GRPOTrainer  # noqa: B018  this import is slow, so all workers do it at the start
 
 
 def _end_with_parent() -> None:
@@ -170,7 +172,7 @@ def _work(name: str, function: Callable[..., dict[str, Any]], arguments: tuple[A
 
 
 class _Receipts(logging.Handler):
-    """Keeps what kl-plugins logs, its receipt above all."""
+    """Keeps the log lines of kl-plugins, in particular its receipt."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)

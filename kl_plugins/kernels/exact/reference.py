@@ -1,0 +1,84 @@
+"""What is kept of a reference's distribution for a KL over a set of tokens and one bucket: see :mod:`bucket`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.eager import TILE_BYTES, tiles
+from kl_plugins.kernels.exact.statistics import Options, scaled
+
+ACCELERATOR_TILE_BYTES = 2**30
+"""Default bound on the temporaries of a call on an accelerator, where small tiles would wait for each other."""
+
+
+class RefTopK(NamedTuple):
+    """What is kept of a reference's distribution: 2 k + 1 numbers per state.
+
+    Attributes:
+        ids: (..., k) integers, the reference's most probable tokens, each once.
+        logp: (..., k) their log-probs under the reference, nats, float32.
+        log_tail: (...) log of the probability that they leave to all other tokens, nats, float32; -inf where they are
+            the whole vocabulary.
+        temperature: what the reference's logits were divided by. The policy's temperature has to be the same.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    log_tail: Tensor
+    temperature: float = 1.0
+
+
+def tail_tiles(logits: Tensor, options: Options) -> Iterator[slice]:
+    """Slices of rows for :func:`tail_log_sum_exp`, by the bound of the options or the device's default."""
+    default = TILE_BYTES if logits.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+    return tiles(logits, options.tile_bytes or default, torch.promote_types(logits.dtype, torch.float32))
+
+
+def tail_log_sum_exp(logits: Tensor, ids: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Log-sum-exp of the scaled logits of all tokens but some, for a few rows.
+
+    Args:
+        logits: (n, V), any float dtype.
+        ids: (n, k) int64, the tokens to leave out.
+        scale: 1 / temperature.
+        softcap: of the model's final logits, or None.
+
+    Returns:
+        (n,) float64. The tail has a maximum of its own and is never a difference of sums, so a tail of 1e-30 keeps its
+        digits. -inf where no token is left.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    rest = scaled(logits.to(dtype, copy=True), scale, softcap).scatter_(-1, ids, -torch.inf)
+    largest = rest.amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == -torch.inf, 0.0)
+    mass = rest.sub_(largest).exp_().sum(-1)
+    return largest[:, 0].double() + mass.double().log()
+
+
+def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
+    """The k most probable tokens of each row, (N, V) logits of the reference, a tile at a time."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.no_grad():
+        for rows in tail_tiles(logits, options):
+            top = logits[rows].topk(min(k, logits.shape[-1]), -1)
+            z = scaled(top.values.double(), options.scale, options.softcap)
+            tail = tail_log_sum_exp(logits[rows], top.indices, options.scale, options.softcap)
+            lse = torch.logaddexp(z.logsumexp(-1), tail)
+            parts.append((top.indices, (z - lse[:, None]).to(dtype), (tail - lse).to(dtype)))
+        if not parts:
+            empty = logits.new_zeros(0, min(k, logits.shape[-1]), dtype=dtype)
+            parts.append((empty.long(), empty, empty.sum(-1)))
+        ids, logp, log_tail = (torch.cat(part) for part in zip(*parts, strict=True))
+    return RefTopK(ids, logp, log_tail, 1.0 / options.scale)
+
+
+def label_log_probs(logits: Tensor, labels: Tensor, reference: RefTopK, options: Options) -> Tensor:
+    """(N,) the labels' log-probs under the reference, nats, given what :func:`reference_rows` made of its logits."""
+    index = torch.cat([labels.clamp_min(0)[:, None], reference.ids[:, :1]], -1)
+    label, first = scaled(logits.gather(-1, index).double(), options.scale, options.softcap).unbind(-1)
+    return (label - first + reference.logp[:, 0].double()).to(reference.logp.dtype)

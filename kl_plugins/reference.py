@@ -1,0 +1,109 @@
+"""The reference's k most probable tokens in each state: all that a nearly exact KL needs of it, wherever it runs.
+
+The reference's own pass gives them beside its log-probs. They are then passed to ``exact_kl`` or ``linear_kl`` in the
+place of its logits, see ``docs/exact.md``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kl_plugins.kernels.exact.arguments import check_floats, check_head, flat_rows, row_options
+from kl_plugins.kernels.exact.linear import default_tile_bytes, step_of
+from kl_plugins.kernels.exact.products import Head, operand_dtype
+from kl_plugins.kernels.exact.reference import RefTopK, reference_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["RefTopK", "linear_reference_top_k", "reference_top_k"]
+
+
+@torch.no_grad()
+def reference_top_k(
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    max_tile_bytes: int | None = None,
+) -> RefTopK:
+    """The k most probable tokens of each position, their log-probs, and the log of what they leave.
+
+    Args:
+        logits: (..., V) of the reference, any float dtype.
+        k: how many tokens; the whole vocabulary where it has fewer.
+        temperature: divides the logits, as it does the policy's.
+        softcap: final logit soft-cap, for logits that were taken before the model's own capping.
+        max_tile_bytes: bound on temporaries beside argument and results (one row's at least).
+
+    Returns:
+        ids (..., k) int64, logp (..., k) and log_tail (...), float32 (float64 for float64 logits), nats.
+
+    Raises:
+        ValueError: a shape or option that cannot be.
+        TypeError: the logits are no floats.
+    """
+    check_floats(logits=logits)
+    if logits.dim() < 1:
+        raise ValueError(f"logits {tuple(logits.shape)} must be (..., V)")
+    options = row_options(temperature, softcap, None, "auto", max_tile_bytes)
+    found = reference_rows(flat_rows(logits), _checked(k), options)
+    return _shaped(found, logits.shape[:-1], temperature)
+
+
+@torch.no_grad()
+def linear_reference_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    max_tile_bytes: int | None = None,
+) -> RefTopK:
+    """The same as :func:`reference_top_k`, from what goes into the output head: the logits exist a tile at a time.
+
+    Args:
+        hidden: (..., D) final hidden states of the reference.
+        weight: (V, D) of its head, whole (under FSDP: where the head is gathered).
+        k, temperature, softcap: as in :func:`reference_top_k`.
+        bias: (V,), None for none.
+        max_tile_bytes: bound on what is neither argument nor result (one row's logits at least).
+
+    Returns:
+        As :func:`reference_top_k`.
+
+    Raises:
+        ValueError: a shape or option that cannot be.
+        TypeError: a dtype that cannot be, or a sharded weight.
+    """
+    check_floats(hidden=hidden, weight=weight)
+    check_head(hidden, weight, bias, "")
+    tile_bytes = max_tile_bytes or default_tile_bytes(hidden, weight.shape[0])
+    options = row_options(temperature, softcap, None, "auto", max(1, tile_bytes // 2))
+    operands, rows = operand_dtype(hidden, weight), flat_rows(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = Head(weight, bias, operands, tile_bytes // 8)
+        step = step_of(len(rows), tile_bytes // 2 // max(1, weight.shape[0] * head.compute.itemsize), 1)
+        buffer = torch.empty(step, weight.shape[0], dtype=head.compute, device=hidden.device)
+        parts = []
+        for start in range(0, max(1, len(rows)), step):
+            part = rows[start : start + step]
+            parts.append(reference_rows(head.logits(part, buffer[: len(part)]), _checked(k), options))
+    ids, logp, log_tail, _ = zip(*parts, strict=True)
+    return _shaped(RefTopK(torch.cat(ids), torch.cat(logp), torch.cat(log_tail)), hidden.shape[:-1], temperature)
+
+
+def _checked(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"k={k}: must be at least 1")
+    return k
+
+
+def _shaped(found: RefTopK, shape: torch.Size, temperature: float) -> RefTopK:
+    ids, logp = (part.reshape(*shape, part.shape[-1]) for part in (found.ids, found.logp))
+    return RefTopK(ids, logp, found.log_tail.reshape(shape), temperature)
