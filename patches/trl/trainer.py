@@ -61,9 +61,9 @@ def init(algorithm: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
     if spec is None:
         wrapped(*args, **kwargs)
         return
+    statement = statement_of(spec, run)
     setattr(run.config, TAKEN, True)
     wrapped(*args, **kwargs)
-    statement = statement_of(spec, run)
     no_checkpointing = module.disable_gradient_checkpointing
 
     def receipt() -> Receipt:
