@@ -35,6 +35,7 @@ INTERNAL = (
     "patches/verl/worker.py:receipt",
     "patches/openrlhf/worker.py:receipt",
     "adapters/openrlhf/config.py:require_weights",
+    "adapters/openrlhf/launch.py:__iter__",
     "adapters/openrlhf/launch.py:estimator",
 )
 """Files and functions whose texts are not separate refusals, so that the tables leave them out."""
