@@ -34,7 +34,7 @@ INTERNAL = (
     "adapters/verl/config.py:aggregation_of",
     "patches/verl/worker.py:receipt",
     "patches/openrlhf/worker.py:receipt",
-    "adapters/openrlhf/config.py:require_weights",
+    "adapters/openrlhf/refusals.py:require_weights",
     "adapters/openrlhf/launch.py:__iter__",
     "adapters/openrlhf/launch.py:estimator",
 )
