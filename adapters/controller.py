@@ -1,4 +1,4 @@
-"""Beta over the run: the spec's controller or schedule, else the host's own coefficient; the same in every host."""
+"""Beta over a run: it follows the spec's schedule or controller, or else the host's own coefficient."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class BetaChangedError(RuntimeError):
 
 
 class Controller:
-    """Beta of one trainer or worker.
+    """Gives beta to one trainer or worker.
 
-    All ranks hold the same state, because every one of them sees the same reduced KL.
+    All ranks hold the same state, because all of them see the same reduced KL.
 
     Attributes:
         schedule: the spec's ``beta:`` option, or None.
         base: the host's coefficient at the start of the run.
         setting: name of the host's setting that holds the coefficient, for messages.
-        state: of :mod:`kl_plugins.controllers`; plain data.
+        state: the state of :mod:`kl_plugins.controllers`; plain data.
     """
 
     def __init__(self, schedule: BetaSchedule | None, base: float, setting: str) -> None:
@@ -42,18 +42,18 @@ class Controller:
         self.restart()
 
     def restart(self) -> None:
-        """Forget everything that was observed."""
+        """Go back to the beginning of the schedule, and drop everything that was observed."""
         self.state = init(self.schedule, self.base)
         self._sums: Tensor | None = None
 
     def beta(self, host: float) -> float:
-        """The coefficient to use now.
+        """Return the coefficient to use now.
 
         Args:
             host: the host's coefficient now. Hosts and users may change it during a run.
 
         Raises:
-            BetaChangedError: it has changed, and the spec's own ``beta:`` would ignore that.
+            BetaChangedError: the host's coefficient has changed, and the spec's own ``beta:`` would ignore that.
         """
         if self.schedule is not None and self.forbids(host):
             raise BetaChangedError(
@@ -71,7 +71,7 @@ class Controller:
         return self.schedule is not None and float(host) != self.base
 
     def due(self, host: float) -> float:
-        """The coefficient that :meth:`beta` gives, without its check."""
+        """Return the coefficient that :meth:`beta` gives, without its check."""
         return float(host if self.schedule is None else self.state["beta"])
 
     def observe(self, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> None:
@@ -92,18 +92,18 @@ class Controller:
 
     @property
     def observed(self) -> Tensor | None:
-        """(3,) what this process has observed since the last step: KL, tokens, responses; None: nothing."""
+        """What this process has observed since the last step: (3,) KL in nats, tokens, responses; None if nothing."""
         return self._sums
 
     def forget(self) -> None:
-        """Drop what was observed since the last step: a batch that is started again must not count twice."""
+        """Drop what was observed since the last step. A batch that is started again must not count twice."""
         self._sums = None
 
     def step(self, total: Callable[[Tensor], Tensor] | None = None) -> None:
         """Advance by one optimizer batch.
 
         Args:
-            total: sums a (3,) tensor over the data-parallel ranks, a collective that every rank takes part in; None:
+            total: sums a (3,) tensor over the data-parallel ranks, a collective in which every rank takes part. None:
                 this process sees the whole batch.
         """
         if self.schedule is None or self._sums is None:
@@ -113,11 +113,11 @@ class Controller:
         self.state = update(self.state, kl / max(tokens, 1.0), int(responses))
 
     def saved(self) -> dict[str, Any]:
-        """The state for a checkpoint; plain data."""
+        """Return the state for a checkpoint; plain data."""
         return dict(self.state)
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint's state; start again, and say so, where it has none for this schedule."""
+        """Continue from a checkpoint's state. If it holds none for this schedule, start again and log a warning."""
         self.restart()
         if self.schedule is None:
             return

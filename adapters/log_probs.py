@@ -1,4 +1,4 @@
-"""Checks of the log-probs that a host hands over: finite where they are used, and the host's own where we compute them.
+"""Checks of log-probs: those that the host passes are finite, and those that we compute are equal to the host's.
 
 A rank that raised alone would leave the others waiting in their next collective. So each rank counts, the counts are
 summed over ranks, and then all ranks raise the same error.
@@ -15,10 +15,10 @@ from kl_plugins.spec import KLSpec
 
 POLICY, REFERENCE, OLD, SAMPLER = "policy", "reference", "old policy", "sampler"
 NAMES = (POLICY, REFERENCE, OLD, SAMPLER)
-"""Whose log-probs they are, in the order of the counts."""
+"""The policies whose log-probs are checked, in the order of the counts."""
 
 MEAN_DEVIATION, MEAN_DEVIATION_16_BIT = 1e-3, 0.1
-"""Largest mean |difference| that rounding explains, nats."""
+"""Largest mean absolute difference that rounding can explain, nats."""
 
 _REMEDIES = {
     POLICY: "The policy has probably diverged: resume from the last checkpoint with a smaller learning rate.",
@@ -32,18 +32,18 @@ _REMEDIES = {
 
 
 class LogProbError(ValueError):
-    """Log-probs that the spec needs are not finite. Every rank raises it, before the update."""
+    """Raised on every rank, before the update, if log-probs that the spec needs are not finite."""
 
 
 def used(
     spec: KLSpec, source: str, *, policy: Tensor, reference: Tensor, old: Tensor | None, sampler: Tensor | None
 ) -> dict[str, Tensor]:
-    """The log-probs that enter the regulariser, by name; metrics alone are no reason to stop a run.
+    """Return the log-probs that enter the regulariser, by name. Log-probs that only metrics use do not stop a run.
 
     Args:
         spec: what the user named.
-        source: whose log-probs the importance weight divides by (``sampler``, ``old``; anything else: no one's).
-        policy, reference, old, sampler: (B, T) nats; None where the host has none.
+        source: whose log-probs the importance weight divides by: ``sampler`` or ``old``; anything else means none.
+        policy, reference, old, sampler: (B, T) nats; None if the host has none.
     """
     found = {POLICY: policy, REFERENCE: reference}
     behaviour = {"old": (OLD, old), "sampler": (SAMPLER, sampler)}.get(source) if spec.needs_behaviour else None
@@ -53,7 +53,7 @@ def used(
 
 
 def count_not_finite(log_probs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-    """How many response tokens have a log-prob that is not finite. Nothing is read back from the device.
+    """Count the response tokens whose log-prob is not finite. Nothing is read back from the device.
 
     Args:
         log_probs: (B, T) nats, by name; see :data:`NAMES`.
@@ -70,7 +70,7 @@ def count_not_finite(log_probs: Mapping[str, Tensor], mask: Tensor) -> Tensor:
 
 
 def require_finite(counts: Tensor | Sequence[float], spec: KLSpec) -> None:
-    """Raise where a log-prob is not finite.
+    """Raise if a log-prob is not finite.
 
     Args:
         counts: what :func:`count_not_finite` gave, summed over everything that is trained on together, on all ranks.
@@ -92,17 +92,17 @@ def require_finite(counts: Tensor | Sequence[float], spec: KLSpec) -> None:
 
 
 def finite_or(log_probs: Tensor | None, instead: Tensor) -> Tensor | None:
-    """Log-probs that only metrics use: where one is not finite, another one takes its place.
+    """Replace the log-probs that are not finite by others. For log-probs that only metrics use.
 
     Args:
         log_probs: (B, T) nats, or None.
-        instead: (B, T) nats.
+        instead: (B, T) nats; the replacements.
     """
     return None if log_probs is None else torch.where(torch.isfinite(log_probs), log_probs, instead.to(log_probs))
 
 
 def disagreement(ours: Tensor, host: Tensor, mask: Tensor, rounded: bool) -> float | None:
-    """How far log-probs computed for exact terms are from the host's own of the same tokens.
+    """Compare log-probs that were computed for exact terms with the host's own of the same tokens.
 
     Args:
         ours: (B, T) nats.
@@ -111,7 +111,7 @@ def disagreement(ours: Tensor, host: Tensor, mask: Tensor, rounded: bool) -> flo
         rounded: the host computed in 16 bits.
 
     Returns:
-        The mean |difference| over the tokens of the batch where it is more than rounding explains, else None.
+        The mean absolute difference over the tokens of the batch if rounding cannot explain it, else None.
     """
     mask = mask.bool()
     difference = (ours.detach().float() - host.detach().float()).abs().masked_fill(~mask, 0.0)

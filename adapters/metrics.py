@@ -1,9 +1,9 @@
-"""Joins the ``kl/`` metrics of micro-batches and ranks: means weighted by tokens, maxima, pooled ratios and spreads.
+"""Joins the ``kl/`` metrics of micro-batches and ranks into those of one large batch.
 
-It also reads one of them for the user: where a floor holds most of the weights, a log line says so.
+Means over tokens are joined by their sums, and maxima by their maximum. A standard deviation and an effective sample size
+are not sums: they are turned into the sums from which they are computed, and computed again from the joined sums.
 
-A mean over tokens joins by its sum. A standard deviation and an effective sample size do not: they are turned into
-the sums that they are made of, and computed again from the joined sums. So the result is that of one large batch.
+This module also logs a line if a floor raised most of the weights.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ PER_BATCH = ("kl/active", "kl/beta")
 """Keys that describe a micro-batch, and not its tokens: a micro-batch without tokens counts as well."""
 
 MANY = 0.5
-"""Share of floored weights from which the data are too stale for their correction."""
+"""Share of raised weights above which the data are too stale for the correction."""
 
 _LARGEST = 1e100
-"""Squares and sums of this stay finite in float64."""
+"""Squares and sums of numbers up to this one stay finite in float64."""
 
 
 def sums_and_maxima(
     found: Mapping[str, Tensor], mask: Tensor, beta: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What has to be added up, and what has to be maximised, to join one micro-batch with others.
+    """Return what has to be added up, and what has to be maximised, to join one micro-batch with others.
 
     Nothing is read back from the device.
 
@@ -68,11 +68,11 @@ def sums_and_maxima(
 
 
 def joined(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of everything that was added up and maximised.
+    """Return the metrics of everything that was added up and maximised.
 
     Args:
         sums: the totals of :func:`sums_and_maxima` over micro-batches, ranks and the logging window.
-        maxima: the largest of each.
+        maxima: the largest value of each maximum.
 
     Returns:
         One number by key: those of :data:`kl_plugins.metrics.REDUCTIONS`, and ``kl/beta``.
@@ -111,7 +111,7 @@ def warn_if_floored(spec: KLSpec, found: Mapping[str, float]) -> None:
 
 
 class Accumulator:
-    """Adds up the metrics of micro-batches; nothing leaves the device before :meth:`total`."""
+    """Adds up the metrics of micro-batches. Nothing is read back from the device before :meth:`total`."""
 
     def __init__(self) -> None:
         """Start with nothing."""
@@ -127,13 +127,13 @@ class Accumulator:
             self._maxima[key] = torch.maximum(self._maxima[key], value) if key in self._maxima else value
 
     def packed(self) -> tuple[Tensor, Tensor] | None:
-        """Sums and maxima as two 1-d tensors for collectives, or None where nothing was added."""
+        """Return sums and maxima as two 1-d tensors for collectives, or None if nothing was added."""
         if not self._sums:
             return None
         return torch.stack(list(self._sums.values())), torch.stack(list(self._maxima.values()))
 
     def total(self, packed: tuple[Tensor, Tensor] | None = None) -> dict[str, float]:
-        """The metrics of everything that was added; the accumulator is empty afterwards.
+        """Return the metrics of everything that was added, and empty the accumulator.
 
         Args:
             packed: what :meth:`packed` gave, after it was reduced over ranks; None: this process alone.
