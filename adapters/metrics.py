@@ -1,7 +1,7 @@
 """Joins the ``kl/`` metrics of micro-batches and ranks into those of one large batch.
 
-Means over tokens are joined by their sums, and maxima by their maximum. A standard deviation and an effective sample size
-are not sums: they are turned into the sums from which they are computed, and computed again from the joined sums.
+Means over tokens are joined by their sums, and maxima by their maximum. A standard deviation and an effective sample
+size are not sums: they are turned into the sums from which they are computed, and computed again from the joined sums.
 
 This module also logs a line if a floor raised most of the weights.
 """
