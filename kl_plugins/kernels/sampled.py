@@ -25,10 +25,10 @@ class SampledTerms(NamedTuple):
     Attributes:
         value: value of the term, nats, in the compute dtype.
         coefficient: factor of grad log pi(a_t|s_t), in the compute dtype.
-        weight: importance weight of what was sampled, in the compute dtype; that of the exact term where nothing was.
+        weight: importance weight of the sampled terms, in the compute dtype; of the exact term if there are no others.
         altered: bool, True where the options cap, band or clip changed the weight or the coefficient.
         unraised: the weight before a floor was applied; None without a floor.
-        exact_weight: importance weight of an exact term's own gradient; None where the term is not exact.
+        exact_weight: importance weight of the gradient of an exact term; None if the term is not exact.
     """
 
     value: Tensor
