@@ -65,7 +65,7 @@ def spec_of(args: Any) -> KLSpec | None:
 
 
 def corrects_policy_loss(args: Any) -> bool:
-    """Say whether OpenRLHF's own importance sampling is on, so that it asks vLLM for log-probs."""
+    """Return whether OpenRLHF's own importance sampling is on, so that it asks vLLM for log-probs."""
     advantage = args.algo.advantage
     if hasattr(advantage, "is_correction_level"):  # since 0.11.2
         return bool(advantage.is_correction_level != "off")
@@ -73,13 +73,13 @@ def corrects_policy_loss(args: Any) -> bool:
 
 
 def needs_sampler(args: Any) -> bool:
-    """Say whether the spec needs the sampler's log-probs where OpenRLHF itself would not ask for them."""
+    """Return whether the spec needs the sampler's log-probs where OpenRLHF itself would not ask for them."""
     spec = spec_of(args)
     return spec is not None and spec.behaviour == "sampler" and not corrects_policy_loss(args)
 
 
 def behaviour_source(spec: KLSpec, args: Any) -> str:
-    """Say where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
+    """Return where the behaviour policy's log-probs come from: ``sampler``, ``old`` or ``unused``."""
     if not spec.needs_behaviour:
         return "unused"
     if spec.behaviour is not None:
@@ -88,12 +88,12 @@ def behaviour_source(spec: KLSpec, args: Any) -> str:
 
 
 def sampling_of(args: Any) -> Sampling:
-    """Say how responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
+    """Describe how responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
     return Sampling(float(args.rollout.temperature), float(args.rollout.top_p), logprobs_setting=LOGPROBS_SETTING)
 
 
 def sampling_in(given: Mapping[str, Any]) -> Sampling:
-    """Say how responses are sampled under the arguments of vLLM's ``SamplingParams``.
+    """Describe how responses are sampled under the arguments of vLLM's ``SamplingParams``.
 
     A launcher that is not OpenRLHF's own may pass settings that are not among OpenRLHF's arguments.
 
@@ -111,7 +111,7 @@ def sampling_in(given: Mapping[str, Any]) -> Sampling:
 
 
 def aggregation_of(spec: KLSpec, args: Any) -> Aggregation:
-    """Say what OpenRLHF does with the terms of all tokens.
+    """Describe what OpenRLHF does with the terms of all tokens.
 
     OpenRLHF's KL loss has a rule of its own. A score becomes part of the advantages, so the policy loss's rule holds.
     """
@@ -128,7 +128,7 @@ def aggregation_of(spec: KLSpec, args: Any) -> Aggregation:
 
 
 def statement_of(spec: KLSpec, args: Any) -> Statement:
-    """Say what OpenRLHF's settings make of a spec, for a receipt.
+    """Describe what OpenRLHF's settings make of a spec, for a receipt.
 
     Args:
         spec: what the user named.
@@ -152,13 +152,13 @@ def statement_of(spec: KLSpec, args: Any) -> Statement:
 
 
 def exact_cost(args: Any) -> str:
-    """Say what exact terms add to OpenRLHF's own work."""
+    """Describe what exact terms add to OpenRLHF's own work."""
     copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
     return f"{copy}a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
 
 
 def reward_site(spec: KLSpec, args: Any) -> str:
-    """Say what OpenRLHF does with a KL in the reward."""
+    """Describe what OpenRLHF does with a KL in the reward."""
     advantage = args.algo.advantage
     whitening = "centring" if advantage.no_std_norm else "whitening"
     if spec.placement == "advantage":

@@ -105,6 +105,6 @@ def test_resume_goes_on_with_the_controller(placement, controller, assets, tmp_p
     again = finished(run(assets, tmp_path, [*flags, "--data.max_samples", 16, "--ckpt.load_enable"]), least=1)
     betas = [step["kl/beta"] for step in first]
     assert len(set(betas)) == len(betas), json.dumps(betas)
-    assert again[0]["kl/beta"] not in betas, "the controller started anew"
+    assert again[0]["kl/beta"] not in betas, "the controller started again"
     if placement == "@loss":
         assert again[0]["kl/beta"] == pytest.approx(betas[-1] + (betas[-1] - betas[-2]))

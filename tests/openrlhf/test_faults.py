@@ -50,7 +50,7 @@ def test_two_ranks_train_as_one(pair, harness, rollouts):
     ],
 )
 def test_what_one_worker_alone_finds_stops_both(pair, rollouts, whose, field, spec):
-    # A trainer of one's own may hand its workers what OpenRLHF's experience maker would have refused.
+    # A trainer that is not OpenRLHF's own may give its workers what OpenRLHF's experience maker would refuse.
     trainer = pair.start((*LOSS, spec, *EACH))
     pair.receipts(trainer)
     make = trainer.experience_maker.make_experience_batch

@@ -17,7 +17,7 @@ Results of the host's own settings, from processes without kl-plugins, are in th
 
 The defaults make 4 optimizer steps: 8 rollouts, 4 per step, 2 per micro-batch, 2 epochs. ``ONE_STEP`` makes one of
 all 8. Policy and reference differ from the start, so that every KL is away from 0. Actors are reused: each run
-initialises the host's model, optimizer and trainer anew inside them, by its own ``init_model_from_pretrained``.
+initialises the host's model, optimizer and trainer again inside them, by the host's ``init_model_from_pretrained``.
 
 As a program it runs many cases without kl-plugins, for results to compare with::
 
@@ -112,7 +112,7 @@ class Harness:
         return ray.get([actor.__ray_call__.remote(function, *arguments) for actor in self.policy._actor_handlers])
 
     def start(self, flags: Sequence[str], schedule: int = 50) -> Any:
-        """Parse `flags`, initialise every model anew, and give the host's trainer of them (in this process).
+        """Parse `flags`, initialise every model again, and return the host's trainer of them (in this process).
 
         Args:
             flags: of the host's command line.

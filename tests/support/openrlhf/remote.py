@@ -106,7 +106,7 @@ def with_arguments(actor, args):
 
 
 def step_alone(actor):
-    """Let the trainer step as a strategy of one's own may: by DeepSpeed's engine alone."""
+    """Let the trainer step by DeepSpeed's engine alone, as a strategy that is not OpenRLHF's own may do."""
     actor.trainer.strategy.optimizer_step = lambda optimizer, model, *_, **__: model.model.step()
 
 

@@ -41,17 +41,17 @@ class Rollouts:
         return cls(tokens, masks, rewards, found)
 
     def without_log_probs(self) -> Rollouts:
-        """The same, sampled without asking for log-probs."""
+        """Return these rollouts as they are if no log-probs were asked for."""
         return replace(self, log_probs=None)
 
     def with_log_prob(self, sequence: int, token: int, value: float) -> Rollouts:
-        """The same with another log-prob of one response token; vLLM's missing one arrives as 0."""
+        """Return these rollouts with another log-prob of one response token; a missing one arrives from vLLM as 0."""
         log_probs = [values.clone() for values in self.log_probs or ()]
         log_probs[sequence][int(self.masks[sequence].nonzero()[token])] = value
         return replace(self, log_probs=log_probs)
 
     def with_empty_mask(self, *sequences: int) -> Rollouts:
-        """The same with responses that hold no token of the policy's."""
+        """Return these rollouts with responses that hold no token of the policy."""
         masks = [mask * (index not in sequences) for index, mask in enumerate(self.masks)]
         return replace(self, masks=masks)
 
