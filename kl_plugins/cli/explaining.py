@@ -76,7 +76,7 @@ def _needs(it: Explanation) -> Iterator[Row]:
     if not it.needs_behaviour:
         yield "", "the behaviour policy's log-probs are not needed"
     if it.needs_exact:
-        yield "exact", "the full-vocabulary KL of every state"
+        yield "exact", "the full-vocabulary KL of every state; with top: that of set and bucket, and the remainder"
 
 
 def _broken(registry: HostRegistry) -> Iterator[Row]:

@@ -26,8 +26,8 @@ def stability(spec: KLSpec) -> str:
     if spec.top is not None:
         return (
             "The own term is a sum over a set of tokens and one bucket, so no noise of sampled tokens drives tokens of "
-            "the set out on stale data. The tokens inside the bucket have a sampled remainder; their bucket as a whole "
-            "is held."
+            "the set out on stale data. All other tokens are held together, as one bucket; only how they differ "
+            "inside it is sampled."
         )
     if spec.estimator == "exact":
         return (

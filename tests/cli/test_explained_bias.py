@@ -8,7 +8,7 @@ from kl_plugins.explain import explain
 from tests.support.oracle.enumeration import Problem
 from tests.support.oracle.expectation import loss_gradient, penalty_for, reward_to_go, score_gradient
 from tests.support.oracle.problems import MARGIN, TOLERANCE, problems
-from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, parse
+from tests.support.oracle.specs import ADVANTAGES, LOSSES, REWARDS, TOP_LOSSES, parse
 from tests.support.oracle.targets import all_targets, relative_error, target_gradient
 
 PROBLEMS = problems()[:2]
@@ -32,7 +32,7 @@ def score(text: str, problem: Problem, data: str) -> Tensor:
     return score_gradient(problem, coefficient, data, "token")
 
 
-@pytest.mark.parametrize("text", LOSSES)
+@pytest.mark.parametrize("text", LOSSES + TOP_LOSSES)
 def test_losses(text: str) -> None:
     explanation, spec = explain(text), parse(text)
     for problem in PROBLEMS:

@@ -87,6 +87,32 @@ def test_hidden_states_give_what_their_logits_give(options: dict[str, float]) ->
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_of_every_dtype_and_rows_that_do_not_count(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16).to(dtype), torch.randn(200, 16).to(dtype)
+    labels, mask = torch.randint(0, 200, (6,)), torch.tensor([1, 1, 0, 1, 0, 1]).bool()
+    logits = hidden.double() @ weight.double().T
+    given = reference(logits.float() + 0.3 * torch.randn(6, 200), labels, 8)
+    spoilt = RefTopK(*(part.clone() for part in given["reference"][:3]))
+    for part, bad in zip(spoilt[:3], (-7, math.nan, INF), strict=True):
+        part[~mask] = bad
+    leaf, head = (hidden.masked_fill(~mask[:, None], math.nan).requires_grad_(), weight.clone().requires_grad_())
+    found = linear_kl(leaf, head, None, None, labels, reference=spoilt, ref_logp=given["ref_logp"], mask=mask)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = textbook(exact[0] @ exact[1].T, given) * mask
+    assert norm_error(found.kl.detach(), wanted.detach()) < 1e-4
+    found.kl.sum().backward()
+    wanted.sum().backward()
+    for one, other in zip((leaf.grad, head.grad), (part.grad for part in exact), strict=True):
+        assert one is not None
+        assert other is not None
+        assert norm_error(one, other) < max(1e-4, torch.finfo(dtype).eps)
+    kept = linear_reference_top_k(hidden, weight, 8)
+    torch.testing.assert_close(kept.logp.exp().sum(-1) + kept.log_tail.exp(), torch.ones(6))
+    assert kept.logp.dtype == torch.float32
+
+
 def test_a_frozen_head() -> None:
     weight, given = numbers(7, 3, seed=2), reference(numbers(5, 7), LABELS, 2)
     gradients = []

@@ -29,6 +29,12 @@ SEQUENCE_LOSSES = [
     for c in (*corrections(e), "decision")
 ]
 LOSSES = TOKEN_LOSSES + SEQUENCE_LOSSES
+TOP_LOSSES = [
+    *(f"exact@loss/top:1/is:{c}" for c in ("none", "token", "prefix", "sequence")),
+    *(f"exact@loss/top:1/horizon:sequence/is:{c}" for c in ("none", "token", "prefix", "sequence", "decision")),
+]
+"""They need three tokens at least: a bucket of one has no remainder."""
+
 REWARDS = [f"{e}@reward" for e in SAMPLED]
 ADVANTAGES = [
     *(f"{e}@advantage/horizon:token" for e in SAMPLED),
