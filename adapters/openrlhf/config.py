@@ -88,7 +88,7 @@ def behaviour_source(spec: KLSpec, args: Any) -> str:
 
 
 def sampling_of(args: Any) -> Sampling:
-    """Describe how responses are sampled. Where log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
+    """Describe how responses are sampled. If log-probs are needed, OpenRLHF or a hook asks vLLM for processed ones."""
     return Sampling(float(args.rollout.temperature), float(args.rollout.top_p), logprobs_setting=LOGPROBS_SETTING)
 
 
