@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
+from kl_plugins.adapters.micro_batch import divisor_of_remainder
 from kl_plugins.adapters.openrlhf.batch import MicroBatch
 from kl_plugins.exact import ExactKL, exact_kl
-from kl_plugins.term import behaviour_log_probs
 
 
 def states_kl(batch: MicroBatch, logits: Tensor, reference: Callable[[], Tensor], experience: Any) -> ExactKL:
@@ -32,9 +32,8 @@ def states_kl(batch: MicroBatch, logits: Tensor, reference: Callable[[], Tensor]
     labels = torch.full_like(sequences, -100)
     labels[:, states] = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
     behaviour = None
-    if spec.top is not None and spec.needs_behaviour:
-        chosen = behaviour_log_probs(spec, batch.old_logp, batch.sampler_logp)
-        assert chosen is not None
+    chosen = divisor_of_remainder(spec, batch.old_logp, batch.sampler_logp)
+    if chosen is not None:
         behaviour = torch.zeros(sequences.shape, dtype=chosen.dtype, device=chosen.device)
         behaviour[:, states] = chosen
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.estimator == "exact"):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.micro_batch import divisor_of_remainder
 from kl_plugins.adapters.verl.batch import OLD, SAMPLER, padded, response_rows
 from kl_plugins.exact import exact_kl
 from kl_plugins.spec import KLSpec
-from kl_plugins.term import behaviour_log_probs
 
 LOGITS = "student_logits"
 """Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
@@ -48,10 +48,9 @@ def packed_kl(
     labels = torch.full_like(tokens, -100)
     labels[rows.position] = tokens[rows.position + 1]
     behaviour = None
-    if spec.top is not None and spec.needs_behaviour:
-        sampler = padded(data, SAMPLER) if SAMPLER in data.keys() and source != "old" else None  # noqa: SIM118
-        chosen = behaviour_log_probs(spec, padded(data, OLD), sampler)
-        assert chosen is not None
+    sampler = padded(data, SAMPLER) if SAMPLER in data.keys() and source != "old" else None  # noqa: SIM118
+    chosen = divisor_of_remainder(spec, padded(data, OLD), sampler)
+    if chosen is not None:
         behaviour = torch.zeros(tokens.shape, dtype=chosen.dtype, device=tokens.device)
         behaviour[rows.position] = chosen[rows.sequence, rows.step]
         behaviour = behaviour.unsqueeze(0)

@@ -96,6 +96,41 @@ def test_top_k_sums_the_head_and_samples_the_tail(group, batch, models):
     assert distance(group.run("exact@loss/top:4", batch).gradient, whole.gradient) > 1e-2
 
 
+@pytest.mark.parametrize("correction", ["none", "token", "prefix", "sequence"])
+def test_a_top_k_term_is_set_and_bucket_and_a_weighted_sample(correction, group, batch, models):
+    """The term is written out: set and bucket take the weight before the token, the sample takes the token's too."""
+    k, text = 4, f"exact@loss/top:4/is:{correction}"
+    policy, reference = (
+        [logits.double() for logits in policy_logits(model, batch.prompts, batch.responses)] for model in models[:2]
+    )
+    total, model = torch.zeros((), dtype=torch.float64), models[0]
+    for row, response in enumerate(batch.responses):
+        logp, ref_logp = policy[row].log_softmax(-1), reference[row].detach().log_softmax(-1)
+        chosen = ref_logp.topk(k, -1).indices
+        inside = (chosen == response.unsqueeze(-1)).any(-1)
+        p, r = logp.gather(-1, chosen).exp(), ref_logp.gather(-1, chosen).exp()
+        tail = ((1 - p.sum(-1)) / (1 - r.sum(-1))).log()
+        bucketed = (p * (p / r).log()).sum(-1) + (1 - p.sum(-1)) * tail
+        own, ref = (values.gather(-1, response.unsqueeze(-1)).squeeze(-1) for values in (logp, ref_logp))
+        sample = torch.where(inside, 0.0, (own - ref - tail).detach()) * own
+        ratio = (own - batch.log_probs["old_log_probs"][row].double()).detach().exp()
+        upto = ratio.cumprod(0)
+        one = torch.ones_like(ratio)
+        before = {
+            "none": one,
+            "token": one,
+            "prefix": upto / ratio,
+            "sequence": one * upto[-1],
+        }[correction]
+        including = {"none": one, "token": ratio, "prefix": upto, "sequence": before}[correction]
+        total = total + (before * bucketed + including * sample).sum()
+    model.zero_grad()
+    (BETA * total / sum(len(response) for response in batch.responses)).backward()
+    by_formula = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    without = replace(batch, log_probs={key: v for key, v in batch.log_probs.items() if key != "rollout_log_probs"})
+    assert distance(group.run(text, without).gradient, by_formula) < 1e-4
+
+
 def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch, models):
     two = group_with_reference(assets, models, 2, packed=False)
     for text in SPECS[:3]:
