@@ -69,7 +69,7 @@ class ScoreController:
         """Return the state for a checkpoint, with the host's coefficient, which its controller may have moved."""
         return {**self.controller.saved(), "host_value": float(self.host.value)}
 
-    def restore(self, saved: Mapping[str, Any] | None, host_value: bool) -> None:
+    def restore(self, saved: Mapping[str, Any] | None, host_value: bool = False) -> None:
         """Go on from a checkpoint's state.
 
         Args:
