@@ -52,7 +52,7 @@ def test_wheel_holds_the_three_folders_under_one_name(source: Path, built: Path)
     names = {name for name in wheel(built / "direct").namelist() if ".dist-info/" not in name}
     expected = {"kl_plugins/py.typed"}
     for folder, installed in FOLDERS.items():
-        for path in (source / folder).rglob("*.py"):
+        for path in (*(source / folder).rglob("*.py"), *(source / folder).rglob("fingerprints.json")):
             expected.add(f"{installed}/{path.relative_to(source / folder).as_posix()}")
     assert names == expected
 
