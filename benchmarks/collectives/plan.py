@@ -87,9 +87,9 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
         rollout = {"loss": (), "advantage": (check,), "reward": (check, 4 * sequences)}[spec.placement]
         return Added(metrics + rollout, controller)
     if host == "verl":
-        # All in float64, once per optimizer step: four counts of log-probs that are not finite, the response tokens, and
-        # whether a coefficient was changed beside a schedule; with a schedule what its controller observes. Metrics go
-        # veRL's own way.
+        # All in float64, once per optimizer step: four counts of log-probs that are not finite, the response tokens,
+        # and whether a coefficient was changed beside a schedule; with a schedule what its controller observes. Metrics
+        # go the way that veRL has for them.
         return Added((), (8 * (6 + 3 * bool(controller)),) if spec.placement == "loss" else ())
     if spec.placement != "loss":
         return Added()  # OpenRLHF's driver shapes rewards and advantages
