@@ -4,12 +4,22 @@ import pytest
 from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from kl_plugins.adapters.trl.config import ASSUME_VARIABLE, PROCESSED, SERVED_BY_VLLM, mode_in, sampling_of
+from kl_plugins.adapters.trl.config import (
+    ASSUME_VARIABLE,
+    PROCESSED,
+    ROLLOUT_WITHOUT_VLLM,
+    SERVED_BY_VLLM,
+    installed,
+    mode_in,
+    sampling_of,
+)
 from tests.contract.checks import BY_OLD, BY_SAMPLER
 from tests.support.trl import trainers
 from tests.support.trl.contract_driver import environment, refusal_of, rollout, vllm_server
 
 HOT = {"temperature": 0.7}
+
+served_by_vllm = pytest.mark.skipif(installed() < SERVED_BY_VLLM, reason="this TRL's own server sets the mode itself")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +40,8 @@ HOT = {"temperature": 0.7}
     ],
 )
 def test_settings_of_generation(changes, expected, tmp_path):
+    if isinstance(changes.get("generation_kwargs"), str) and "generation_kwargs" not in GRPOConfig._VALID_DICT_FIELDS:
+        pytest.skip("this TRL takes no generation_kwargs as JSON")
     config = GRPOConfig(**trainers.settings(tmp_path, **changes))
     assert str(sampling_of(config, PROCESSED)) == f"{expected}, processed log-probs"
 
@@ -40,6 +52,7 @@ def in_server_mode(tmp_path, mode, spec=BY_SAMPLER, **changes):
         return refusal_of(GRPOTrainer, GRPOConfig, **trainers.settings(tmp_path, kl=spec, **{**engine, **changes}))
 
 
+@served_by_vllm
 def test_a_server_is_asked_for_its_mode(tmp_path):
     assert in_server_mode(tmp_path, "processed_logprobs", **HOT) == ""
     for mode in ("raw_logprobs", "raw_logits"):
@@ -53,6 +66,7 @@ def test_a_server_is_asked_for_its_mode(tmp_path):
         assert in_server_mode(tmp_path, "raw_logprobs", spec, **HOT) == ""
 
 
+@served_by_vllm
 def test_a_server_that_does_not_say_is_refused_unless_the_user_vouches_for_it(tmp_path):
     nothing_there = {"vllm_server_port": 1, "vllm_server_timeout": 0.0}
     for refusal in (in_server_mode(tmp_path, None, **HOT), in_server_mode(tmp_path, None, **HOT, **nothing_there)):
@@ -63,6 +77,7 @@ def test_a_server_that_does_not_say_is_refused_unless_the_user_vouches_for_it(tm
         assert in_server_mode(tmp_path, None, **HOT) == ""
 
 
+@pytest.mark.skipif(installed() < ROLLOUT_WITHOUT_VLLM, reason="this TRL calls rollout_func only with vLLM")
 def test_a_rollout_function_may_report_anything(tmp_path):
     settings = trainers.settings(tmp_path, kl=BY_SAMPLER)
     assert "may report raw" in refusal_of(GRPOTrainer, GRPOConfig, rollout, **settings, **HOT)
