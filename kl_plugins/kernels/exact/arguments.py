@@ -1,4 +1,4 @@
-"""What the exact functions accept: shapes, dtypes and options, checked before anything is computed."""
+"""Checks of the arguments of the exact functions: shapes, dtypes and options, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options
 
 
 def flat_rows(tensor: Tensor) -> Tensor:
-    """(..., n) as (N, n), copied only where it has to be."""
+    """Reshape (..., n) to (N, n), and copy only if the last dimension is not contiguous."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def check_floats(**tensors: Tensor) -> None:
-    """Raise unless all hold floats, whole, on one device."""
+    """Raise unless all tensors hold floating-point numbers, are not sharded, and are on one device."""
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(
@@ -32,7 +32,7 @@ def check_floats(**tensors: Tensor) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str) -> None:
-    """Raise unless an output head fits its hidden states."""
+    """Raise unless the shapes of an output head fit its hidden states."""
     if hidden.dim() < 1 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{prefix}weight {tuple(weight.shape)} must be (V, D) for {prefix}hidden {tuple(hidden.shape)}; "
@@ -43,7 +43,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str)
 
 
 def checked_labels(labels: Tensor, mask: Tensor | None, shape: torch.Size) -> Tensor:
-    """Labels as int64, the ignored one where the mask is False."""
+    """Return the labels as int64, with the ignored label where the mask is False."""
     if labels.shape != shape or (mask is not None and mask.shape != shape):
         given = f"labels {tuple(labels.shape)}" + ("" if mask is None else f", mask {tuple(mask.shape)}")
         raise ValueError(f"{given}: must be {tuple(shape)}, one per position")
@@ -56,7 +56,7 @@ def checked_labels(labels: Tensor, mask: Tensor | None, shape: torch.Size) -> Te
 def row_options(
     temperature: float, softcap: float | None, ref_softcap: float | None, backend: str, tile_bytes: int | None
 ) -> Options:
-    """The options of a call, checked."""
+    """Check the options of a call and return them."""
     for name, value in (("temperature", temperature), ("softcap", softcap), ("ref_softcap", ref_softcap)):
         if value is not None and not (0 < value < math.inf):
             raise ValueError(f"{name}={value}: must be finite and above 0")
@@ -72,14 +72,18 @@ def checked_reference(
     shape: torch.Size,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is known of the reference in each row: (N, k) ids as int64 and their log-probs, (N,) tail and label.
+    """Check a top-k reference and return it by row.
 
     Args:
-        reference: of all positions.
-        ref_logp: log-probs of the labels under the reference.
+        reference: the reference's most probable tokens at all positions.
+        ref_logp: log-probs of the labels under the reference, nats.
         labels: (N,) int64.
-        shape: of the positions.
-        options: of the policy.
+        shape: shape of the positions.
+        options: options of the policy.
+
+    Returns:
+        (N, k) token ids as int64, (N, k) their log-probs, (N,) log-probability of the tail, and (N,) log-prob of the
+        label, all log-probs in nats.
     """
     if ref_logp is None:
         raise ValueError("reference= needs ref_logp=, the labels' log-probs under the reference")
@@ -99,13 +103,13 @@ def checked_reference(
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"reference.ids hold {ids.dtype}, expected token ids")
     kept = (labels != IGNORE_INDEX)[:, None]
-    # Rows that do not count may hold anything, which must not be read as a column.
+    # Ignored rows may hold any numbers. These must not be used as column indices.
     rows = flat_rows(ids.detach()).long().masked_fill(~kept, 0)
     return rows, flat_rows(logp.detach()), log_tail.detach().reshape(-1), ref_logp.detach().reshape(-1)
 
 
 def loss_weight(weight: Tensor | None, shape: torch.Size, hidden: Tensor) -> Tensor:
-    """(N,) detached weights of a loss, zeros for None."""
+    """Return the detached weights (N,) of a loss, and zeros if the weight is None."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if weight is None:
         return torch.zeros(shape.numel(), dtype=dtype, device=hidden.device)

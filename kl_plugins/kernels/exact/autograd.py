@@ -1,7 +1,7 @@
-"""What the exact kernels' autograd functions share: named arguments, and backward passes that are functions themselves.
+"""Shared parts of the exact kernels' autograd functions: named arguments, and backward passes as separate functions.
 
-Autograd follows only tensors that are arguments themselves, not those inside of an argument. So every function is
-applied to the fields of its named tuples, one after the other, and :func:`named` puts the tuples together again.
+Autograd follows only tensors that are passed directly as arguments, not tensors inside an argument. So every function
+is applied to the fields of its named tuples, one after the other, and :func:`named` builds the tuples again.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def named(args: tuple[Any, ...], *kinds: Any) -> list[Any]:
-    """Put named tuples together from a function's arguments.
+    """Build named tuples from a function's arguments.
 
     Args:
-        args: the fields of the tuples, in order, and perhaps more.
+        args: the fields of the tuples, in order; further arguments may follow.
         kinds: the types of the tuples.
 
     Returns:
@@ -31,12 +31,12 @@ def named(args: tuple[Any, ...], *kinds: Any) -> list[Any]:
 
 
 def for_each_argument(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns: the gradients of a function's first arguments, None for all others."""
+    """Return the result of a backward pass: gradients for a function's first arguments, None for all others."""
     return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
 
 
 def flattened(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Arguments of a function that ``vmap`` calls, with the batch of rows as more rows."""
+    """Return the arguments of a function that ``vmap`` calls, with the batch dimension merged into the rows."""
     return [_flat(arg, dim, info.batch_size) for arg, dim in zip(args, in_dims, strict=True)]
 
 
@@ -48,7 +48,7 @@ def _flat(value: Any, dim: int | None, size: int) -> Any:
 
 
 class BackwardPass(torch.autograd.Function):
-    """A backward pass as a function of its own, which cannot be differentiated again.
+    """A backward pass as a separate function, which cannot be differentiated again.
 
     ``torch.autograd.function.once_differentiable`` on an ordinary ``backward`` was tried instead, on the KL of logits.
     ``torch.func.vmap`` of ``torch.func.grad`` failed, because such a backward pass gets batched tensors and has no rule
@@ -59,9 +59,9 @@ class BackwardPass(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep nothing."""
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Refuse."""
+        """Raise NotImplementedError, because second derivatives are not implemented."""
         raise NotImplementedError("the exact KL has no second derivatives")

@@ -1,4 +1,4 @@
-"""Which backend computes a row's statistics and gradient: by device and size, or by name."""
+"""Choice of the backend that computes a row's statistics and gradient: by device and size, or by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXACT_ENVIRONMENT_VARIABLE = "KL_PLUGINS_EXACT_BACKEND"
 
 
 class ExactBackend(NamedTuple):
-    """One way to compute; the two functions are documented in :mod:`kl_plugins.kernels.exact.eager`."""
+    """A backend: its name and two functions, which are documented in :mod:`kl_plugins.kernels.exact.eager`."""
 
     name: str
     forward: Callable[..., RowStatistics]
@@ -33,7 +33,7 @@ class ExactBackend(NamedTuple):
 
 
 def exact_backend_status(name: str, device_type: str = "cpu") -> BackendStatus:
-    """Whether a backend can be used on a device, and why; nothing is compiled.
+    """Return whether a backend can be used on a device, and the reason. Nothing is compiled.
 
     Args:
         name: ``eager``, ``compiled`` or ``triton``.
@@ -52,22 +52,23 @@ def exact_backend_status(name: str, device_type: str = "cpu") -> BackendStatus:
 
 
 def backend_for(logits: Tensor, options: Options) -> ExactBackend:
-    """:func:`exact_backend` by the options of a call."""
+    """Return the :func:`exact_backend` that the options of a call ask for."""
     return exact_backend(options.backend, logits)
 
 
 def exact_backend(asked: str, logits: Tensor) -> ExactBackend:
-    """The backend for logits like these.
+    """Return the backend for the given logits.
 
     Args:
-        asked: one of :data:`EXACT_BACKENDS`; ``auto`` leaves it to the environment variable, then to device and size.
-        logits: (N, V) policy logits (only device, dtype and size count).
+        asked: one of :data:`EXACT_BACKENDS`. With ``auto`` the environment variable decides, and if it is not set,
+            device and size decide.
+        logits: (N, V) policy logits; only device, dtype and size are used.
 
     Returns:
         The backend.
 
     Raises:
-        BackendError: an unknown name, or one that cannot be used here.
+        BackendError: if the name is unknown, or the backend cannot be used on this device.
     """
     if asked not in EXACT_BACKENDS:
         raise BackendError(f"backend={asked!r}: expected one of {', '.join(EXACT_BACKENDS)}")
@@ -99,7 +100,7 @@ def _automatic(elements: int, dtype: torch.dtype, device: str) -> str:
 
 
 def _load(name: str, *, forced: bool) -> ExactBackend:
-    # Imported when chosen: Triton is optional, and sets up what it needs on import.
+    # A backend is imported only when it is chosen, because Triton is optional and does work at import time.
     if name == "eager":
         from kl_plugins.kernels.exact import eager
 

@@ -29,17 +29,20 @@ from kl_plugins.kernels.exact.statistics import (
 )
 
 _MOST_HELD = 16
-"""Float64 gradients are held for at most one row in so many; with more of them, all are computed tile by tile."""
+"""Largest share of rows with float64 gradients that are held at once: one in 16.
+
+If more rows need float64, the gradients of all rows are computed tile by tile.
+"""
 
 
 def forward(rows: Rows, options: Options, *, forced: bool = False) -> RowStatistics:
-    """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
+    """Compute the statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
     Args:
-        forced: raise where compiling fails, instead of taking the eager path.
+        forced: whether to raise if compiling fails, instead of using the eager path.
     """
     options = _for_rows(options)
-    # The compiler would look for the graph that these carry, and compile once more for each kind.
+    # With tensors that carry an autograd graph, the compiler would compile once more for each combination of them.
     rows = Rows(*(part.detach() for part in rows))
     found = label_logits(rows, options)
     logits = (rows.logits, rows.ref_logits)
@@ -59,22 +62,22 @@ def backward(
     *,
     forced: bool = False,
 ) -> Tensor:
-    """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
+    """Compute the gradient for the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
     if out is None:
         out = memory.empty_like(rows.logits)
     options = _for_rows(options)
-    # Saved outputs carry their graph too; see above. Where out is the logits, it has to stay the same tensor.
+    # Saved outputs carry an autograd graph too, as in forward. If out is the logits, it must stay the same tensor.
     plain = Rows(*(part.detach() for part in rows))
     target = plain.logits if out is rows.logits else out.detach()
     upstream = Upstream(*(part.detach() for part in upstream))
     statistics = RowStatistics(*(part.detach() for part in statistics))
-    # Before the first row is written: out may be the logits.
+    # The label's column is computed before the first row is written, because out may be the logits.
     index, at_label = label_gradients(plain, statistics, upstream, options, out.dtype)
     again = needs_float64(statistics).nonzero()[:, 0]
     if different_caps(options) or _MOST_HELD * len(again) > len(plain.labels):
         eager.write_gradients(plain, statistics, upstream, options, target)  # in float64
         return put_label_gradients(out, index, at_label)
-    # Before the first row is written, as above.
+    # These rows too are computed before the first row is written.
     precise = precise_gradients(again, plain, statistics, upstream, options, out.dtype)
     single = statistics._replace(centre=statistics.centre.to(statistics.lse.dtype))
     given = (plain, single, upstream, options, target)
@@ -85,13 +88,13 @@ def backward(
 
 
 def _for_rows(options: Options) -> Options:
-    # What does not bear on the rows would only make the compiler compile once more.
+    # Options that do not change the arithmetic are removed. The compiler would compile again for each of their values.
     return Options(options.scale, options.softcap, options.ref_softcap)
 
 
 def _sums(logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options) -> tuple[Tensor, ...]:
-    # On a CPU the compiler adds thousands of terms one after the other: in float32 the small ones are lost, 1e-5 of the
-    # sum at 152064 tokens. On a GPU it adds by trees.
+    # On a CPU the compiler adds thousands of terms one after the other. In float32 the small terms are then lost:
+    # 1e-5 of the sum at 152064 tokens. On a GPU the compiler adds in a tree, which keeps them.
     return row_sums(
         logits, ref_logits, shift, options, accumulator=torch.float64 if logits.device.type == "cpu" else None
     )

@@ -29,24 +29,25 @@ from kl_plugins.kernels.exact.statistics import (
 )
 
 TILE_BYTES = 16 * 2**20
-"""Default bound on what a call holds beside its arguments and results: about what a CPU's caches hold."""
+"""Default bound on the temporaries of a call, in bytes: about the size of a CPU's caches."""
 
 _TEMPORARIES = 8
 
 
 def tiles(logits: Tensor, tile_bytes: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of rows whose temporaries in a dtype fit ``tile_bytes``, at least one row each."""
+    """Yield slices of rows whose temporaries in the given dtype fit ``tile_bytes``, with at least one row each."""
     step = max(1, tile_bytes // (_TEMPORARIES * dtype.itemsize * max(1, logits.shape[-1])))
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)
 
 
 def forward(rows: Rows, options: Options) -> RowStatistics:
-    """Statistics of each row.
+    """Compute the statistics of each row.
 
     Args:
-        rows: of logits.
-        options: for all rows; at least one row's temporaries are needed, whatever the bound.
+        rows: logits of policy and reference, and labels.
+        options: options for all rows. The temporaries of at least one row are allocated, even if they exceed
+            ``tile_bytes``.
 
     Returns:
         Statistics, (N,) each.
@@ -61,20 +62,21 @@ def forward(rows: Rows, options: Options) -> RowStatistics:
 def backward(
     rows: Rows, statistics: RowStatistics, upstream: Upstream, options: Options, out: Tensor | None = None
 ) -> Tensor:
-    """Gradient with respect to the policy's logits.
+    """Compute the gradient with respect to the policy's logits.
 
     Args:
-        rows, options: as given to :func:`forward`.
-        statistics: what it returned.
-        upstream: gradients.
-        out: (N, V) to write into, of any float dtype; ``rows.logits`` itself is allowed. Default: a new tensor like it.
+        rows, options: the arguments of :func:`forward`.
+        statistics: the result of :func:`forward`.
+        upstream: upstream gradients of KL and label log-prob.
+        out: (N, V) tensor to write into, of any float dtype; ``rows.logits`` itself is allowed. The default is a new
+            tensor like ``rows.logits``.
 
     Returns:
         (N, V): ``out``, or a tensor in the dtype of ``logits``.
     """
     if out is None:
         out = memory.empty_like(rows.logits)
-    # Before the first row is written: out may be the logits.
+    # The label's column is computed before the first row is written, because out may be the logits.
     index, at_label = label_gradients(rows, statistics, upstream, options, out.dtype)
     write_gradients(rows, statistics, upstream, options, out, options.tile_bytes or TILE_BYTES)
     return put_label_gradients(out, index, at_label)
@@ -83,7 +85,7 @@ def backward(
 def eager_sums(
     logits: Tensor, ref_logits: Tensor, shift: Tensor, options: Options, tile_bytes: int = TILE_BYTES
 ) -> tuple[Tensor, ...]:
-    """:func:`~kl_plugins.kernels.exact.statistics.row_sums`, tile by tile."""
+    """Compute :func:`~kl_plugins.kernels.exact.statistics.row_sums` tile by tile."""
     slices = tiles(logits, tile_bytes, shift.dtype)
     parts = [row_sums(logits[rows], ref_logits[rows], shift[rows], options) for rows in slices]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True)) if parts else (shift,) * 6
@@ -97,7 +99,7 @@ def write_gradients(
     out: Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> None:
-    """:func:`~kl_plugins.kernels.exact.gradients.row_gradients`, tile by tile, into ``out``."""
+    """Write :func:`~kl_plugins.kernels.exact.gradients.row_gradients` into ``out``, tile by tile."""
     if different_caps(options):
         statistics = statistics.double()
     chosen = needs_float64(statistics)

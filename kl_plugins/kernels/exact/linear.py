@@ -1,7 +1,8 @@
-"""Exact KL from hidden states and the output head: logits exist a tile at a time.
+"""Exact KL from hidden states and the output head: only one tile of the logits exists at a time.
 
-Two modes. With autograd, tiles are computed again in the backward pass, for any upstream gradient. With weights known
-up front the gradient is computed in the forward pass, while the tile is there, and nothing is computed twice.
+There are two modes. With autograd, the tiles are computed again in the backward pass, for any upstream gradient. If the
+weights are known before the call, the gradient is computed in the forward pass, while the tile exists, and nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -28,20 +29,29 @@ from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Rows, Row
 CPU_TILE_BYTES = 128 * 2**20
 ACCELERATOR_TILE_BYTES = 1300 * 2**20
 CPU_ROWS = 128
-"""A CPU's matrix products are slower with fewer rows than this, and each tile reads and writes the head's gradient."""
+"""Least number of rows per tile on a CPU.
+
+Matrix products with fewer rows are slower there, and each tile reads and writes the head's gradient once.
+"""
 
 ROW_MULTIPLE = 128
-"""An accelerator's matrix products work on so many rows at once; a tile with a few more pays for as many again."""
+"""Number of rows that an accelerator's matrix products process at once.
+
+A tile with a few rows more takes as long as a tile with another 128.
+"""
 
 GROUP = 4
-"""Tiles whose 16-bit gradients wait for one product with the hidden states. Each of those products reads and writes the
-head's float32 gradient, 2 x 2.2 GB for a head of 152064 x 3584: of 512 rows that takes longer than the arithmetic."""
+"""Number of tiles whose 16-bit gradients are held for one product with the hidden states.
+
+Each of those products reads and writes the head's float32 gradient, 2 x 2.2 GB for a head of 152064 x 3584. With 512
+rows per product, this takes longer than the arithmetic.
+"""
 
 _LOGITS_SHARE, _MIXED_LOGITS_SHARE = 3 / 4, 15 / 16
 
 
 def default_tile_bytes(hidden: Tensor, vocabulary: int) -> int:
-    """Bound on temporaries where the caller sets none: small enough for caches, large enough for the products."""
+    """Return the default bound on temporaries, in bytes: small enough for caches, large enough for the products."""
     if hidden.device.type != "cpu":
         return ACCELERATOR_TILE_BYTES
     both_logits = 2 * torch.promote_types(hidden.dtype, torch.float32).itemsize * (vocabulary + 2 * hidden.shape[-1])
@@ -68,9 +78,9 @@ class Tile(NamedTuple):
     """Logits of some rows, in buffers that the next tile will overwrite.
 
     Attributes:
-        chosen: which rows of the arguments these are.
-        hidden: (n, D) their hidden states.
-        rows: their logits and labels.
+        chosen: index of these rows in the arguments.
+        hidden: (n, D) hidden states of these rows.
+        rows: logits and labels of these rows.
     """
 
     chosen: Tensor | slice
@@ -82,10 +92,10 @@ class Plan(NamedTuple):
     """How rows are cut into tiles.
 
     Attributes:
-        kept: numbers of the rows that count.
-        whole: whether these are all rows.
-        step: rows per tile.
-        group: tiles whose gradients are held for one product.
+        kept: index of the rows that are not ignored.
+        whole: whether no row is ignored.
+        step: number of rows per tile.
+        group: number of tiles whose gradients are held for one product.
     """
 
     kept: Tensor
@@ -94,17 +104,19 @@ class Plan(NamedTuple):
     group: int
 
     def rows(self, start: int, stop: int) -> Tensor | slice:
-        """What selects some of the kept rows, by their order."""
+        """Return an index that selects the kept rows with positions ``start`` to ``stop``."""
         return slice(start, stop) if self.whole else self.kept[start:stop]
 
 
 def step_of(count: int, most: int, multiple: int) -> int:
-    """Rows per tile: tiles of one size, as a narrow last one would waste a pass over the weight.
+    """Return the number of rows per tile.
+
+    All tiles have about the same size, because a small last tile would waste a pass over the weight.
 
     Args:
-        count: rows in all.
-        most: rows that memory holds.
-        multiple: what the device's products take at once.
+        count: number of rows in all tiles together.
+        most: largest number of rows that fits into memory.
+        multiple: number of rows that the device's products process at once.
     """
     most = max(1, most)
     if most > multiple:
@@ -114,22 +126,22 @@ def step_of(count: int, most: int, multiple: int) -> int:
 
 
 Heads: TypeAlias = "tuple[Head, Head | None]"
-"""The policy's, and the reference's where it has one here."""
+"""The policy's head, and the reference's head or None if the reference is given as top-k tokens."""
 
 
 class LinearInputs(NamedTuple):
-    """The policy's head and what goes through it, and the reference's; ignored rows are never computed.
+    """The heads of policy and reference with their hidden states, labels and options; ignored rows are never computed.
 
-    The reference is a head of its own, or what is known of its distribution in each row.
+    The reference is given either as a head with hidden states, or as its most probable tokens in each row.
 
     Attributes:
         hidden, weight, bias: (N, D), (V, D), and (V,) or None.
-        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), and (V,) or None; all None where ``top_k`` is given.
+        ref_hidden, ref_weight, ref_bias: (N, D'), (V, D'), and (V,) or None; all None if ``top_k`` is given.
         labels: (N,) int64.
-        top_k: the reference of each row, or None.
-        options: for the rows.
+        top_k: most probable tokens of the reference in each row, or None.
+        options: options for all rows.
         operands: dtypes that the two products read, from :func:`~kl_plugins.kernels.exact.products.operand_dtype`.
-        tile_bytes: bound on everything that is neither argument, result nor the weight's gradient.
+        tile_bytes: bound, in bytes, on everything except arguments, results and the weight's gradient.
     """
 
     hidden: Tensor
@@ -145,20 +157,20 @@ class LinearInputs(NamedTuple):
     tile_bytes: int
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The fields that hold tensors."""
+        """Return the fields that hold tensors."""
         policy, reference = (self.hidden, self.weight, self.bias), (self.ref_hidden, self.ref_weight, self.ref_bias)
         return *policy, *reference, self.labels
 
     def settings(self) -> tuple[Any, ...]:
-        """The other fields."""
+        """Return the other fields."""
         return self.top_k, self.options, self.operands, self.tile_bytes
 
     def kind(self) -> type[RowStatistics | TopKStatistics]:
-        """What the statistics of the rows are."""
+        """Return the type of the rows' statistics."""
         return RowStatistics if self.top_k is None else TopKStatistics
 
     def heads(self) -> Heads:
-        """Policy's and reference's."""
+        """Return the heads of policy and reference."""
         block = self.tile_bytes // 8
         policy = Head(self.weight, self.bias, self.operands[0], block)
         if self.ref_weight is None:
@@ -166,11 +178,11 @@ class LinearInputs(NamedTuple):
         return policy, Head(self.ref_weight, self.ref_bias, self.operands[1], block)
 
     def plan(self, heads: Heads, *, grouped: bool) -> Plan:
-        """How the rows that count are cut into tiles.
+        """Return how the rows that are not ignored are cut into tiles.
 
         Args:
-            heads: from :meth:`heads`.
-            grouped: whether :data:`GROUP` tiles of 16-bit gradients are held, for a wanted gradient of the weight.
+            heads: result of :meth:`heads`.
+            grouped: whether :data:`GROUP` tiles of 16-bit gradients are held; True if the weight needs a gradient.
         """
         head, ref_head = heads
         kept = (self.labels != IGNORE_INDEX).nonzero()[:, 0]
@@ -192,7 +204,7 @@ class LinearInputs(NamedTuple):
         )
 
     def tiles(self, heads: Heads, plan: Plan) -> Iterator[Tile]:
-        """Logits of the rows that count, tile by tile."""
+        """Yield the logits of the rows that are not ignored, tile by tile."""
         head, ref_head = heads
         count, step, vocabulary = len(plan.kept), plan.step, self.weight.shape[0]
         if count == 0:
@@ -212,7 +224,7 @@ class LinearInputs(NamedTuple):
                 yield Tile(index, hidden, Rows(logits, ref_logits, self.labels[index]))
 
     def row_options(self) -> Options:
-        """Options with the share of the tile that is left to a pass over the rows of one."""
+        """Return the options for a pass over the rows of one tile, with a part of the bound on temporaries."""
         share = self.tile_bytes // 8
         if self.top_k is None or self.hidden.device.type == "cpu":
             share = min(16 * 2**20, share)
@@ -220,19 +232,20 @@ class LinearInputs(NamedTuple):
 
 
 class _Accumulated:
-    """Gradients summed over tiles; the head's in float32 whatever its dtype."""
+    """Gradients summed over tiles. The head's gradient is at least float32, also for a 16-bit head."""
 
     def __init__(self, inputs: LinearInputs, head: Head, plan: Plan, wanted: Wanted) -> None:
         self.head, self.inputs, self.plan = head, inputs, plan
-        # float16 would lose what a loss that is scaled later still brings into range.
+        # A float16 gradient would underflow here, before a loss that is scaled later brings it into range.
         held = head.compute if inputs.hidden.dtype == torch.float16 else inputs.hidden.dtype
         self.hidden = memory.zeros_like(inputs.hidden, dtype=held) if wanted.hidden else None
-        # Not in huge pages: with a head of 152064 x 896, between calls that take and free other large tensors, a call
-        # takes 2.4 to 2.9 s with them and 2.0 s without.
+        # This tensor does not use huge pages. With a head of 152064 x 896, between calls that allocate and free other
+        # large tensors, a call takes 2.4 to 2.9 s with huge pages and 2.0 s without.
         self.weight = torch.empty_like(inputs.weight, dtype=head.compute) if wanted.weight else None
         self.empty = True
         self.bias = memory.zeros_like(inputs.weight[:, 0], dtype=head.compute) if wanted.bias else None
-        # float16 needs the float32 gradient's size first; bfloat16 has its range, and is written at once.
+        # A float16 gradient needs a factor that depends on the float32 gradient. bfloat16 has the range of float32, so
+        # it is written directly.
         self.waiting: Tensor | None = None
         if head.operands == torch.bfloat16:
             rows = min(plan.group * plan.step, len(plan.kept))
@@ -240,7 +253,7 @@ class _Accumulated:
         self.done, self.seen = 0, 0
 
     def add(self, tile: Tile, statistics: Any, upstream: Upstream) -> None:
-        """Add a tile's, perhaps overwriting its logits; tiles come in the order of the plan."""
+        """Add the gradients of a tile, and possibly overwrite its logits. Tiles must come in the order of the plan."""
         options, size = self.inputs.row_options(), len(tile.hidden)
         out = tile.rows.logits
         if self.waiting is not None:
@@ -260,13 +273,13 @@ class _Accumulated:
     def _multiply(
         self, out: Tensor, gradient: Tensor, factor: Tensor | None, rows: Tensor | slice, hidden: Tensor
     ) -> None:
-        """Add what the gradient of some logits gives.
+        """Add the gradients that follow from the gradient of some rows' logits.
 
         Args:
-            out: (n, V) the gradient.
-            gradient, factor: the same as products read it, from :meth:`Head.operand`.
-            rows: which rows of the arguments they are.
-            hidden: (n, D) the hidden states of these rows.
+            out: (n, V) gradient of the logits.
+            gradient, factor: the same gradient in the dtype that products read, from :meth:`Head.operand`.
+            rows: index of these rows in the arguments.
+            hidden: (n, D) hidden states of these rows.
         """
         head = self.head
         if self.bias is not None:
@@ -274,12 +287,12 @@ class _Accumulated:
         if self.hidden is not None:
             self.hidden[rows] = head.hidden_gradient(gradient, factor).to(self.hidden.dtype)
         if self.weight is not None:
-            # Nothing is read from memory that nobody has written yet.
+            # The first product replaces the total, because its memory is not initialised.
             head.add_weight_gradient(self.weight, gradient, factor, hidden, replace=self.empty)
         self.empty, self.done = False, self.seen
 
     def result(self) -> Gradients:
-        """In the dtypes of the arguments; float32 instead of float16."""
+        """Return the gradients in the dtypes of the arguments, but float32 instead of float16."""
         weight = self.weight
         if weight is not None and self.empty:
             weight.zero_()
@@ -289,7 +302,7 @@ class _Accumulated:
 
 
 def statistics_of(inputs: LinearInputs) -> Any:
-    """Statistics (N,) of the kind of the inputs, zeros in ignored rows; a product for each head."""
+    """Compute statistics (N,) of the type of the inputs, zeros in ignored rows. It takes one product per head."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
     for tile in inputs.tiles(heads, inputs.plan(heads, grouped=False)):
@@ -298,7 +311,7 @@ def statistics_of(inputs: LinearInputs) -> Any:
 
 
 def gradients_of(inputs: LinearInputs, statistics: Any, upstream: Upstream, wanted: Wanted) -> Gradients:
-    """Gradients for upstream gradients (N,), from tiles computed again: four products."""
+    """Compute gradients for upstream gradients (N,), from tiles that are computed again: four products."""
     heads = inputs.heads()
     plan = inputs.plan(heads, grouped=wanted.weight)
     total = _Accumulated(inputs, heads[0], plan, wanted)
@@ -308,7 +321,7 @@ def gradients_of(inputs: LinearInputs, statistics: Any, upstream: Upstream, want
 
 
 def statistics_and_gradients(inputs: LinearInputs, upstream: Upstream, wanted: Wanted) -> tuple[Any, Gradients]:
-    """Both from one visit to each tile: four products in all."""
+    """Compute statistics and gradients in one visit to each tile: four products in total."""
     heads, options = inputs.heads(), inputs.row_options()
     result = empty_statistics(inputs, heads[0])
     plan = inputs.plan(heads, grouped=wanted.weight)
@@ -321,7 +334,7 @@ def statistics_and_gradients(inputs: LinearInputs, upstream: Upstream, wanted: W
 
 
 def empty_statistics(inputs: LinearInputs, head: Head) -> Any:
-    """Zeros for every row, of the kind of the inputs."""
+    """Return statistics of the type of the inputs with zeros in all rows."""
     kind = inputs.kind()
     shape = (len(kind._fields), inputs.labels.shape[0])
     parts = kind(*torch.zeros(shape, dtype=head.compute, device=inputs.hidden.device))

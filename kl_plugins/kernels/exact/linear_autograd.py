@@ -26,7 +26,7 @@ _NOTHING = Wanted(hidden=False, weight=False, bias=False)
 
 
 def wanted_gradients(inputs: LinearInputs) -> Wanted:
-    """What has to be computed: nothing under ``no_grad``, no weight gradient for a frozen head."""
+    """Return which gradients to compute: none under ``no_grad``, and no weight gradient for a frozen head."""
     if not torch.is_grad_enabled():
         return _NOTHING
     bias = inputs.bias is not None and inputs.bias.requires_grad
@@ -34,16 +34,16 @@ def wanted_gradients(inputs: LinearInputs) -> Wanted:
 
 
 class LinearKL(torch.autograd.Function):
-    """(*LinearInputs, rows_first) -> statistics of the inputs' kind and None, for any upstream gradient of kl and logp.
+    """(*LinearInputs, rows_first) -> statistics of the inputs' type and None, for any upstream gradient of kl and logp.
 
-    It takes 2 products forward and up to 4 backward. With ``rows_first`` the gradient of kl with respect to the hidden
-    states is computed in the forward pass and returned in the place of None. That costs one product more, and the
-    backward pass only scales it: for a frozen head, where nobody wants logp's gradient.
+    It takes 2 products forward and up to 4 backward. With ``rows_first``, the gradient of kl with respect to the hidden
+    states is computed in the forward pass and returned instead of None. This costs one product more, and the backward
+    pass only scales the gradient. It is meant for a frozen head when the gradient of logp is not needed.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """Statistics of the rows, and the gradient of their kl or None."""
+        """Compute the statistics of the rows, and with ``rows_first`` the gradient of their kl (else None)."""
         inputs, rows_first = named(args, LinearInputs)
         check_labels(inputs.labels, inputs.weight.shape[0])
         with torch.autocast(inputs.hidden.device.type, enabled=False):
@@ -56,11 +56,11 @@ class LinearKL(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep the arguments and five numbers a row, or the rows' gradient alone."""
+        """Save the arguments and five numbers per row, or only the rows' gradient."""
         given, ctx.rows_first = named(inputs, LinearInputs)
         ctx.kind = given.kind()
         statistics, rows_gradient = named(output, ctx.kind)
-        # Else zeros as large as the hidden states, for an output that is not differentiable.
+        # Otherwise autograd would allocate zeros as large as the hidden states for an output without a gradient.
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.dtype = given.settings(), given.hidden.dtype
         constant = [*statistics[1 if ctx.rows_first else 2 :], rows_gradient]
@@ -72,13 +72,13 @@ class LinearKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weight and bias."""
+        """Compute the gradients of hidden states, weight and bias."""
         given, _ = named(grads, ctx.kind)
         if ctx.rows_first:
             (rows_gradient,) = ctx.saved_tensors
             if given.kl is None:
                 return for_each_argument(ctx)
-            # Ignored rows hold zeros, and an upstream NaN there must stay outside.
+            # Ignored rows hold zeros. An upstream NaN there must not reach the gradient.
             scaled = torch.where(rows_gradient == 0, 0.0, rows_gradient.to(given.kl.dtype) * given.kl[:, None])
             return for_each_argument(ctx, cast_saturating(scaled, ctx.dtype))
         statistics, *tensors = named(ctx.saved_tensors, ctx.kind)
@@ -93,7 +93,7 @@ class LinearGradient(BackwardPass):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """Gradients in the arguments' dtypes."""
+        """Compute the gradients in the dtypes of the arguments."""
         inputs, *others = named(args, LinearInputs)
         statistics, upstream, wanted = named(tuple(others), inputs.kind(), Upstream, Wanted)
         with torch.autocast(inputs.hidden.device.type, enabled=False):
@@ -106,14 +106,14 @@ class LinearGradient(BackwardPass):
 
 
 class LinearLoss(torch.autograd.Function):
-    """(*LinearInputs, *Upstream, *Wanted) -> *Gradients, loss, kl, logp, ref_logp, by 4 products in all.
+    """(*LinearInputs, *Upstream, *Wanted) -> *Gradients, loss, kl, logp, ref_logp, with 4 products in total.
 
-    The loss is the sum of kl and logp times their upstream gradients. Its own gradient is computed in the forward pass.
+    The loss is the sum of kl and logp times their upstream gradients. Its gradient is computed in the forward pass.
     """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        """The gradients, the loss, and what it is made of."""
+        """Compute the gradients, the loss, and the kl and log-probs that it is made of."""
         inputs, weights, wanted = named(args, LinearInputs, Upstream, Wanted)
         check_labels(inputs.labels, inputs.weight.shape[0])
         kept = inputs.labels != IGNORE_INDEX
@@ -128,17 +128,17 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep the gradients; nothing else is needed."""
+        """Save the gradients; nothing else is needed."""
         given, *_ = named(inputs, LinearInputs)
         gradients, _, *constant = named(output, Gradients)
-        ctx.set_materialize_grads(False)  # zeros as large as the head's gradient
+        ctx.set_materialize_grads(False)  # Avoids zeros as large as the head's gradient.
         ctx.dtypes = [None if part is None else part.dtype for part in (given.hidden, given.weight, given.bias)]
         ctx.mark_non_differentiable(*(part for part in (*gradients, *constant) if part is not None))
         ctx.save_for_backward(*gradients)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Scale by the upstream gradient of the loss."""
+        """Scale the saved gradients by the upstream gradient of the loss."""
         _, grad, *_ = named(grads, Gradients)
         scaled = [
             None if kept is None or grad is None else cast_saturating(_scaled(kept, grad), dtype)
@@ -148,17 +148,17 @@ class LinearLoss(torch.autograd.Function):
 
 
 def _scaled(kept: Tensor, grad: Tensor) -> Tensor:
-    # In place where nobody can come back for it: the head's gradient is as large as the head.
+    # Written in place if no second backward pass can follow, because the head's gradient is as large as the head.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     last = keeps_graph is not None and not keeps_graph() and not torch.is_grad_enabled()
     return torch.mul(kept, grad, out=kept if last else memory.empty_like(kept))
 
 
 linear_rows: Callable[..., tuple[Tensor, ...]] = LinearKL.apply
-""":class:`LinearKL` as the function it is."""
+"""Apply :class:`LinearKL`."""
 
 linear_gradient: Callable[..., tuple[Tensor | None, ...]] = LinearGradient.apply
-""":class:`LinearGradient` as the function it is."""
+"""Apply :class:`LinearGradient`."""
 
 linear_loss: Callable[..., tuple[Tensor, ...]] = LinearLoss.apply
-""":class:`LinearLoss` as the function it is."""
+"""Apply :class:`LinearLoss`."""

@@ -1,4 +1,4 @@
-"""Exact KL of rows of logits as a differentiable function: its gradient is written into one tensor, and only that."""
+"""Exact KL of rows of logits as a differentiable function. The only large tensor it allocates is the gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Rows, RowStatistic
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
-    """Raise where a label is neither a token nor the ignored one; without waiting for it on an accelerator."""
+    """Raise if a label is neither a token nor the ignored label. On an accelerator the check does not synchronise."""
     valid = ((labels >= 0) & (labels < vocabulary)) | (labels == IGNORE_INDEX)
     if labels.device.type == "cpu":
         if not valid.all():
@@ -29,7 +29,7 @@ class LogitsKL(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        """Statistics of the rows."""
+        """Compute the statistics of the rows."""
         rows, options = named(args, Rows)
         check_labels(rows.labels, rows.logits.shape[-1])
         with torch.autocast(rows.logits.device.type, enabled=False):
@@ -37,14 +37,14 @@ class LogitsKL(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the logits, which the model keeps anyway, and five numbers a row."""
+        """Save the logits, which the model keeps anyway, and five numbers per row."""
         *rows, ctx.options = inputs
         ctx.save_for_backward(*rows, *output)
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Both gradients at once, in the dtype of the logits."""
+        """Compute both gradients at once, in the dtype of the logits."""
         upstream = RowStatistics(*grads)
         return for_each_argument(
             ctx, logits_gradient(*ctx.saved_tensors, *Upstream(upstream.kl, upstream.logp), ctx.options)
@@ -52,7 +52,7 @@ class LogitsKL(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """A batch of rows is more rows."""
+        """Treat a batch of rows as more rows."""
         found = logits_kl(*flattened(info, in_dims, args))
         return tuple(part.reshape(info.batch_size, -1) for part in found), (0,) * len(found)
 
@@ -62,20 +62,20 @@ class LogitsGradient(BackwardPass):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        """Gradient with respect to the policy's logits."""
+        """Compute the gradient with respect to the policy's logits."""
         rows, statistics, upstream, options = named(args, Rows, RowStatistics, Upstream)
         with torch.autocast(rows.logits.device.type, enabled=False):
             return backend_for(rows.logits, options).backward(rows, statistics, upstream, options)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        """A batch of rows is more rows."""
+        """Treat a batch of rows as more rows."""
         rows = flattened(info, in_dims, args)
         return logits_gradient(*rows).reshape(info.batch_size, -1, rows[0].shape[-1]), 0
 
 
 logits_kl: Callable[..., tuple[Tensor, ...]] = LogitsKL.apply
-""":class:`LogitsKL` as the function it is."""
+"""Apply :class:`LogitsKL`."""
 
 logits_gradient: Callable[..., Tensor] = LogitsGradient.apply
-""":class:`LogitsGradient` as the function it is."""
+"""Apply :class:`LogitsGradient`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @cache
 def _mixed_products(device_type: str) -> bool:
-    """Whether torch multiplies 16-bit matrices into a float32 one on this device (CUDA, torch 2.8 and later)."""
+    """Return whether torch multiplies 16-bit matrices into a float32 one on this device (CUDA, torch 2.8 or later)."""
     if device_type != "cuda":
         return False
     try:
@@ -24,7 +24,7 @@ def _mixed_products(device_type: str) -> bool:
 
 @cache
 def _adds_mixed(device_type: str) -> bool:
-    """Whether torch adds such a product to a float32 matrix in place."""
+    """Return whether torch can add a product of 16-bit matrices to a float32 matrix in place."""
     if not _mixed_products(device_type):
         return False
     try:
@@ -37,7 +37,7 @@ def _adds_mixed(device_type: str) -> bool:
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype that a head's product reads: autocast's on an accelerator, else the wider of the two."""
+    """Return the dtype that a head's product reads: autocast's on an accelerator, else the wider of the two dtypes."""
     device = hidden.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -45,20 +45,21 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class Head:
-    """An output head, ``hidden @ weight.T + bias``, whose logits come in float32 (float64 for float64).
+    """An output head, ``hidden @ weight.T + bias``, whose logits are float32 (float64 for float64).
 
     Args:
         weight: (V, D).
         bias: (V,) or None.
         operands: dtype that products read, from :func:`operand_dtype`.
-        block_bytes: bound on converted copies of parts of the weight, where the device cannot mix dtypes.
+        block_bytes: bound, in bytes, on converted copies of parts of the weight, if the device cannot mix dtypes.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, operands: torch.dtype, block_bytes: int) -> None:
         self.compute = torch.promote_types(operands, torch.float32)
         self.mixed = operands != self.compute and _mixed_products(weight.device.type)
         self.operands = operands if self.mixed else self.compute
-        # Where the device mixes, the copy is what autocast would have made; elsewhere parts are converted when needed.
+        # If the device can mix dtypes, the weight is copied as autocast would copy it. Otherwise parts of the weight
+        # are converted when they are needed.
         self.weight = weight.to(self.operands) if self.mixed else weight
         self.bias = bias
         self._step = max(1, block_bytes // max(1, weight.shape[1] * self.compute.itemsize))
@@ -81,7 +82,7 @@ class Head:
         return out if self.bias is None else out.add_(self.bias)
 
     def operand(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A float32 gradient (n, V) as products read it, and what it was multiplied by to fit float16."""
+        """Return a float32 gradient (n, V) in the dtype that products read, and its factor for float16 (else None)."""
         if self.operands == self.compute:
             return gradient, None
         if self.operands != torch.float16:
@@ -91,7 +92,7 @@ class Head:
         return (gradient * factor).to(self.operands), factor
 
     def hidden_gradient(self, gradient: Tensor, factor: Tensor | None) -> Tensor:
-        """``gradient @ weight``, (n, D) in float32."""
+        """Return ``gradient @ weight``, (n, D) in float32."""
         if self.mixed:
             result = torch.mm(gradient, self.weight, out_dtype=torch.float32)
             return result if factor is None else result.div_(factor)
@@ -103,7 +104,7 @@ class Head:
     def add_weight_gradient(
         self, total: Tensor, gradient: Tensor, factor: Tensor | None, hidden: Tensor, *, replace: bool
     ) -> None:
-        """Add ``gradient.T @ hidden`` to ``total`` (V, D), float32, or replace it whatever it holds."""
+        """Add ``gradient.T @ hidden`` to ``total`` (V, D), float32; with ``replace``, overwrite ``total``."""
         hidden = hidden.to(self.operands)
         if not self.mixed:
             total.addmm_(gradient.t(), hidden, beta=0.0 if replace else 1.0)

@@ -1,4 +1,4 @@
-"""What is kept of a reference's distribution for a KL over a set of tokens and one bucket: see :mod:`bucket`."""
+"""The part of a reference's distribution that a KL over a set of tokens and one bucket needs: see :mod:`bucket`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from kl_plugins.kernels.exact.eager import TILE_BYTES, tiles
 from kl_plugins.kernels.exact.statistics import Options, scaled
 
 ACCELERATOR_TILE_BYTES = 2**30
-"""Default bound on the temporaries of a call on an accelerator, where small tiles would wait for each other."""
+"""Default bound on the temporaries of a call on an accelerator, in bytes. Small tiles would leave it partly idle."""
 
 
 class RefTopK(NamedTuple):
-    """What is kept of a reference's distribution: 2 k + 1 numbers per state.
+    """The part of a reference's distribution that is kept: 2 k + 1 numbers per state.
 
     Attributes:
         ids: (..., k) integers, the reference's most probable tokens, each once.
-        logp: (..., k) their log-probs under the reference, nats, float32.
-        log_tail: (...) log of the probability that they leave to all other tokens, nats, float32; -inf where they are
-            the whole vocabulary.
-        temperature: what the reference's logits were divided by. The policy's temperature has to be the same.
+        logp: (..., k) log-probs of these tokens under the reference, nats, float32.
+        log_tail: (...) log of the probability of all other tokens, nats, float32; -inf if there are no other tokens.
+        temperature: the number by which the reference's logits were divided. The policy's temperature must be the same.
     """
 
     ids: Tensor
@@ -33,23 +32,23 @@ class RefTopK(NamedTuple):
 
 
 def tail_tiles(logits: Tensor, options: Options) -> Iterator[slice]:
-    """Slices of rows for :func:`tail_log_sum_exp`, by the bound of the options or the device's default."""
+    """Yield slices of rows for :func:`tail_log_sum_exp`, sized by the options' bound or the device's default."""
     default = TILE_BYTES if logits.device.type == "cpu" else ACCELERATOR_TILE_BYTES
     return tiles(logits, options.tile_bytes or default, torch.promote_types(logits.dtype, torch.float32))
 
 
 def tail_log_sum_exp(logits: Tensor, ids: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Log-sum-exp of the scaled logits of all tokens but some, for a few rows.
+    """Compute the log-sum-exp of the scaled logits of all tokens except the given ones, for a few rows.
 
     Args:
         logits: (n, V), any float dtype.
         ids: (n, k) int64, the tokens to leave out.
         scale: 1 / temperature.
-        softcap: of the model's final logits, or None.
+        softcap: soft-cap of the model's final logits, or None.
 
     Returns:
-        (n,) float64. The tail has a maximum of its own and is never a difference of sums, so a tail of 1e-30 keeps its
-        digits. -inf where no token is left.
+        (n,) float64; -inf where no token is left. The sum is taken around the tail's own maximum and is never a
+        difference of sums, so a tail of 1e-30 keeps its digits.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     rest = scaled(logits.to(dtype, copy=True), scale, softcap).scatter_(-1, ids, -torch.inf)
@@ -60,7 +59,7 @@ def tail_log_sum_exp(logits: Tensor, ids: Tensor, scale: float, softcap: float |
 
 
 def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
-    """The k most probable tokens of each row, (N, V) logits of the reference, a tile at a time."""
+    """Return the k most probable tokens of each row of the reference's logits (N, V), computed tile by tile."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
@@ -78,7 +77,14 @@ def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
 
 
 def label_log_probs(logits: Tensor, labels: Tensor, reference: RefTopK, options: Options) -> Tensor:
-    """(N,) the labels' log-probs under the reference, nats, given what :func:`reference_rows` made of its logits."""
+    """Return the labels' log-probs (N,) under the reference, nats.
+
+    Args:
+        logits: (N, V) logits of the reference.
+        labels: (N,) int64; negative labels give the log-prob of token 0.
+        reference: result of :func:`reference_rows` for these logits.
+        options: options for all rows.
+    """
     index = torch.cat([labels.clamp_min(0)[:, None], reference.ids[:, :1]], -1)
     label, first = scaled(logits.gather(-1, index).double(), options.scale, options.softcap).unbind(-1)
     return (label - first + reference.logp[:, 0].double()).to(reference.logp.dtype)

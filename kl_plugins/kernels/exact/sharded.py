@@ -1,9 +1,10 @@
-"""Exact KL of logits whose vocabulary is spread over the ranks of a tensor-parallel group.
+"""Exact KL of logits whose vocabulary is split over the ranks of a tensor-parallel group.
 
 The sums of :mod:`kl_plugins.kernels.exact.statistics` add up over parts of a row that share shift and maximum. So a
-forward pass costs one MAX all-reduce of four numbers a row (the largest logit of policy and reference, the label's two
-logits, which one rank knows) and one SUM all-reduce of five (mass, first, second, reference mass, owners of the label).
-The backward pass needs no communication: a logit's gradient depends on its own shard and the row's statistics.
+forward pass costs two all-reduces. A MAX all-reduce takes four numbers per row: the largest logits of policy and
+reference, and the label's two logits, which one rank knows. A SUM all-reduce takes five numbers per row: mass, first,
+second, reference mass, and the number of ranks that hold the label. The backward pass needs no communication, because a
+logit's gradient depends only on its own shard and the row's statistics.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from kl_plugins.kernels.exact.statistics import (
 
 
 class Shard(NamedTuple):
-    """Which part of the vocabulary a rank holds.
+    """The part of the vocabulary that a rank holds.
 
     Attributes:
-        start: token of the first column.
-        group: the ranks that hold the other parts; None for all.
+        start: token id of the first column.
+        group: process group of the ranks that hold the vocabulary together; None for the default group of all ranks.
     """
 
     start: int
@@ -49,25 +50,25 @@ class Shard(NamedTuple):
 
 
 class ShardedLogitsKL(torch.autograd.Function):
-    """(*Rows, shard, options) -> RowStatistics, the same on every rank."""
+    """(*Rows, shard, options) -> RowStatistics; the result is the same on every rank."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        """Statistics of the rows (N, columns of this rank); labels are tokens of the whole vocabulary."""
+        """Compute the statistics of rows (N, columns of this rank). Labels are tokens of the whole vocabulary."""
         rows, shard, options = named(args, Rows)
         with torch.autocast(rows.logits.device.type, enabled=False):
             return tuple(_statistics(rows, shard, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep this rank's logits and five numbers a row."""
+        """Save this rank's logits and five numbers per row."""
         *rows, ctx.shard, ctx.options = inputs
         ctx.save_for_backward(*rows, *output)
         ctx.mark_non_differentiable(*output[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of this rank's logits. Upstream gradients are the same on every rank, as the statistics are."""
+        """Compute the gradient of this rank's logits. Upstream gradients must be the same on every rank."""
         given = RowStatistics(*grads)
         upstream = Upstream(given.kl, given.logp)
         return for_each_argument(ctx, sharded_gradient(*ctx.saved_tensors, *upstream, ctx.shard, ctx.options))
@@ -78,31 +79,31 @@ class ShardedGradient(BackwardPass):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        """Gradient (N, columns of this rank)."""
+        """Compute the gradient (N, columns of this rank)."""
         rows, statistics, upstream, shard, options = named(args, Rows, RowStatistics, Upstream)
         with torch.autocast(rows.logits.device.type, enabled=False):
             return _gradient(rows, statistics, upstream, shard, options)
 
 
 sharded_logits_kl: Callable[..., tuple[Tensor, ...]] = ShardedLogitsKL.apply
-""":class:`ShardedLogitsKL` as the function it is."""
+"""Apply :class:`ShardedLogitsKL`."""
 
 sharded_gradient: Callable[..., Tensor] = ShardedGradient.apply
-""":class:`ShardedGradient` as the function it is."""
+"""Apply :class:`ShardedGradient`."""
 
 
 def _statistics(rows: Rows, shard: Shard, options: Options) -> RowStatistics:
     logits, ref_logits, labels = rows
     kept, (owned, local) = labels != IGNORE_INDEX, _ownership(rows, shard)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    # As the models gave them: cap and temperature are monotonic, and the difference is taken before they round.
+    # The raw logits are reduced. Cap and temperature are monotonic, and z - u must be taken before they round.
     raw = [
         *(x.amax(-1).to(dtype) for x in (logits, ref_logits)),
         *(_at(x, local).to(dtype).masked_fill(~owned, -torch.inf) for x in (logits, ref_logits)),
     ]
-    highest = torch.stack(raw)  # with what ignored rows hold: each row is on its own, and finish clears those
+    highest = torch.stack(raw)  # Ignored rows are included: rows are independent, and finish sets ignored rows to 0.
     dist.all_reduce(highest, dist.ReduceOp.MAX, shard.group)
-    # Rounded as the rows are: whatever is subtracted from a shard's logits must be the same number everywhere.
+    # The maxima are rounded as the rows are: all ranks must subtract the same number from their logits.
     working = working_dtype(logits, options)
     top, ref_top = (
         scaled(highest[i].to(working), 1.0, cap) for i, cap in enumerate((options.softcap, options.ref_softcap))
@@ -131,12 +132,12 @@ def _statistics(rows: Rows, shard: Shard, options: Options) -> RowStatistics:
 def _eager_sums(
     rows: Rows, shift: Tensor, top: Tensor, ref_top: Tensor, options: Options
 ) -> tuple[list[Tensor], Tensor]:
-    """Mass, first, second and reference mass of this rank's columns, and the shift that they were taken around."""
+    """Compute mass, first, second and reference mass of this rank's columns, and the shift that was subtracted."""
     parts = []
     for index in eager.tiles(rows.logits, options.tile_bytes or eager.TILE_BYTES, shift.dtype):
         part, ref_part = rows.logits[index], rows.ref_logits[index]
         _, mass, first, second, _, used = row_sums(part, ref_part, shift[index], options, top[index])
-        # Around the reference's own maximum, where it cannot overflow.
+        # The reference mass is taken around the reference's own maximum, so that it cannot overflow.
         u = scaled(ref_part.to(shift.dtype), 1.0, options.ref_softcap)
         ref_mass = torch.exp(times(u - ref_top[index, None], options.scale)).sum(-1)
         parts.append(torch.stack([mass, first, second, ref_mass, used]))
@@ -161,7 +162,7 @@ def _gradient(rows: Rows, statistics: RowStatistics, upstream: Upstream, shard: 
     if backend_for(rows.logits, options).name == "triton":
         from kl_plugins.kernels.exact import triton_backend
 
-        # A column that is not there: no onehot in rows whose label is elsewhere.
+        # Rows whose label is in another shard get a column that does not exist, so that no onehot is added.
         elsewhere = torch.where(rows.labels != IGNORE_INDEX, rows.logits.shape[-1], IGNORE_INDEX)
         here = rows._replace(labels=torch.where(owned, local, elsewhere))
         return triton_backend.backward(here, statistics, upstream, options)
@@ -173,7 +174,7 @@ def _gradient(rows: Rows, statistics: RowStatistics, upstream: Upstream, shard: 
 
 
 def _ownership(rows: Rows, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Rows whose label is in this shard, and the label's column there (some column in the other rows)."""
+    """Return which rows have their label in this shard, and the label's column there (column 0 in the other rows)."""
     local = rows.labels - shard.start
     owned = (local >= 0) & (local < rows.logits.shape[-1]) & (rows.labels != IGNORE_INDEX)
     return owned, local.masked_fill(~owned, 0)
@@ -184,7 +185,7 @@ def _at(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _check_owners(owners: Tensor, kept: Tensor) -> None:
-    # The same sums everywhere, so all ranks raise or none does.
+    # The sums are the same on every rank, so either all ranks raise or none does.
     message = (
         "a label is held by no rank or by several: check vocab_start, and that labels are tokens of the vocabulary"
     )

@@ -1,4 +1,4 @@
-"""The Triton backend: launches, and what of them is decided per call."""
+"""The Triton backend: launches of the kernels, and the choices that are made for each call."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from kl_plugins.kernels.exact.statistics import (
 )
 from kl_plugins.kernels.exact.triton_kernels import gradient_kernel, row_sums_kernel, statistics_kernel
 
-# Logits per step, and warps per program. All logits of a step are in registers: larger blocks leave room for fewer
-# programs on a multiprocessor, and spill in the end, which the ahead-of-time tests watch. Stages: steps whose logits
-# are loaded ahead, into shared memory. An H200 was fastest with these: 16-bit logits come in many rows, whose programs
-# hide each other's loads; 32-bit ones in tiles of some 500 rows, too few for that. See docs/gpu.md.
+# BLOCK is the number of logits per step, WARPS the number of warps per program. All logits of a step are in registers.
+# Larger blocks leave room for fewer programs on a multiprocessor, and still larger ones spill registers; the
+# ahead-of-time tests check this. STAGES is the number of steps whose logits are loaded ahead, into shared memory. An
+# H200 was fastest with these values. 16-bit logits come in many rows, whose programs hide each other's loads. 32-bit
+# logits come in tiles of some 500 rows, which are too few for that. See docs/gpu.md.
 FORWARD_BLOCK, FORWARD_WARPS, FORWARD_STAGES, FORWARD_STAGES_32 = 2048, 4, 1, 3
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 4
 BACKWARD_BLOCK_32, BACKWARD_WARPS_32 = 4096, 8
 
 INTERPRETED = not isinstance(row_sums_kernel, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when the kernels were defined: they then run on the CPU, slowly."""
+"""Whether TRITON_INTERPRET was set when the kernels were defined. If so, they run on the CPU, slowly."""
 
 
 def status(device_type: str) -> BackendStatus:
-    """Whether the kernels run on a device, and why; nothing is compiled."""
+    """Return whether the kernels run on a device, and the reason. Nothing is compiled."""
     if INTERPRETED:
         return BackendStatus(True, f"triton {triton.__version__}, interpreted (TRITON_INTERPRET)")
     if device_type != "cuda":
@@ -51,7 +52,7 @@ class PartSums(NamedTuple):
         mass: sum of exp(z - max z).
         first, second: as in :class:`~kl_plugins.kernels.exact.statistics.RowSums`.
         ref_mass: sum of exp(u - max u).
-        shift: what d was taken around.
+        shift: the shift c that was subtracted in d = z - u - c.
     """
 
     maximum: Tensor
@@ -64,10 +65,11 @@ class PartSums(NamedTuple):
 
 
 def forward(rows: Rows, options: Options) -> RowStatistics:
-    """Statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
+    """Compute the statistics of each row; see :func:`kl_plugins.kernels.exact.eager.forward`.
 
-    Nothing is computed in float64 but a few numbers per row, and the host never waits for the device. So rows whose
-    logits have an offset in common keep the digits that float32 leaves: 20 nats of it cost 5e-6 of a KL of 5e-5.
+    Only a few numbers per row are computed in float64, and the host never waits for the device. So rows whose logits
+    share an offset have only the precision that float32 leaves: an offset of 20 nats gives a relative error of 5e-6 in
+    a KL of 5e-5.
     """
     _check_dtype(rows)
     logits, ref_logits, labels = _readable(rows)
@@ -96,12 +98,12 @@ def forward(rows: Rows, options: Options) -> RowStatistics:
 
 
 def part_sums(rows: Rows, at_label: LabelLogits, options: Options) -> PartSums:
-    """One pass over the same columns of all rows, around the shift that all parts of a row share.
+    """Compute the sums of one pass over the same columns of all rows, with the shift that all parts of a row share.
 
     Args:
-        rows: of 16 or 32 bits. Labels are read only for rows to leave out, which hold 0.
-        at_label: of each row's label, which may be in other columns.
-        options: for all rows.
+        rows: logits of 16 or 32 bits. Labels are read only to find ignored rows, whose sums are 0.
+        at_label: logits and shift of each row's label, which may be in other columns.
+        options: options for all rows.
 
     Returns:
         The sums.
@@ -138,7 +140,7 @@ def part_sums(rows: Rows, at_label: LabelLogits, options: Options) -> PartSums:
 def backward(
     rows: Rows, statistics: RowStatistics, upstream: Upstream, options: Options, out: Tensor | None = None
 ) -> Tensor:
-    """Gradient with respect to the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
+    """Compute the gradient for the policy's logits; see :func:`kl_plugins.kernels.exact.eager.backward`."""
     _check_dtype(rows)
     if out is None:
         out = torch.empty_like(rows.logits)
@@ -179,13 +181,13 @@ def _caps(options: Options) -> tuple[float, float]:
 
 
 def _flags(options: Options) -> tuple[bool, bool, bool, bool]:
-    # Which code scale and caps select, in the order of the kernels' signatures.
+    # The compile-time flags that scale and caps select, in the order of the kernels' signatures.
     caps = options.softcap is not None, options.ref_softcap is not None
     return options.scale != 1.0, *caps, caps[0] and options.softcap == options.ref_softcap
 
 
 def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:
-    # How a block lies in the threads, and how Triton compiles for it.
+    # The layout of a block over the threads, and the compile options for it.
     vector = 16 // max(logits.element_size(), ref_logits.element_size())  # bytes that a thread loads at once
     lanes = 32 * FORWARD_WARPS
     repeats = max(1, _block(logits.shape[1], FORWARD_BLOCK) // (lanes * vector))
@@ -195,7 +197,7 @@ def _forward_shape(logits: Tensor, ref_logits: Tensor) -> dict[str, Any]:
         "VECTOR": vector,
         "STAGES": FORWARD_STAGES if vector == 8 else FORWARD_STAGES_32,
         "num_warps": FORWARD_WARPS,
-        "enable_fp_fusion": True,  # stated, because the default changes in Triton 3.10
+        "enable_fp_fusion": True,  # set explicitly, because the default changes in Triton 3.10
     }
 
 
@@ -204,13 +206,13 @@ def _block(vocab: int, largest: int) -> int:
 
 
 def _readable(rows: Rows) -> Rows:
-    # The kernels step by one within a row.
+    # The kernels assume a stride of one within a row.
     logits, ref_logits = (part if part.stride(-1) == 1 else part.contiguous() for part in rows[:2])
     return Rows(logits, ref_logits, rows.labels.contiguous())
 
 
 def _on(logits: Tensor) -> AbstractContextManager[object]:
-    # Triton launches on the current device, which in a process with several need not be the tensor's.
+    # Triton launches on the current device. In a process with several devices, this may not be the tensor's device.
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 

@@ -1,14 +1,14 @@
 """Triton kernels of the exact KL: the statistics of a row in one pass over the vocabulary, the gradient in another.
 
-The formulas are those of :mod:`kl_plugins.kernels.exact.statistics`. No function of libdevice is called by name: those
-exist neither in Triton's interpreter nor under the same names in all versions of Triton.
+The formulas are those of :mod:`kl_plugins.kernels.exact.statistics`. No function of libdevice is called by name. These
+functions do not exist in Triton's interpreter, and their names differ between versions of Triton.
 
-A block of a row is a tensor of shape (repeats, lanes, vector). A thread holds whole lanes: ``vector`` neighbouring
-logits, which one instruction loads, ``repeats`` times. Each lane keeps a maximum and sums of its own, so the threads
-never wait for each other before the row ends.
+A block of a row is a tensor of shape (repeats, lanes, vector). A thread holds whole lanes: ``repeats`` times ``vector``
+neighbouring logits, which one instruction loads. Each lane has its own maximum and sums, so the threads do not wait
+for each other before the row ends.
 """
 
-# No ``from __future__ import annotations``: Triton reads the annotations of its kernels.
+# This file has no ``from __future__ import annotations``, because Triton reads the annotations of its kernels.
 
 import torch
 import triton
@@ -22,12 +22,15 @@ LINEAR_LIMIT = tl.constexpr(_LINEAR_LIMIT)
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 IGNORE_INDEX = tl.constexpr(_IGNORE_INDEX)
 OUTLIER = tl.constexpr(1.7)
-"""A row is passed again where E[d]^2 is more than this many times E[k3(d)]; 2 would be a row without any divergence."""
+"""A second pass over a row follows if E[d]^2 is more than this many times E[k3(d)].
+
+The ratio is 2 in a row without any divergence.
+"""
 
 
 @triton.jit
 def _tanh(x):
-    # 1 - e^(-2|x|) loses the digits of a small x, and a small x is what the difference of two logits is.
+    # 1 - e^(-2|x|) loses the digits of a small x, and the difference of two logits is a small x. A series is used then.
     square = x * x
     series = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     decay = tl.exp(-2.0 * tl.abs(x))
@@ -37,9 +40,10 @@ def _tanh(x):
 
 @triton.jit
 def _parted(z, cap):
-    """A soft-capped logit, and what it was made of: a number that subtracts exactly from others, and a small rest."""
-    # cap tanh x is the logit and a rest, which is all that gets rounded. The rest of a quarter of x by its series, then
-    # twice tanh 2y - 2y = 2 ((tanh y - y) - y tanh^2 y) / (1 + tanh^2 y), whose terms have one sign.
+    """Return a soft-capped logit and its two parts: a number whose differences are exact, and a small rest."""
+    # cap tanh x is the sum of the logit and a rest, and only the rest is rounded. The rest of x / 4 comes from its
+    # series. Then tanh 2y - 2y = 2 ((tanh y - y) - y tanh^2 y) / (1 + tanh^2 y) is applied twice; its terms have one
+    # sign.
     y = z / cap * 0.25
     square = y * y
     rest = y * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
@@ -57,9 +61,9 @@ def _capped(
     z, u, scale, cap, ref_cap,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Soft-capped logits, before the temperature, and their difference after it."""
+    """Return the soft-capped logits before the temperature, and their difference after it."""
     if SAME_CAP:
-        # tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b): the difference keeps its digits.
+        # With tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b), the difference keeps its digits.
         t, ref_t = _tanh(z / cap), _tanh(u / cap)
         difference = tl.where(z == u, 0.0, _tanh((z - u) / cap) * (1.0 - t * ref_t)) * (cap * scale)
         z, u = t * cap, ref_t * cap
@@ -71,23 +75,23 @@ def _capped(
             u, ref_main, ref_rest = _parted(u, ref_cap)
         difference = ((main - ref_main) + (rest - ref_rest)) * scale
     else:
-        difference = z - u  # before the temperature: the difference of near logits is exact
+        difference = z - u  # Before the temperature, the difference of nearby logits is exact.
         if SCALED:
             difference = difference * scale
-    # Of a number and NaN, both take the number: -inf minus -inf becomes finite too.
+    # Both minimum and maximum return the number if the other operand is NaN, so -inf minus -inf becomes finite too.
     return z, u, tl.minimum(tl.maximum(difference, -LINEAR_LIMIT), LINEAR_LIMIT)
 
 
 @triton.jit
 def _columns(REPEATS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of the first block of a row, (repeats, lanes, vector)."""
+    """Return the columns of the first block of a row, (repeats, lanes, vector)."""
     repeat = tl.arange(0, REPEATS)[:, None, None] * (LANES * VECTOR)
     return repeat + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
 
 
 @triton.jit
 def _over_lane(x):
-    """Sum over all but the lanes, in the threads."""
+    """Sum over all dimensions except the lanes, within each thread."""
     return tl.sum(tl.sum(x, 2), 0)
 
 
@@ -97,7 +101,7 @@ def _add_block(
     MASKED: tl.constexpr, SCALED: tl.constexpr,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of the vocabulary to the sums, which are kept per lane."""
+    """Add one block of the vocabulary to the sums of each lane."""
     if MASKED:
         inside = columns < vocab
         z = tl.load(z_row + columns, mask=inside, other=0.0).to(tl.float32)
@@ -106,7 +110,7 @@ def _add_block(
         z = tl.load(z_row + columns).to(tl.float32)
         u = tl.load(u_row + columns).to(tl.float32)
     z, u, difference = _capped(z, u, scale, cap, ref_cap, SCALED, CAPPED, REF_CAPPED, SAME_CAP)
-    if MASKED:  # -inf: e and f, and with them every term, are 0
+    if MASKED:  # With -inf, e and f are 0, and so is every term.
         z, u = tl.where(inside, z, float("-inf")), tl.where(inside, u, float("-inf"))
 
     top = tl.maximum(max_z, tl.max(tl.max(z, 2), 0))
@@ -116,14 +120,15 @@ def _add_block(
     top_exponent, ref_exponent = top * exponent_scale, ref_top * exponent_scale
     e = tl.exp2(z * exponent_scale - top_exponent[None, :, None])
     f = tl.exp2(u * exponent_scale - ref_exponent[None, :, None])
-    d = difference - shift  # finite: where the policy has no mass, e d is 0, and f keeps the reference's mass
+    d = difference - shift  # d is finite: where the policy has no mass, e d is 0, and f keeps the reference's mass
     ed = e * d
-    # k3(d) = e^-d - 1 + d. Its Taylor series where the three terms would cancel; else e e^-d is f, rescaled.
+    # k3(d) = e^-d - 1 + d. Where the three terms would cancel, its Taylor series is used. Elsewhere e e^-d is f,
+    # rescaled.
     series = 1 / 2 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 + d * (-1 / 5040 + d * (1 / 40320 + d * (-1 / 362880)))))))  # fmt: skip # noqa: E501
-    rescale = tl.exp2(shift * LOG2_E + (ref_exponent - top_exponent))  # the difference of near numbers is exact
+    rescale = tl.exp2(shift * LOG2_E + (ref_exponent - top_exponent))  # the difference of nearby numbers is exact
     reference = f * rescale[None, :, None]
     if CAPPED or REF_CAPPED:
-        # The cap rounds z and u, but not d: what stands for the reference has to fit the others.
+        # The cap rounds z and u, but not d. The reference's term must be consistent with e and d.
         reference = tl.where((e > 0) & (tl.abs(d) < 60.0), e * tl.exp2(-d * LOG2_E), reference)
     ek3 = tl.where(tl.abs(d) < 1.0, ed * d * series, reference - e + ed)
     s, a = s * shrink + _over_lane(e), a * shrink + _over_lane(ed)
@@ -136,10 +141,11 @@ def _row_sums(
     SCALED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
     REPEATS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of one row, or of some columns of it, around a shift."""
+    """Compute maxima and sums of one row, or of some columns of it, with a shift."""
     block: tl.constexpr = REPEATS * LANES * VECTOR
     columns = _columns(REPEATS, LANES, VECTOR)
-    # The maxima start at the label. From -inf, a first block without policy mass would lose the reference's.
+    # The maxima start at the label's logits. If they started at -inf, a first block without policy mass would lose the
+    # reference's mass.
     max_z, max_u = tl.zeros([LANES], tl.float32) + top, tl.zeros([LANES], tl.float32) + ref_top
     s, a = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     y, r = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
@@ -167,10 +173,13 @@ def row_sums_kernel(
     SCALED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
     REPEATS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of some columns: writes maxima, masses, first and second to ``sums_ptr``, (6, rows)."""
+    """Write the maxima and sums of some columns of a row to ``sums_ptr``, (6, rows); one program per row.
+
+    The order is: maximum, reference maximum, mass, first, second, reference mass.
+    """
     row = tl.program_id(0).to(tl.int64)
     sums = sums_ptr + row
-    if tl.load(labels_ptr + row) != IGNORE_INDEX:  # an ignored row is not read, whatever it holds
+    if tl.load(labels_ptr + row) != IGNORE_INDEX:  # The logits of an ignored row are never read.
         top = tl.maximum(tl.load(label_ptr + row) / scale, -1e30)
         ref_top = tl.maximum(tl.load(ref_label_ptr + row) / scale, -1e30)
         top, ref_top, s, a, y, r = _row_sums(
@@ -196,7 +205,7 @@ def _tanh64(x):
 
 @triton.jit
 def _within(x, least, largest):
-    """Bring an infinite number into range; NaN stays NaN, to be seen."""
+    """Clamp a number to a range. NaN stays NaN, so that it is not hidden."""
     return tl.where(x < least, least, tl.where(x > largest, largest, x))
 
 
@@ -205,7 +214,7 @@ def _at_label(
     z, u, scale, cap, ref_cap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
 ):  # fmt: skip
-    """The label's scaled logits and the shift, from float64: see ``label_logits``."""
+    """Compute the label's scaled logits and the shift from float64 logits: see ``label_logits``."""
     difference = z - u
     if SAME_CAP:
         difference = _tanh64(difference / cap) * (1.0 - _tanh64(z / cap) * _tanh64(u / cap)) * cap
@@ -222,12 +231,12 @@ def _at_label(
 
 @triton.jit
 def _finished(top, ref_top, s, a, y, r, shift, label, ref_label, scale):
-    """KL, log-probs of the label, log-sum-exp and centre, in float64: see ``finish``."""
+    """Compute KL, log-probs of the label, log-sum-exp and centre in float64: see ``finish``."""
     lse = top.to(tl.float64) * scale + tl.log(s.to(tl.float64))
     ref_lse = ref_top.to(tl.float64) * scale + tl.log(r.to(tl.float64))
     x, y = a.to(tl.float64) / s.to(tl.float64), y.to(tl.float64) / s.to(tl.float64)
     w = y - x
-    # log1p by the logarithm: what rounds in 1 + w is divided out again.
+    # log1p is computed from the logarithm: the rounding of 1 + w is divided out again.
     one = 1.0 + w
     log1p = tl.where(one == 1.0, w, tl.log(one) * (w / (one - 1.0)))
     small = y - (w - log1p)
@@ -244,13 +253,13 @@ def statistics_kernel(
     SCALED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
     REPEATS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: writes kl, logp, ref_logp and lse to ``statistics_ptr``, (4, rows), and the centre."""
+    """Write kl, logp, ref_logp and lse to ``statistics_ptr``, (4, rows), and the centre; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     z_row, u_row = z_ptr + row * z_stride, u_ptr + row * u_stride
     label = tl.load(labels_ptr + row)
     found, centre = statistics_ptr + row, centre_ptr + row
-    if label != IGNORE_INDEX:  # an ignored row is not read, whatever it holds
-        known = (label >= 0) & (label < vocab)  # the caller raises for others
+    if label != IGNORE_INDEX:  # The logits of an ignored row are never read.
+        known = (label >= 0) & (label < vocab)  # The caller raises for other labels.
         z = tl.load(z_row + label, mask=known, other=0.0).to(tl.float64)
         u = tl.load(u_row + label, mask=known, other=0.0).to(tl.float64)
         label_z, label_u, shift = _at_label(z, u, scale, cap, ref_cap, CAPPED, REF_CAPPED, SAME_CAP)
@@ -268,7 +277,8 @@ def statistics_kernel(
                 tl.store(found + 2 * rows, _within(ref_logp, -LINEAR_LIMIT, 0.0).to(tl.float32))
                 tl.store(found + 3 * rows, _within(lse, -LARGEST, LARGEST).to(tl.float32))
                 tl.store(centre, _within(middle, -LINEAR_LIMIT, LINEAR_LIMIT).to(tl.float64))
-                # Where the label is an outlier, KL is the small difference of large sums. Around E_p[z - u] it is not.
+                # If the label is an outlier, KL is a small difference of large sums. With the shift E_p[z - u], the
+                # sums are small.
                 wanted = (attempt == 0) & (a * a > OUTLIER * y * s)
                 shift += tl.where(wanted, a / s, 0.0)
     else:
@@ -284,7 +294,10 @@ def gradient_kernel(
     SCALED: tl.constexpr, CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, SAME_CAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and block of the vocabulary, in one dimension: the others have small limits."""
+    """Write the gradient of one block of a row's vocabulary; one program per row and block.
+
+    The grid has one dimension, because the size of the other dimensions is limited.
+    """
     blocks = tl.cdiv(vocab, BLOCK)
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
