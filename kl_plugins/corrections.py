@@ -1,7 +1,7 @@
 """Importance weights on the KL term: token, prefix, sequence, with floor, cap, band and norm.
 
-See theory in arXiv 2512.21852 and 2512.02556 (DeepSeek-V3.2's token ratio); which gradient each
-level estimates is stated by :mod:`kl_plugins.spec.target` and proved by enumeration.
+For the theory see arXiv 2512.21852 and 2512.02556 (DeepSeek-V3.2's token ratio). :mod:`kl_plugins.spec.target` states
+which gradient each level estimates, and tests prove it by enumeration.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from kl_plugins.spec import KLSpec
 
 
 class Weight(NamedTuple):
-    """An importance weight, where cap or band changed it, and what it was before a floor raised it.
+    """An importance weight, the tokens where cap or band changed it, and its value before a floor raised it.
 
     Attributes:
         value: (B, T), 0 outside the mask.
-        altered: (B, T) bool.
-        unraised: (B, T) the weight as it would be without ``floor:``; None where the spec has no floor.
+        altered: (B, T) bool, True where cap or band changed the weight.
+        unraised: (B, T) weight as it would be without ``floor:``; None if the spec has no floor.
     """
 
     value: Tensor
@@ -32,15 +32,15 @@ class Weight(NamedTuple):
 def importance_weight(
     spec: KLSpec, log_rho: Tensor, mask: Tensor, limits: Limits, *, one_earlier: bool = False
 ) -> Weight:
-    """The spec's weight for each token.
+    """Compute the spec's importance weight for each token.
 
     Args:
-        spec: names the level (``is:``), ``floor``, ``cap``, ``band``, ``norm``.
+        spec: a parsed spec, which names the level (``is:``), ``floor``, ``cap``, ``band`` and ``norm``.
         log_rho: (B, T) log(policy/behaviour) per token, nats, 0 outside the mask.
         mask: (B, T) bool, True on response tokens.
         limits: bounds of this computation.
-        one_earlier: leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over it. The
-            token weight of such a term is 1, and there is nothing to treat.
+        one_earlier: whether to leave out the token itself (``rho_{1:t-1}``), for terms that are already averaged over
+            it. The token weight of such a term is 1, and floor, cap, band and norm do not change it.
 
     Returns:
         The weight: ``rho_t``, ``rho_{1:t}`` (``prefix``, ``decision``) or ``rho_{1:T}``, 1 for ``none``.
@@ -57,7 +57,7 @@ def importance_weight(
     else:
         exponent = log_rho.cumsum(-1)
         if one_earlier and exponent.numel():
-            # The sum is shifted by one token. Subtracting the own term instead would lose digits if that is huge.
+            # The sum is shifted by one token. Subtracting the own term instead would lose digits if that term is huge.
             exponent = pad(exponent[..., :-1], (1, 0))
     return _treat(spec, limits.exponent(exponent).exp().masked_fill(~mask, 0.0), mask)
 

@@ -53,13 +53,14 @@ class ExactKL(NamedTuple):
 
 
 class TopKKL(NamedTuple):
-    """Per-token results where the reference is a :class:`~kl_plugins.reference.RefTopK`, float32, nats.
+    """Per-token results if the reference is a :class:`~kl_plugins.reference.RefTopK`, float32, nats.
 
     Attributes:
-        kl: KL of the k tokens and the bucket of all others: exact, at least 0, and at most the whole KL.
+        kl: KL over the k tokens and the bucket of all others: exact, at least 0, and at most the whole KL.
         logp, ref_logp: log-prob of the label under policy and reference.
-        remainder: detached: what the sampled label adds, its log-ratio minus the bucket's, where it is none of the k
-            tokens, else 0. It is a coefficient on the label's log-prob: pass it to ``kl_term(..., remainder=)``.
+        remainder: detached contribution of the sampled label: its log-ratio minus the bucket's log-ratio if it is not
+            one of the k tokens, else 0. It is a coefficient on the label's log-prob: pass it to
+            ``kl_term(..., remainder=)``.
     """
 
     kl: Tensor
@@ -128,36 +129,39 @@ def exact_kl(
     backend: str = "auto",
     max_tile_bytes: int | None = None,
 ) -> ExactKL | TopKKL:
-    """KL(policy || reference) over the whole vocabulary, and the labels' log-probs.
+    """Compute KL(policy || reference) over the whole vocabulary, and the labels' log-probs.
 
-    See ``docs/exact.md`` for the form that is computed and its accuracy. With ``reference`` the sum is that of the
+    See ``docs/exact.md`` for the form that is computed and its accuracy. With ``reference``, the KL is taken over the
     reference's k most probable tokens and one bucket for all others, which needs no logits of the reference.
 
     Args:
-        logits: (..., V) of the policy, any float dtype, with their graph; read as float32 (float64 stays).
-        ref_logits: (..., V) of the reference; no gradient flows to them. None where ``reference`` is given.
+        logits: (..., V) logits of the policy, any float dtype, with their graph; computed in float32 (float64 for
+            float64 logits).
+        ref_logits: (..., V) logits of the reference; no gradient flows to them. None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out.
-        reference: what :func:`kl_plugins.reference_top_k` kept of the reference in each position.
-        ref_logp: (...) log-probs of the labels under the reference, nats; needed beside ``reference``.
-        mask: (...) True where a position counts; the others give 0 and no gradient, whatever they hold.
-        temperature: divides the logits of both, as in sampling.
+        reference: result of :func:`kl_plugins.reference_top_k` for the same positions.
+        ref_logp: (...) log-probs of the labels under the reference, nats; required with ``reference``.
+        mask: (...) True for positions to use. All other positions give 0 and no gradient, even if they hold NaN.
+        temperature: divides the logits of both models, as in sampling.
         softcap, ref_softcap: final logit soft-caps, for logits that were taken before the model's own capping.
-            ``reference`` has its own soft-cap in it already.
-        top: with ``ref_logits``: sum and bucket as with ``reference_top_k(ref_logits, top)``, and the sampled remainder
-            added to the KL, for callers that have no use for it apart; None for the whole vocabulary.
-        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data: they
-            weight the remainder. Leave it out under ``is:sequence``, whose weight holds the label's already.
-        backend: ``auto``, ``eager``, ``compiled`` or ``triton``; ``auto`` heeds ``KL_PLUGINS_EXACT_BACKEND``.
-        max_tile_bytes: bound on temporaries beside arguments, results and the gradient (one row's at least).
+            ``reference`` already includes its soft-cap.
+        top: with ``ref_logits``, take the KL over set and bucket as with ``reference_top_k(ref_logits, top)``, and add
+            the sampled remainder to it, for callers that do not need it separately. None for the whole vocabulary.
+        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data. They
+            give the remainder its importance weight. Leave them out under ``is:sequence``, whose weight already
+            includes the label.
+        backend: ``auto``, ``eager``, ``compiled`` or ``triton``; ``auto`` reads ``KL_PLUGINS_EXACT_BACKEND``.
+        max_tile_bytes: upper limit of temporary memory in bytes. Arguments, results and the gradient are not counted,
+            and the temporaries of at least one row are allocated.
 
     Returns:
         :class:`ExactKL`, or :class:`TopKKL` with ``reference``: each (...), float32 (float64 for float64 logits), nats.
         kl and logp are differentiable. An infinite divergence or log-prob (-inf logits) saturates at 1e4 nats.
 
     Raises:
-        ValueError: a shape, label or option that cannot be, or another temperature than that of ``reference``.
-        TypeError: a dtype that cannot be.
-        BackendError: the backend asked for is unknown or cannot be used here.
+        ValueError: if a shape, label or option is invalid, or the temperature differs from that of ``reference``.
+        TypeError: if a dtype is not supported.
+        BackendError: if the backend is unknown or cannot be used here.
     """
     if logits.dim() < 1:
         raise ValueError(f"logits {tuple(logits.shape)} must be (..., V)")
@@ -288,29 +292,31 @@ def linear_kl(
 
     Args:
         hidden: (..., D) final hidden states of the policy, with their graph.
-        weight: (V, D) of the policy's head, whole (under FSDP: where the head is gathered). Frozen: costs less.
-        ref_hidden: (..., D') of the reference; None where ``reference`` is given.
-        ref_weight: (V, D') of the reference's head; None where ``reference`` is given.
+        weight: (V, D) weight of the policy's head, not sharded (under FSDP, call where the head is gathered). A frozen
+            head costs less.
+        ref_hidden: (..., D') final hidden states of the reference; None if ``reference`` is given.
+        ref_weight: (V, D') weight of the reference's head; None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out, and its products are not computed.
-        reference, ref_logp: as in :func:`exact_kl`, in the place of the reference's head. Weights of a loss cannot be
-            given beside them.
-        bias, ref_bias: (V,), None for none.
-        mask: (...) True where a position counts.
+        reference, ref_logp: as in :func:`exact_kl`, instead of the reference's head. They cannot be combined with
+            weights of a loss.
+        bias, ref_bias: (V,) biases of the heads, None for no bias.
+        mask: (...) True for positions to use.
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.
-        kl_weight, logp_weight: (...) weights of the loss, detached; beta and the host's normalisation belong in them.
-        differentiable_logp: False returns logp detached; with a frozen head the backward pass is then free.
-        max_tile_bytes: upper limit of temporary memory in bytes (arguments, results and gradients not counted; at least
-            the tiles of one row). Default
-            1 GiB on an accelerator; on a CPU 128 MiB, or what 128 rows of both logits need where that is more.
+        kl_weight, logp_weight: (...) weights of the loss, detached. They must include beta and the host's
+            normalisation.
+        differentiable_logp: False returns logp detached; with a frozen head the backward pass then needs no product.
+        max_tile_bytes: upper limit of temporary memory in bytes. Arguments, results and gradients are not counted, and
+            the tiles of at least one row are allocated. The default is 1300 MiB on an accelerator. On a CPU it is
+            128 MiB, or the memory that 128 rows of both logits need if this is more.
 
     Returns:
         :class:`ExactKL`, :class:`ExactKLLoss` if ``kl_weight`` or ``logp_weight`` is given, or :class:`TopKKL` with
         ``reference``.
 
     Raises:
-        ValueError: a shape, label or option that cannot be.
-        TypeError: a dtype that cannot be, or a sharded weight.
-        BackendError: the backend asked for is unknown or cannot be used here.
+        ValueError: if a shape, label or option is invalid.
+        TypeError: if a dtype is not supported, or a weight is sharded.
+        BackendError: if the backend is unknown or cannot be used here.
     """
     shape = hidden.shape[:-1]
     check_floats(hidden=hidden, weight=weight)
@@ -371,7 +377,7 @@ def _top_k_result(found: TopKStatistics, reference: TopKReference, shape: torch.
 
 
 def _weighted_remainder(found: TopKStatistics, labels: Tensor, behaviour_logp: Tensor | None) -> Tensor:
-    """(N,) the remainder with its importance weight, whose gradient is that of its coefficient on the log-prob."""
+    """Return the remainder (N,) with its importance weight. Its gradient is that of a coefficient on the log-prob."""
     logp, remainder = found.logp.detach(), found.remainder.detach()
     if behaviour_logp is not None:
         kept = (labels != IGNORE_INDEX)[None]

@@ -1,4 +1,4 @@
-"""The future-KL term: discounted sums over the tokens that come after."""
+"""The future-KL term: discounted sums over the tokens that come after each token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def future_sum(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Compute the discounted sum of the terms after each token: sum_{j>t} gamma^(j-t) terms_j.
 
-    Powers count response tokens only.
+    The exponent j - t counts response tokens only.
 
     See arXiv 2601.10201 (FRPO) and 2506.09477 for why the sequence gradient has this term.
 
@@ -29,7 +29,7 @@ def future_sum(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def _discounted_to_go(terms: Tensor, mask: Tensor, gamma: float) -> Tensor:
     # y_t = terms_t + a_t y_{t+1} with a_t = gamma on response tokens and 1 outside the mask: an affine recurrence,
-    # composed by doubling in log2(T) steps (no division, no T x T matrix).
+    # composed by doubling in log2(T) steps, without division and without a T x T matrix.
     to_go = terms
     step = torch.ones_like(terms).masked_fill(mask, gamma)  # torch.where would round a float64 gamma to float32
     length, shift = terms.shape[-1], 1

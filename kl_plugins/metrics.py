@@ -1,4 +1,4 @@
-"""Diagnostics of a KL term: the same keys on every rank, zeros where there are no tokens."""
+"""Diagnostics of a KL term. The keys are the same on every rank, and the values are 0 if there are no tokens."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ REDUCTIONS: dict[str, Literal["mean", "max", "pooled"]] = {
     "kl/trust_region": "mean",
     "kl/active": "mean",
 }
-"""Every key, and how a host joins it over micro-batches, ranks and the logging window.
+"""Every key, and how a host combines it over micro-batches, ranks and the logging window.
 
-``mean``: weighted by response tokens. ``max``: the largest. ``pooled``: a ratio or a spread; ``adapters/metrics.py``
-computes it again from joined sums, so that it does not depend on how tokens were split into micro-batches.
-``kl/exact`` is there only where exact values are given.
+``mean``: mean weighted by response tokens. ``max``: the largest value. ``pooled``: a ratio or a standard deviation;
+``adapters/metrics.py`` computes it again from combined sums, so that it does not depend on how tokens were split into
+micro-batches. ``kl/exact`` exists only if exact values are given.
 """
 
 MEANINGS: dict[str, str] = {
@@ -65,7 +65,7 @@ MEANINGS: dict[str, str] = {
 """Meaning of each metric, for the documentation and for readers of a log."""
 
 LEAST_KL = 1e-4
-"""``kl/disagree`` is 0 where ``kl/value`` is below this (nats): below it, noise is compared with noise."""
+"""``kl/disagree`` is 0 if ``kl/value`` is below this (nats), because it would then only compare noise with noise."""
 
 ALIVE = 1e-6
 """Log-ratios below this (nats) count as 0 for ``kl/dead_frac``."""
@@ -80,22 +80,22 @@ def term_metrics(
     *,
     bucket: bool = False,
 ) -> dict[str, Tensor]:
-    """Diagnostics of one ``kl_term`` call.
+    """Compute the diagnostics of one ``kl_term`` call.
 
     Args:
-        terms: the term's closed forms.
+        terms: closed forms of the term.
         u: (B, T) log(policy/reference), nats, 0 outside the mask.
         log_rho: (B, T) log(policy/behaviour), nats, 0 outside the mask.
         mask: (B, T) bool.
         exact: (B, T) full-vocabulary KL, nats, or None.
-        bucket: ``exact`` is the KL over a set of tokens and one bucket, of which ``kl/value`` then is the mean.
+        bucket: whether ``exact`` is the KL over a set of tokens and one bucket. If so, ``kl/value`` is its mean.
 
     Returns:
-        0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|; ``trust_region`` estimates
+        0-d tensors by key; see :data:`REDUCTIONS`. ``log_ratio`` is |u|. ``trust_region`` estimates
         KL(behaviour || policy) from ``rho - 1 - log rho``. ``ess``, ``weight/mean``, ``weight/max`` and
-        ``reverse_k1_is`` are those of the weight in use, but before a floor has raised it: they describe the data, and
-        a floor would hide how far these are from the policy. The mean is 1 in expectation for an exact weight.
-        ``floor_frac`` is the share of tokens whose weight the floor raised.
+        ``reverse_k1_is`` use the weight before a floor has raised it: they describe the data, and a floor would hide
+        how far the data are from the policy. The mean is 1 in expectation for an exact weight. ``floor_frac`` is the
+        share of tokens whose weight the floor raised.
     """
     limits = Limits.of(u.dtype, DEFAULT_BOUND)
     count = mask.sum().clamp_min(1)
@@ -113,7 +113,7 @@ def term_metrics(
     if terms.exact_weight is not None:
         dead = dead & (terms.exact_weight == 0)
     spread = (coefficient - coefficient_mean).masked_fill(~mask, 0)
-    # Scaling keeps the squares of huge coefficients finite.
+    # The scaling keeps the squares of very large coefficients finite.
     scale = spread.abs().amax().clamp_min(1e-30) if spread.numel() else torch.ones_like(count, dtype=u.dtype)
     found = {
         "kl/value": kl_mean,
@@ -142,11 +142,11 @@ def term_metrics(
 def penalty_metrics(
     penalty: Tensor, logp: Tensor, ref_logp: Tensor, behaviour_logp: Tensor | None, mask: Tensor
 ) -> dict[str, Tensor]:
-    """Diagnostics of a penalty in the score, under the same keys: its coefficient is the penalty, its weight 1.
+    """Compute the diagnostics of a penalty under the same keys. The coefficient is the penalty, and the weight is 1.
 
     Args:
-        penalty: (B, T) per unit beta, nats.
-        logp: (B, T) the policy's log-probs now, nats.
+        penalty: (B, T) penalty per unit of beta, nats.
+        logp: (B, T) log-probs of the current policy, nats.
         ref_logp: (B, T) log-probs of the reference, nats.
         behaviour_logp: (B, T) log-probs at rollout, nats, or None.
         mask: (B, T), True on response tokens.

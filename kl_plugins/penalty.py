@@ -27,23 +27,23 @@ def kl_penalty(
 ) -> Tensor:
     """Compute the penalty of each token, detached, in nats, before multiplication by beta.
 
-    See arXiv 2601.10201 (FRPO) for ``@advantage``, 1909.08593 for ``@reward``.
+    See arXiv 2601.10201 (FRPO) for ``@advantage``, and 1909.08593 for ``@reward``.
 
     Args:
         spec: a parsed ``@reward`` or ``@advantage`` spec.
-        logp: (B, T) the trainer's own log-probs of the rollout, never the engine's, nats.
+        logp: (B, T) log-probs of the rollout, nats, computed by the trainer and not by the inference engine.
         ref_logp: (B, T) log-probs of the reference at the same temperature, nats.
         mask: (B, T), True on response tokens.
-        exact: (B, T) KL per state, nats; for an exact future term: over the whole vocabulary, or with ``top:`` over a
-            set of tokens and one bucket for all others.
-        remainder: (B, T) beside such a set and bucket: what the sampled token adds, nats, see ``kl_term``.
+        exact: (B, T) KL per state, nats, for an exact future term. It is taken over the whole vocabulary, or with
+            ``top:`` over a set of tokens and one bucket for all others.
+        remainder: (B, T) contribution of the sampled token that a set and bucket leave out, nats; see ``kl_term``.
 
     Returns:
-        (B, T) in the dtype of ``logp``, 0 outside the mask. ``reward``: k_t of each token.
-        ``advantage``: the own term plus, for ``horizon:sequence``, the discounted future terms.
+        (B, T) in the dtype of ``logp``, 0 outside the mask. For ``@reward`` it is k_t of each token. For ``@advantage``
+        it is the own term plus, with ``horizon:sequence``, the discounted future terms.
 
     Raises:
-        ValueError: a ``@loss`` spec, a shape differs, or exact values that the spec needs are missing.
+        ValueError: if the spec is a ``@loss`` spec, a shape differs, or exact values that the spec needs are missing.
     """
     if spec.placement == "loss":
         raise ValueError(f"kl_penalty is for @reward and @advantage specs; {spec} is a loss: use kl_term")

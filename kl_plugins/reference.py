@@ -1,7 +1,7 @@
-"""The reference's k most probable tokens in each state: all that a nearly exact KL needs of it, wherever it runs.
+"""The reference's k most probable tokens in each state, which a nearly exact KL needs instead of its logits.
 
-The reference's own pass gives them beside its log-probs. They are then passed to ``exact_kl`` or ``linear_kl`` in the
-place of its logits, see ``docs/exact.md``.
+The reference's forward pass computes them together with its log-probs, possibly in another process. They are then
+passed to ``exact_kl`` or ``linear_kl`` instead of the reference's logits, see ``docs/exact.md``.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ def reference_top_k(
     softcap: float | None = None,
     max_tile_bytes: int | None = None,
 ) -> RefTopK:
-    """The k most probable tokens of each position, their log-probs, and the log of what they leave.
+    """Return the k most probable tokens of each position, their log-probs, and the log-prob of all other tokens.
 
     Args:
-        logits: (..., V) of the reference, any float dtype.
-        k: how many tokens; the whole vocabulary where it has fewer.
-        temperature: divides the logits, as it does the policy's.
+        logits: (..., V) logits of the reference, any float dtype.
+        k: number of tokens; the whole vocabulary if it has fewer.
+        temperature: divides the logits; it must be the policy's temperature.
         softcap: final logit soft-cap, for logits that were taken before the model's own capping.
-        max_tile_bytes: bound on temporaries beside argument and results (one row's at least).
+        max_tile_bytes: upper limit of temporary memory in bytes. Argument and results are not counted, and the
+            temporaries of at least one row are allocated.
 
     Returns:
         ids (..., k) int64, logp (..., k) and log_tail (...), float32 (float64 for float64 logits), nats.
 
     Raises:
-        ValueError: a shape or option that cannot be.
-        TypeError: the logits are no floats.
+        ValueError: if a shape or option is invalid.
+        TypeError: if the logits are not floating-point numbers.
     """
     check_floats(logits=logits)
     if logits.dim() < 1:
@@ -65,21 +66,22 @@ def linear_reference_top_k(
     softcap: float | None = None,
     max_tile_bytes: int | None = None,
 ) -> RefTopK:
-    """The same as :func:`reference_top_k`, from what goes into the output head: the logits exist a tile at a time.
+    """Compute :func:`reference_top_k` from the input of the output head: only one tile of the logits exists at a time.
 
     Args:
         hidden: (..., D) final hidden states of the reference.
-        weight: (V, D) of its head, whole (under FSDP: where the head is gathered).
+        weight: (V, D) weight of its head, not sharded (under FSDP, call where the head is gathered).
         k, temperature, softcap: as in :func:`reference_top_k`.
-        bias: (V,), None for none.
-        max_tile_bytes: bound on what is neither argument nor result (one row's logits at least).
+        bias: (V,) bias of the head, None for no bias.
+        max_tile_bytes: upper limit of temporary memory in bytes. Arguments and results are not counted, and the logits
+            of at least one row are allocated.
 
     Returns:
-        As :func:`reference_top_k`.
+        The same as :func:`reference_top_k`.
 
     Raises:
-        ValueError: a shape or option that cannot be.
-        TypeError: a dtype that cannot be, or a sharded weight.
+        ValueError: if a shape or option is invalid.
+        TypeError: if a dtype is not supported, or the weight is sharded.
     """
     check_floats(hidden=hidden, weight=weight)
     check_head(hidden, weight, bias, "")

@@ -1,4 +1,4 @@
-"""The KL term beside the policy loss: ``kl_term`` for ``@loss`` specs."""
+"""The KL term that is added to the policy loss: ``kl_term`` for ``@loss`` specs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class KLTerm:
     """Result of :func:`kl_term`. All tensors are (B, T), 0 outside the mask, in the dtype of ``logp``.
 
     Attributes:
-        value: detached: the estimator's own k_t, unweighted, without future terms, nats.
-        coefficient: detached, weight included; what multiplies grad log pi. For an exact own term: the future part,
-            and the remainder of ``top:``.
+        value: detached value of the estimator, k_t, without weight and future terms, nats.
+        coefficient: detached factor of grad log pi, with the weight included. For an exact own term, it holds only the
+            future part and the remainder of ``top:``.
         loss: value + coefficient * (logp - logp.detach()); multiply by beta, then aggregate as the host does.
-        weight: detached importance weight, 1 where there is none; with ``top:`` that of the remainder.
+        weight: detached importance weight, 1 if the spec has none; with ``top:`` the weight of the remainder.
         metrics: 0-d tensors by key; see :mod:`kl_plugins.metrics`.
     """
 
@@ -50,7 +50,8 @@ def kl_term(
 ) -> KLTerm:
     """Compute the per-token KL term whose gradient is the one that the spec names.
 
-    See arXiv 2510.01555 for why the coefficient counts and not the value; ``docs/specs.md`` for each formula.
+    See arXiv 2510.01555 for why the coefficient determines the gradient, and not the value. See ``docs/specs.md`` for
+    each formula.
 
     Args:
         spec: a parsed ``@loss`` spec.
@@ -58,18 +59,18 @@ def kl_term(
         ref_logp: (B, T) log-probs of the reference, nats.
         mask: (B, T), True on response tokens.
         old_logp: (B, T) log-probs of the trainer's own policy at rollout time.
-        sampler_logp: (B, T) log-probs that the inference engine sampled with. Beside ``is:none`` it feeds metrics only.
-        exact: (B, T) KL(policy || reference) per state, nats, with its graph; for specs with exact terms: over the
-            whole vocabulary, or with ``top:`` over a set of tokens and one bucket for all others.
-        remainder: (B, T) beside such a set and bucket: what the sampled token adds, nats, as ``exact_kl`` and
-            ``linear_kl`` return it. Leave it out where ``exact`` holds it already (``exact_kl(..., top=)``).
+        sampler_logp: (B, T) log-probs that the inference engine sampled with. With ``is:none``, only metrics use them.
+        exact: (B, T) KL(policy || reference) per state, nats, with its graph, for specs with exact terms. It is taken
+            over the whole vocabulary, or with ``top:`` over a set of tokens and one bucket for all others.
+        remainder: (B, T) contribution of the sampled token that a set and bucket leave out, nats, as ``exact_kl`` and
+            ``linear_kl`` return it. Leave it out if ``exact`` already includes it (``exact_kl(..., top=)``).
 
     Returns:
         The term; see :class:`KLTerm`.
 
     Raises:
-        ValueError: not a ``@loss`` spec, a shape differs, or log-probs that the spec needs are missing, or there is a
-            remainder without ``top:``.
+        ValueError: if the spec is not a ``@loss`` spec, a shape differs, log-probs that the spec needs are missing, or
+            a remainder is given without ``top:``.
     """
     if spec.placement != "loss":
         raise ValueError(f"kl_term is for @loss specs; {spec} is a score: use kl_penalty")
@@ -102,7 +103,8 @@ def _terms_and_metrics(
     mask: Tensor,
     dtype: torch.dtype,
 ) -> tuple[SampledTerms, dict[str, Tensor]]:
-    # One function, so that the compiled path reads the log-probs once: the metrics cost as much as the terms.
+    # Terms and metrics are one function, so that the compiled path reads the log-probs once. Otherwise the metrics
+    # would cost as much as the terms.
     u, log_rho = log_ratios(logp, ref_logp, behaviour_logp, mask, dtype)
     exact_value, rest = (None if part is None else masked_exact(part, mask, dtype) for part in (exact, remainder))
     terms = loss_terms(spec, u, log_rho, mask, exact_value, rest)
@@ -112,10 +114,11 @@ def _terms_and_metrics(
 def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:
     """Return the log-probs that the weight divides by.
 
-    They are those that the spec names; by default the sampler's, and the old policy's if those are missing.
+    If the spec names log-probs, these are returned. By default they are the sampler's, or the old policy's if the
+    sampler's are missing.
 
     Raises:
-        ValueError: a weight is asked for and the log-probs for it are missing.
+        ValueError: if the spec has a weight and the log-probs for it are missing.
     """
     given = {"sampler": sampler_logp, "old": old_logp}
     if spec.behaviour is not None:
@@ -132,7 +135,7 @@ def behaviour_log_probs(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Ten
 
 
 def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) -> None:
-    """Check that the exact values that the spec needs were given, and that it has a place for the remainder.
+    """Check that the exact values that the spec needs were given, and that the spec can use the remainder.
 
     Args:
         spec: a parsed spec.
@@ -140,7 +143,7 @@ def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) 
         remainder: (B, T) nats, or None.
 
     Raises:
-        ValueError: A value is missing, or there is a remainder without ``top:``.
+        ValueError: if a value is missing, or a remainder is given without ``top:``.
     """
     if spec.needs_exact and exact is None:
         raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")
