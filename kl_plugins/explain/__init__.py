@@ -25,24 +25,24 @@ __all__ = ["Estimate", "Explanation", "Option", "Source", "explain"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything ``kl-plugins explain`` says about one spec.
+    """The full explanation of one spec that ``kl-plugins explain`` shows.
 
     Attributes:
-        written: what was asked about.
-        spec: its canonical form, ``allow:biased`` included where it is required.
-        needs_allow_biased: it was written without the ``allow:biased`` that a run would demand.
-        notes: what a reader is most likely to be wrong about.
+        written: the text that was explained.
+        spec: its canonical form, including ``allow:biased`` if it is required.
+        needs_allow_biased: whether the text lacks the ``allow:biased`` that a run would require.
+        notes: notes on the most likely misunderstandings.
         formulas: value, weight, and the coefficient or penalty as applied, by name.
-        target, target_text: which gradient the expectation estimates.
-        why_none: why no divergence is estimated; empty where one is.
+        target, target_text: the gradient that is estimated in expectation, as a key and in words.
+        why_none: the reason why no divergence is estimated; empty if one is estimated.
         on_policy, off_policy: what is estimated on each kind of data, with the bias.
-        caveats: what bends the estimate although the target stays.
-        aggregation: what each way in which a host joins the tokens' terms does to the target, by name.
-        host_aggregation: host -> which of them it uses, and the setting that decides it.
-        needs_behaviour, needs_exact: what has to be passed beside policy and reference log-probs.
+        caveats: reasons why the estimate can deviate although the target stays the same.
+        aggregation: effect on the target of each way to aggregate the tokens' terms, by name.
+        host_aggregation: host -> the way to aggregate that it uses, and the setting that selects it.
+        needs_behaviour, needs_exact: whether these inputs are required besides policy and reference log-probs.
         options: every option in effect.
-        presets: names of the presets that are this spec -> where they come from.
-        hosts: host -> where the spec goes in its configuration.
+        presets: names of the presets that equal this spec -> where they come from.
+        hosts: host -> where to put the spec in its configuration.
         sources: references.
     """
 
@@ -67,22 +67,22 @@ class Explanation:
     sources: tuple[Source, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the explanation as plain data, which JSON can hold."""
+        """Return the explanation as plain data that can be written as JSON."""
         return asdict(self)
 
 
 def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
-    """Explain a spec or preset, also one that would need ``allow:biased`` to run.
+    """Explain a spec or preset, including one that would need ``allow:biased`` to run.
 
     Args:
         text: a spec or the name of a preset.
-        hosts: hosts to say the configuration key of.
+        hosts: hosts whose configuration keys are explained.
 
     Returns:
         The explanation.
 
     Raises:
-        KLSpecError: the text is no spec.
+        KLSpecError: if the text is not a valid spec.
     """
     spec, forgiven = _parse_forgiving(text)
     hosts = tuple(hosts)
@@ -110,7 +110,7 @@ def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
 
 
 def _parse_forgiving(text: str) -> tuple[KLSpec, bool]:
-    """The spec, and whether ``allow:biased`` had to be added: explaining a biased spec is not running it."""
+    """Return the spec, and whether ``allow:biased`` was added. A spec needs it to run, but not to be explained."""
     try:
         return KLSpec.parse(text), False
     except KLSpecError as error:

@@ -1,4 +1,4 @@
-"""What a spec estimates on data from the current policy and on data from another one, and why."""
+"""What a spec estimates on data from the current policy and on data from another policy, and why."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NO_CLEAR_TARGET = "none"
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the expected gradient is for one kind of data: a key of ``TARGETS``, and that in words with its reason."""
+    """The expected gradient for one kind of data: a key of ``TARGETS``, and a text with the reason."""
 
     target: str
     text: str
 
 
 def on_policy(spec: KLSpec) -> Estimate:
-    """For data that the current policy drew itself: every importance weight is 1."""
+    """Return the estimate for data that the current policy drew, where every importance weight is 1."""
     for row in OPTIONS.values():
         if why := row.said(row.nothing_left, spec, ""):
             return Estimate(NO_CLEAR_TARGET, f"Nothing: {why}.")
@@ -35,7 +35,7 @@ def on_policy(spec: KLSpec) -> Estimate:
 
 
 def off_policy(spec: KLSpec) -> Estimate:
-    """For data from a behaviour policy that differs: stale rollouts, or a sampler that computes differently."""
+    """Return the estimate for data from another policy: stale rollouts, or a sampler that computes differently."""
     if spec.placement != "loss":
         return Estimate(NO_CLEAR_TARGET, _score_off_policy(spec))
     if not spec.needs_behaviour:
@@ -56,7 +56,7 @@ def off_policy(spec: KLSpec) -> Estimate:
 
 
 def why_none(spec: KLSpec) -> str:
-    """Why a spec whose target is ``none`` estimates no divergence; empty for the others."""
+    """Return why a spec whose target is ``none`` estimates no divergence; empty for all other specs."""
     if spec.target != NO_CLEAR_TARGET:
         return ""
     if spec.placement == "loss":

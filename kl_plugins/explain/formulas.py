@@ -1,4 +1,4 @@
-"""Formulas of a spec as text: value, weight, coefficient or penalty, exactly as the kernels apply them."""
+"""Formulas of a spec as text: value, weight, and coefficient or penalty, exactly as the kernels apply them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BUCKET = "sum_S p log(p / r) + P L, with p of the policy, r of the reference"
 """Value of ``exact`` with ``top:``: the KL over the set and one bucket."""
 
 UNSTATED = "user-defined"
-"""Text of a formula that the author of a registered estimator did not give."""
+"""Text instead of a formula, if the author of a registered estimator gave none."""
 
 
 def row_of(spec: KLSpec) -> Estimator:
-    """The estimator row that a parsed spec names."""
+    """Return the estimator row that a parsed spec names."""
     row = find_estimator(spec.estimator)
     if row is None:
         raise LookupError(f"estimator {spec.estimator!r} is not registered in this process")
@@ -25,13 +25,13 @@ def row_of(spec: KLSpec) -> Estimator:
 
 
 def formulas(spec: KLSpec) -> dict[str, str]:
-    """Formulas by name, in reading order; ``coefficient`` or ``penalty`` is what reaches the optimiser.
+    """Return the formulas by name, in reading order. ``coefficient`` or ``penalty`` determines the gradient.
 
     Args:
         spec: a parsed spec.
 
     Returns:
-        For ``@loss``: ``value``, ``weight`` and ``coefficient``; else ``value``, ``penalty`` and ``score``.
+        For ``@loss``: ``value``, ``weight`` and ``coefficient``; otherwise ``value``, ``penalty`` and ``score``.
         ``symbols`` comes last.
     """
     lines = {"value": f"k_t = {_value(spec)}"}
@@ -92,7 +92,7 @@ def _score_lines(spec: KLSpec) -> dict[str, str]:
 
 def _weight(spec: KLSpec) -> str:
     if not spec.needs_behaviour or spec.clip is not None:
-        return ""  # the clipped head shows its ratio itself
+        return ""  # The formula of the clipped head already contains its ratio.
     own_is_exact = spec.estimator == "exact" and spec.top is None
     text = {
         "token": "rho_t",
@@ -113,7 +113,7 @@ def _weight(spec: KLSpec) -> str:
 
 
 def _exact_weight(spec: KLSpec) -> str:
-    """What multiplies the own term's gradient: with ``top:`` the weight ends one token before the sampled part's."""
+    """Return the weight of the own term's gradient. With ``top:``, it ends one token before the sampled part's."""
     if not spec.needs_behaviour or (spec.top is not None and spec.correction == "token"):
         return ""
     return "w_t " if spec.top is None or spec.correction == "sequence" else "w'_t "
@@ -151,7 +151,7 @@ def _symbols(spec: KLSpec, used: str) -> str:
 
 
 def _at(formula: str, index: str, unstated: str) -> str:
-    """Give the table's ``u`` and ``delta`` a token index, and ``a`` its number."""
+    """Add a token index to ``u`` and ``delta`` of the table's formula, and replace ``a`` by its number."""
     if formula == UNSTATED:
         return f"{unstated}_{index} ({UNSTATED})"
     body, _, a = formula.partition(", a = ")

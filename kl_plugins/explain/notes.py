@@ -25,7 +25,7 @@ WHY_DEFAULT = (
 
 
 def notes(spec: KLSpec) -> tuple[str, ...]:
-    """Plain statements on this estimator in this placement; most important first."""
+    """Return statements on this estimator in this placement, the most important one first."""
     found = [WHY_DEFAULT] if spec == KLSpec.parse(PRESETS["default"]) else []
     kind = row_of(spec).kind
     if spec.placement == "loss" and kind == "forward_kl" and spec.horizon == "token":

@@ -1,4 +1,4 @@
-"""What the options of a spec do, as data for ``kl-plugins explain`` and as a table in Markdown."""
+"""Descriptions of the options of a spec, as data for ``kl-plugins explain`` and as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLACEMENT_MEANINGS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option in effect: its value as text, whether that is the default, and what it does here."""
+    """One option in effect: its value as text, whether this is the default, and what it does in this spec."""
 
     name: str
     value: str
@@ -25,17 +25,17 @@ class Option:
 
 
 def options_in_effect(spec: KLSpec) -> tuple[Option, ...]:
-    """Every option that acts under this spec, in canonical order; options without a meaning here are left out."""
+    """Return every option that has an effect in this spec, in canonical order."""
     found = ((row, row.in_effect(spec)) for row in OPTIONS.values())
     return tuple(Option(row.name, effect[0], not row.is_set(spec), effect[1]) for row, effect in found if effect)
 
 
 def markdown_table() -> str:
-    """The options as a Markdown table, in canonical order: name, values, meaning."""
+    """Return the options as a Markdown table, in canonical order: name, values, meaning."""
     lines = ["| option | values | meaning |", "|---|---|---|"]
     for row in OPTIONS.values():
         name = row.name if row.values.is_flag else f"{row.name}:"
         forms = ", ".join(f"`{form}`" for form in row.values.forms) or "-"
-        meaning = row.meaning.replace("|", r"\|")  # a bar would end the cell
+        meaning = row.meaning.replace("|", r"\|")  # An unescaped bar would end the table cell.
         lines.append(f"| `{name}` | {forms} | {meaning} |")
     return "\n".join(lines)

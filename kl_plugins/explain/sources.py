@@ -1,4 +1,4 @@
-"""Where each part of a spec comes from."""
+"""References for each part of a spec."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kl_plugins.spec.options import OPTIONS
 
 @dataclass(frozen=True)
 class Source:
-    """A reference and what it is the source of."""
+    """A reference, and the part of the spec that comes from it."""
 
     reference: str
     topic: str
 
 
 def sources(spec: KLSpec) -> tuple[Source, ...]:
-    """References for the estimator, the placement and the options of a spec, without repetition."""
+    """Return the references for the estimator, the placement and the options of a spec, each once."""
     row = row_of(spec)
     found = [
         (part.strip(), f"the estimator {spec.estimator}") for part in row.source.split(";") if row.source != UNSTATED

@@ -1,10 +1,11 @@
 """Effect of a weighted term on a token that the policy has nearly dropped: an unbiased gradient can be unstable.
 
-Write p, r and m for a token's probability under policy, reference and behaviour policy. The force on a sampled token is
-the weight p/m times the coefficient c(u), u = log(p/r). Noise pushes sampled tokens down a little. On fresh data new
-samples correct that; on stale data the same samples push again. What brings a token back is the force as p goes to 0. A
-coefficient that grows at least like 1/p keeps it; a smaller one loses it, unless a floor keeps the weight up.
-``tests/oracle/test_floor.py`` shows it with exact expectations.
+p, r and m are a token's probabilities under policy, reference and behaviour policy. The force on a sampled token is the
+weight p/m times the coefficient c(u), with u = log(p/r). Noise pushes the probabilities of sampled tokens down a
+little. On fresh data, new samples correct this; on stale data, the same samples push again. The force as p goes to 0
+decides whether a token comes back. If the coefficient grows at least like 1/p, the force remains. If it grows more
+slowly, the force vanishes, unless a floor limits the weight from below. ``tests/oracle/test_floor.py`` shows this with
+exact expectations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kl_plugins.spec.grammar import format_number
 
 
 def stability(spec: KLSpec) -> str:
-    """One statement on how a ``@loss`` term pulls where the policy's probability of a token goes to 0; else empty.
+    """Return a statement on the pull of a ``@loss`` term as the policy's probability of a token goes to 0, or "".
 
     Args:
         spec: a parsed spec.
@@ -67,5 +68,5 @@ def _remedy(spec: KLSpec) -> str:
     possible = spec.correction == "token" and spec.horizon == "token" and not spec.norm and spec.band is None
     if possible and row_of(spec).restoring:
         return "floor:<c> keeps the pull, at the price of a bias where weights are below c."
-    forward = "k3, " if spec.horizon == "token" else ""  # with a future term, k3 estimates no divergence
+    forward = "k3, " if spec.horizon == "token" else ""  # With a future term, k3 estimates no divergence.
     return f"{forward}jeffreys, chi2 and alpha-<a> with a >= 1 keep it; so does k2@loss/is:token/floor:<c>."

@@ -13,31 +13,33 @@ __all__ = ["PRESETS", "BetaSchedule", "KLSpec", "KLSpecError", "looks_like_spec"
 
 
 def looks_like_spec(text: object) -> bool:
-    """Whether a host's KL setting holds one of our specs; a bare ``k2`` is the host's native value."""
+    """Return whether a host's KL setting is a spec of kl-plugins; a bare ``k2`` is the host's native value."""
     return isinstance(text, str) and ("@" in text or text.strip() in PRESETS)
 
 
 @dataclass(frozen=True)
 class KLSpec:
-    """A parsed KL spec, which names a KL regulariser completely.
+    """A parsed KL spec, which describes a KL regulariser completely.
 
     Build it with :meth:`parse`; ``str()`` gives the canonical text.
 
     Attributes:
         estimator: row of the estimator table (``k2``, ``alpha-0.5``, ``exact``).
         placement: ``loss``, ``reward`` or ``advantage``.
-        horizon: ``token`` or ``sequence`` (adds the future-KL term); ``token`` for reward, where it means nothing.
-        future: estimator of the future term, None without one.
+        horizon: ``token`` or ``sequence``; ``sequence`` adds the future-KL term. It is ``token`` for ``@reward``, where
+            it has no meaning.
+        future: estimator of the future term; None without a future term.
         gamma: discount of the future term, per response token.
-        correction: the ``is:`` option: importance weight on the KL term.
-        behaviour: which log-probs are the behaviour policy's; None = the sampler's if there, else the old ones.
+        correction: the ``is:`` option, which is the importance weight on the KL term.
+        behaviour: which log-probs are the behaviour policy's; None for the sampler's if they are given, else the old
+            log-probs.
         floor, cap, band, norm: treatment of the weight, in this order.
         clip: half-width of the clipped KL head, or None.
         bound: largest absolute log-ratio that enters an ``exp``, nats.
-        beta: schedule or controller of beta; None = the host's constant.
-        top: how many of the reference's most probable tokens ``exact`` treats one by one; all others share a bucket.
-            None = the whole vocabulary.
-        allow_biased: the user knows that the target is ``none``.
+        beta: schedule or controller of beta; None for the host's constant.
+        top: number of the reference's most probable tokens that ``exact`` treats one by one; all others share a bucket.
+            None for the whole vocabulary.
+        allow_biased: whether the user accepts that the target is ``none``.
     """
 
     estimator: str
@@ -70,7 +72,8 @@ class KLSpec:
             The spec; ``KLSpec.parse(str(spec)) == spec``.
 
         Raises:
-            KLSpecError: which part is wrong, what was expected, the nearest valid word.
+            KLSpecError: if the text is not a valid spec. The error names the wrong part, what was expected, and the
+                nearest valid word.
         """
         from kl_plugins.spec.parse import parse_spec
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class KLSpecError(ValueError):
-    """A KL spec that cannot be used: which part, what was expected, the nearest valid word.
+    """An invalid KL spec: the error names the wrong part, what was expected, and the nearest valid word.
 
     Attributes:
         text: the whole spec as the user wrote it.
-        start, end: the offending part is ``text[start:end]``.
-        problem: one sentence on what is wrong.
-        expected: what would have been right.
+        start, end: position of the wrong part, which is ``text[start:end]``.
+        problem: one sentence that says what is wrong.
+        expected: what would be valid instead.
         nearest: the nearest valid word, or None.
     """
 
@@ -31,7 +31,7 @@ class KLSpecError(ValueError):
         super().__init__(self._message())
 
     def __reduce__(self) -> tuple[type[KLSpecError], tuple[object, ...]]:
-        # The default pickles only the message; workers send this error back to the driver.
+        # The default pickles only the message. All fields are needed, because workers send this error to the driver.
         return type(self), (self.text, self.start, self.end, self.problem, self.expected, self.nearest)
 
     def _message(self) -> str:
@@ -48,6 +48,6 @@ class KLSpecError(ValueError):
 
 
 def nearest_word(word: str, words: Iterable[str]) -> str | None:
-    """The valid word that looks most like ``word``, or None where nothing is close."""
+    """Return the valid word that is most similar to ``word``, or None if no word is close."""
     found = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.5)
     return found[0] if found else None

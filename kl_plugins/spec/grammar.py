@@ -6,14 +6,17 @@ import math
 import re
 
 MAX_LENGTH = 256
-"""Longest text that is read as a spec. A longer one is refused: it is a pasted file, or a template not filled in."""
+"""Length of the longest text that is read as a spec, in characters.
+
+A longer text is rejected, because it is probably a pasted file or a template that was not filled in.
+"""
 
 PLACEMENTS = ("loss", "reward", "advantage")
 
 DEFAULT_BOUND = 30.0
 
 DEFAULT_TOP = 64
-"""How many tokens ``top`` keeps where it is written without a number."""
+"""Number of tokens that ``top`` keeps if it is written without a number."""
 
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
@@ -32,12 +35,12 @@ def parse_numbers(text: str) -> list[float] | None:
     if not re.fullmatch(rf"{NUMBER}(?:-{NUMBER})*", text):
         return None
     values = [float(part) for part in re.findall(NUMBER, text)]
-    # The greedy scan must have consumed the text exactly as the full match did.
+    # The numbers are valid only if the greedy scan consumed the whole text, as the full match did.
     return values if all(math.isfinite(value) for value in values) else None
 
 
 def format_number(value: float) -> str:
-    """The shorter of the decimal and the ``5e-1`` notation that :func:`parse_number` reads back as the same number."""
+    """Return the shorter of decimal and ``5e-1`` notation; :func:`parse_number` reads it back as the same number."""
     plain = repr(float(value))
     if plain.endswith(".0"):
         plain = plain[:-2]

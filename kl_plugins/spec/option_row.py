@@ -1,4 +1,4 @@
-"""What one row of the table of options holds, and the kinds of values that an option can take."""
+"""The type of one row of the table of options, and the kinds of values that an option can take."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Reference: TypeAlias = "tuple[str, str] | None"
-"""A reference, and the part of the spec that comes from it; None without one."""
+"""A reference, and the part of the spec that comes from it; None without a reference."""
 
 Fault: TypeAlias = tuple[str, str]
-"""A fault of an option in its spec, and its correction."""
+"""A fault of an option in a spec, and its correction."""
 
 
 class BadValueError(Exception):
-    """A text that is no value of an option: what is wrong, what was expected, the nearest valid word."""
+    """A text that is not a value of an option, with the problem, what was expected, and the nearest valid word."""
 
     def __init__(self, problem: str, expected: str, nearest: str | None = None) -> None:
         super().__init__(problem)
@@ -34,14 +34,14 @@ class Values:
     """The values that an option can take.
 
     Attributes:
-        form: how a value looks, for one line of text; empty for a flag.
-        read: text to value; raises :class:`BadValueError`.
-        write: value to its shortest text, which ``read`` reads back as the same value.
-        effect: what a value does in a spec in which the option acts.
-        meanings: the valid words and what each does; empty where values are no words.
-        forms: every way a value can look; by default the words, else ``form`` alone.
-        examples: canonical text, another way to write the same value, and the value; tests build their specs of them.
-        bare: the value of the option written without a colon; None where a value has to be written.
+        form: notation of a value in one line of text; empty for a flag.
+        read: converts text to a value; raises :class:`BadValueError`.
+        write: converts a value to its shortest text, which ``read`` reads back as the same value.
+        effect: describes what a value does in a spec in which the option has an effect.
+        meanings: the valid words and what each does; empty if the values are not words.
+        forms: all notations of a value; by default the words, or ``form`` alone if the values are not words.
+        examples: canonical text, another way to write the same value, and the value; tests build their specs from them.
+        bare: the value of the option if it is written without a colon; None if a value must be written.
     """
 
     form: str
@@ -55,12 +55,12 @@ class Values:
 
     @property
     def is_flag(self) -> bool:
-        """Whether the option is written without a value."""
+        """Return whether the option is written without a value."""
         return not self.form
 
 
 def words(meanings: Mapping[str, str]) -> Values:
-    """One of a few words, each with what it does."""
+    """Return values that are one of a few words, from each word and what it does."""
 
     def read(text: str) -> str:
         if text not in meanings:
@@ -89,16 +89,16 @@ def number(
     of: Callable[[float], float] = float,
     bare: float | None = None,
 ) -> Values:
-    """A number.
+    """Return values that are a number.
 
     Args:
-        form: how it is named, such as ``<c>``.
-        effect: from the number's shortest text to what it does.
+        form: notation of the number, such as ``<c>``.
+        effect: from the number's shortest text to a description of what it does.
         examples: shortest text -> another way to write the number.
-        expected: what is said of a number that will not do.
-        holds: which numbers will do.
-        of: ``int`` where the number counts something.
-        bare: the number where none is written.
+        expected: text for the error about an invalid number.
+        holds: returns whether a number is valid.
+        of: ``int`` if the number is a count.
+        bare: the number to use if none is written.
     """
 
     def read(text: str) -> float:
@@ -119,13 +119,13 @@ def number(
 
 
 def flag(effect: str) -> Values:
-    """Values of an option that is written without a value."""
+    """Return the values of an option that is written without a value."""
     return Values("", lambda _: True, lambda _: "", lambda _: effect, examples=(("", "", True),))
 
 
 @dataclass(frozen=True)
 class Places:
-    """The placements in which an option has a meaning, and why not in the others."""
+    """The placements in which an option has a meaning, and the reason why it has none in the others."""
 
     allowed: tuple[str, ...]
     problem: str = ""
@@ -149,26 +149,26 @@ NOT_IN_REWARD = Places(
 class OptionRow:
     """One option of the spec, described completely.
 
-    A field that is "text or function" holds a text that is said where the option is set to something else than its
-    default, or a function of the spec whose result is said unless it is empty.
+    A field that is "text or function" holds a text or a function of the spec. A text is shown if the option is not at
+    its default. The result of a function is shown unless it is empty.
 
     Attributes:
         name: the word in the spec.
-        values: what may follow its colon.
-        meaning: one line on what the option is for.
+        values: the values that may follow its colon.
+        meaning: one line that says what the option is for.
         attribute: the attribute of :class:`~kl_plugins.spec.KLSpec` that holds the value; by default ``name``.
         other_names: other spellings that are read as ``name``.
-        places: the placements that allow it.
-        default: its default as a function of estimator, placement and horizon, where these decide it.
-        faults: contradictions between this option, where a user wrote it, and the rest of the spec.
-        acts: whether it has an effect in a spec; by default where it is set to something else than its default.
-        unset: what is shown in place of the value None, and what that does.
+        places: the placements that allow the option.
+        default: the default as a function of estimator, placement and horizon, if it depends on them.
+        faults: contradictions between this option, if a user wrote it, and the rest of the spec.
+        acts: whether the option has an effect in a spec; by default, if it is not at its default.
+        unset: what is shown instead of the value None, and what that does.
         weight: puts this option into the formula of the importance weight, from its value and the formula so far.
-        caveat: text or function; what bends the estimate although the target stays.
-        bends: whether it makes the estimate biased off-policy.
-        on_policy: text or function; how it bends the estimate where every weight is 1.
-        nothing_left: text or function; why nothing at all is left where every weight is 1.
-        source: as text or function; where the option comes from.
+        caveat: text or function; says what makes the estimate deviate although the target stays the same.
+        bends: whether the option makes the estimate biased off-policy.
+        on_policy: text or function; says how the estimate deviates if every weight is 1.
+        nothing_left: text or function; says why the term is 0 if every weight is 1.
+        source: reference or function; says where the option comes from.
     """
 
     name: str
@@ -192,33 +192,33 @@ class OptionRow:
         object.__setattr__(self, "attribute", self.attribute or self.name)
 
     def value(self, spec: KLSpec) -> Any:
-        """The option's value in a spec."""
+        """Return the option's value in a spec."""
         return getattr(spec, self.attribute)
 
     def default_in(self, spec: KLSpec) -> Any:
-        """The option's value in a spec of this estimator, placement and horizon that does not name it."""
+        """Return the option's value in a spec of this estimator, placement and horizon that does not set it."""
         if self.default is not None:
             return self.default(spec)
         return getattr(type(spec), self.attribute)
 
     def is_set(self, spec: KLSpec) -> bool:
-        """Whether the value is another one than the default."""
+        """Return whether the value differs from the default."""
         return bool(self.value(spec) != self.default_in(spec))
 
     def written(self, spec: KLSpec) -> str:
-        """The option in the canonical text, with its slash; empty at its default."""
+        """Return the option as it is in the canonical text, with its slash; empty if it is at its default."""
         if not self.is_set(spec):
             return ""
         return f"/{self.name}" if self.values.is_flag else f"/{self.name}:{self.values.write(self.value(spec))}"
 
     def misplaced(self, spec: KLSpec) -> Iterator[Fault]:
-        """The fault of an option that the spec's placement does not allow."""
+        """Yield a fault if the spec's placement does not allow the option."""
         if spec.placement not in self.places.allowed:
             names = {"name": self.name, "placement": spec.placement}
             yield self.places.problem.format(**names), self.places.expected.format(**names)
 
     def in_effect(self, spec: KLSpec) -> tuple[str, str] | None:
-        """The value as text and what it does, or None where the option has no effect in this spec."""
+        """Return the value as text and what it does, or None if the option has no effect in this spec."""
         if not (self.is_set(spec) if self.acts is None else self.acts(spec)):
             return None
         value = self.value(spec)

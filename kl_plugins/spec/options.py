@@ -1,10 +1,9 @@
 """The one table of spec options, in canonical order.
 
-Parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, docs/specs.md and the specs that
-the tests draw all come from these rows. A new option is one row here and one attribute of
-:class:`~kl_plugins.spec.KLSpec`. What an option computes is in :mod:`kl_plugins.kernels.sampled` and
-:mod:`kl_plugins.corrections`. What concerns several parts of a spec at once is in :mod:`kl_plugins.spec.rules` and
-:mod:`kl_plugins.spec.target`.
+These rows define parsing, printing, contradictions, caveats, ``kl-plugins explain`` and ``list``, docs/specs.md, and
+the specs that the tests draw. A new option is one row here and one attribute of :class:`~kl_plugins.spec.KLSpec`. The
+computation of each option is in :mod:`kl_plugins.kernels.sampled` and :mod:`kl_plugins.corrections`. Rules about
+several parts of a spec are in :mod:`kl_plugins.spec.rules` and :mod:`kl_plugins.spec.target`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 BIASED = "biased"
-"""The one value of ``allow:``."""
+"""The only value of ``allow:``."""
 
 ALLOW_BIASED = f"allow:{BIASED}"
-"""What a spec needs whose target is ``none``."""
+"""The option that a spec needs if its target is ``none``."""
 
 
 def _top_faults(spec: KLSpec) -> Iterator[Fault]:
@@ -217,4 +216,4 @@ OPTIONS: dict[str, OptionRow] = {
 """Every option by name, in the order of the canonical text."""
 
 BY_SPELLING: dict[str, OptionRow] = {name: row for row in OPTIONS.values() for name in (row.name, *row.other_names)}
-"""Every option by every spelling that is read."""
+"""Every option by each of its accepted spellings."""

@@ -1,4 +1,4 @@
-"""Text to :class:`KLSpec`: splits the parts, reads each value, leaves contradictions to ``rules``."""
+"""Conversion of text to :class:`KLSpec`: splits the parts and reads each value; ``rules`` finds contradictions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kl_plugins.spec.rules import check
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of the spec and where it stands in the text."""
+    """A part of the spec and its position in the text."""
 
     text: str
     start: int
 
     @property
     def end(self) -> int:
-        """Index behind the last character."""
+        """Return the index after the last character."""
         return self.start + len(self.text)
 
     def error(self, spec: str, problem: str, expected: str = "", nearest: str | None = None) -> KLSpecError:
@@ -95,7 +95,7 @@ def _read_head(text: str, head: Part, *, has_options: bool) -> tuple[str, str]:
 
 
 def _known_estimators() -> set[str]:
-    # Only for messages: the names of third-party rows cost the import of every package that registers some.
+    # This set is used only in error messages, because it imports every package that registers estimators.
     return {*BUILT_IN, "alpha-<a>", *(row.name for row in all_estimators())}
 
 

@@ -25,7 +25,7 @@ NOTES: dict[str, str] = {
     "sequence": "the sequence-level reverse-KL gradient, per-decision importance weights",
     "exact": "full-vocabulary KL at every state, no token noise",
 }
-"""One line on where each preset comes from."""
+"""One line for each preset that says where it comes from."""
 
 NATIVE_VALUES: dict[str, str] = {
     "k1": "k1@reward",
@@ -34,4 +34,4 @@ NATIVE_VALUES: dict[str, str] = {
     "low_var_kl": "k3@loss",
     "full": "exact@loss",
 }
-"""Bare values of the KL settings that frameworks have, and the spec nearest to each; never specs themselves."""
+"""Values of the frameworks' own KL settings, and the spec nearest to each. These values are never read as specs."""

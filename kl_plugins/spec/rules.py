@@ -1,6 +1,6 @@
-"""Rules about combinations of parts; a combination without a meaning is refused with its reason.
+"""Rules about combinations of parts. A combination without a meaning is rejected, and the error says why.
 
-What one option contradicts is in its row of :mod:`kl_plugins.spec.options`.
+The contradictions of a single option are in its row of :mod:`kl_plugins.spec.options`.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 
 class HasPosition(Protocol):
-    """Where a part stands in the text."""
+    """The position of a part in the text."""
 
     @property
     def start(self) -> int:
-        """Index of the first character."""
+        """Return the index of the first character."""
 
     @property
     def end(self) -> int:
-        """Index behind the last character."""
+        """Return the index after the last character."""
 
 
 def check(text: str, spec: KLSpec, parts: Mapping[str, HasPosition]) -> None:
     """Raise :class:`KLSpecError` at the first contradiction.
 
     Args:
-        text: the whole spec.
-        spec: what its parts say.
-        parts: the options the user wrote, by name.
+        text: the whole spec as text.
+        spec: the spec built from its parts.
+        parts: the options that the user wrote, by name.
     """
     for name, problem, expected in contradictions(spec, parts):
         part = parts.get(name)
@@ -42,10 +42,10 @@ def check(text: str, spec: KLSpec, parts: Mapping[str, HasPosition]) -> None:
 
 
 def contradictions(spec: KLSpec, written: Collection[str]) -> Iterator[tuple[str, str, str]]:
-    """What is wrong with a spec as a whole: option (empty for the whole spec), problem, what would be right.
+    """Yield the contradictions in a spec: option (empty for the whole spec), problem, and what would be valid.
 
     Args:
-        spec: what its parts say.
+        spec: the spec built from its parts.
         written: names of the options that the user wrote.
     """
     rows = [row for name, row in OPTIONS.items() if name in written]

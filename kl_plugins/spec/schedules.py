@@ -1,4 +1,4 @@
-"""The schedules and controllers that ``beta:`` can name, one row each."""
+"""The schedules and controllers of beta that ``beta:`` can name, one row each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kl_plugins.spec.option_row import BadValueError, Values
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """One schedule: how it is written, what it does in general, and what it does with given numbers."""
+    """One schedule: its notation, what it does in general, and what it does with given numbers."""
 
     kind: str
     form: str
@@ -22,7 +22,7 @@ class ScheduleRow:
 
     @property
     def arity(self) -> int:
-        """How many numbers it takes."""
+        """Return how many numbers the schedule takes."""
         return self.form.count("<")
 
 

@@ -1,6 +1,6 @@
-"""Which gradient a spec estimates in expectation, and its caveats.
+"""The gradient that a spec estimates in expectation, and the caveats of the estimate.
 
-The verdicts are those of exact enumeration (``tests/oracle``), not of a reading of the formulas.
+The results were found by exact enumeration (``tests/oracle``), and not derived by reading the formulas.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ TARGETS: dict[str, str] = {
 def target_of(spec: KLSpec) -> str:
     """Return the key of :data:`TARGETS` that names the expected gradient of the spec.
 
-    Data are read as coming from the behaviour policy; with ``is:none`` as on-policy.
+    The data are assumed to come from the behaviour policy, and with ``is:none`` from the current policy.
     """
     if spec.placement == "reward":
-        # A score placed in the reward acts as reward-to-go: only k1's is a divergence's gradient.
+        # A score in the reward acts as reward-to-go. Only for k1 is the result the gradient of a divergence.
         return "reverse_kl_sequence" if spec.estimator == "k1" else "none"
     if spec.placement == "advantage":
         if spec.estimator not in ("k1", "exact"):
@@ -50,25 +50,25 @@ def _loss_target(spec: KLSpec) -> str:
         on_behaviour_states = spec.clip is not None or spec.correction == "token"
         return f"{row.kind}_token_behaviour" if on_behaviour_states else f"{row.kind}_token"
     if spec.clip is not None or spec.correction in ("token", "prefix"):
-        return "none"  # a future term needs weights over all of its tokens
-    if row.kind == "reverse_kl":  # whichever future term: each has mean KL_j
+        return "none"  # A future term needs a weight over all of its tokens.
+    if row.kind == "reverse_kl":  # This holds for every future term, because each has mean KL_j.
         return "reverse_kl_sequence"
     return "other_f_sequence" if spec.future == "own" else "none"
 
 
 def caveats_with_source(spec: KLSpec, source: str) -> tuple[str, ...]:
-    """The spec's caveats, once a host has decided where the behaviour policy's log-probs come from.
+    """Return the spec's caveats, given the host's choice of the behaviour policy's log-probs.
 
     Args:
         spec: a parsed spec.
-        source: ``old`` or ``current`` (the trainer's own log-probs), ``sampler``, ``unused``.
+        source: ``old`` or ``current`` for the trainer's own log-probs, ``sampler``, or ``unused``.
     """
     by_old = spec.needs_behaviour and spec.behaviour is None and source in ("old", "current")
     return (*((OLD_CAVEAT,) if by_old else ()), *spec.caveats)
 
 
 def caveats_of(spec: KLSpec) -> tuple[str, ...]:
-    """Reasons why the estimate can deviate from the target, one sentence each."""
+    """Return the reasons why the estimate can deviate from the target, one sentence each."""
     found: list[str] = []
     score = spec.placement != "loss"
     if spec.placement == "loss" and spec.estimator == "exact" and spec.correction == "none" and spec.horizon == "token":

@@ -1,7 +1,7 @@
-"""The options of the importance weight on the KL term: its level, its denominator, its treatment.
+"""The options of the importance weight on the KL term: its level, its denominator and its treatment.
 
-They are rows of the table in :mod:`kl_plugins.spec.options`. How the weight is computed stands in
-:mod:`kl_plugins.corrections`, which treats it in the order of these rows.
+They are rows of the table in :mod:`kl_plugins.spec.options`. :mod:`kl_plugins.corrections` computes the weight and
+applies the treatments in the order of these rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kl_plugins.spec import KLSpec
 
 OLD_CAVEAT = "behaviour:old is exact only where the old policy drew the samples, not a different sampler"
-"""Caveat of every weight that divides by old log-probs, whether the spec names them or they are the default."""
+"""Caveat of every weight that divides by old log-probs, which the spec names or the host uses by default."""
 
 
 def _beside_clip(spec: KLSpec, name: str) -> Iterator[Fault]:
@@ -94,7 +94,8 @@ def _floor_faults(spec: KLSpec) -> Iterator[Fault]:
     if spec.cap is not None and spec.floor is not None and spec.cap < spec.floor:
         yield f"the cap {format_number(spec.cap)} is below the floor", f"a floor of {format_number(spec.cap)} or less"
     row = find_estimator(spec.estimator)
-    # The remainder of top: is 0 at the reference, as a restoring coefficient is, and the bucket is not sampled.
+    # With top:, the sampled coefficient is the remainder. It is 0 at the reference, like a restoring coefficient, and
+    # the bucket is not sampled. So top: is allowed.
     if spec.top is None and (row is None or not row.restoring):
         yield (
             f"the coefficient of {spec.estimator} is not known to have the sign of u, so a raised weight may push away "
