@@ -1,1 +1,1 @@
-"""One spec, three hosts, one gradient: every host's real update on the same rollouts, beside the core in float64."""
+"""Test that a spec gives one gradient in three hosts: each host's real update, compared with the core in float64."""

@@ -46,7 +46,7 @@ def main(
 
 
 def measure(hosts: Hosts, smoke: bool) -> tuple[dict[str, list[Record]], dict[str, str]]:
-    """Make the fixture, run the workers; records and versions by host."""
+    """Make the fixture, run the workers, and return records and versions by host."""
     hosts.prepare("benchmarks.hosts.fixture", hosts.folder, log="fixture.log")
     found, versions = {}, {}
     for host in hosts:
@@ -58,7 +58,7 @@ def measure(hosts: Hosts, smoke: bool) -> tuple[dict[str, list[Record]], dict[st
 
 
 def compared(oracle: Oracle, found: dict[str, list[Record]], versions: dict[str, str], hosts: Hosts) -> dict[str, Any]:
-    """Everything that is reported."""
+    """Return all results that are reported."""
     parity, processes = compare.parity(oracle, found), compare.otherwise(oracle, found, "ranks")
     largest = max(report.worst(row) for row in parity + processes)
     beyond = [f"{row['case']} in {row['host']}" for row in parity + processes if report.worst(row) > compare.EQUAL]

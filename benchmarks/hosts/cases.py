@@ -1,4 +1,4 @@
-"""What is run in every host: specs for the comparison, and each host's own KL settings."""
+"""The cases that run in every host: specs for the comparison, and each host's own KL settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HOSTS = ("trl", "verl", "openrlhf")
 NAMES = {"trl": "TRL", "verl": "veRL", "openrlhf": "OpenRLHF"}
 BETA = 0.25
 NEAR, FAR = "near", "far"
-"""Scenarios: a reference within a nat of the policy on most tokens, and one so far that hosts' clamps matter."""
+"""Scenarios: a reference within a nat of the policy on most tokens, and one so far away that hosts' clamps matter."""
 
 SPECS = (
     *("k1@loss/allow:biased", "k2@loss", "k3@loss"),
@@ -29,12 +29,12 @@ AGGREGATIONS = {
     "verl": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"),
     "openrlhf": ("token-mean",),
 }
-"""How a host may sum the KL over tokens and sequences; its default first."""
+"""Ways in which a host can sum the KL over tokens and sequences; its default is the first."""
 
 AGGREGATED_SPEC = "k2@loss"
 
 PARALLEL_SPECS = ("k2@loss/is:token/behaviour:sampler", "k2@loss/horizon:sequence/future:k3", "k1@advantage")
-"""Run in two processes as well, where the host's worker can: is the data-parallel factor what it should be?"""
+"""Specs that also run in two processes, if the host's worker can, to test the data-parallel factor."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Case:
 
     Attributes:
         name: unique within the host.
-        spec: of kl-plugins; empty for the host's own KL.
-        native: settings that the host's worker alone reads: its own ``estimator`` and flags, its ``dtype``,
-            the number of its processes (``ranks``).
-        placement: where the KL is put: ``loss``, ``reward`` or ``advantage``.
+        spec: spec of kl-plugins; empty for the host's own KL.
+        native: settings that only the host's worker reads: its own ``estimator`` and flags, its ``dtype``, and the
+            number of its processes (``ranks``).
+        placement: where the KL enters: ``loss``, ``reward`` or ``advantage``.
         scenario: ``near`` or ``far``.
         aggregation: one of the host's :data:`AGGREGATIONS`.
     """
@@ -59,7 +59,7 @@ class Case:
     aggregation: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for the file that workers read."""
+        """Return the case as plain data, for the file that workers read."""
         return asdict(self)
 
 
@@ -87,18 +87,18 @@ NATIVE: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         *((f"k{n} in reward", "reward", {"estimator": f"k{n}"}) for n in (1, 2, 3)),
     ),
 }
-"""Each host's own KL settings: name, placement, and what its worker sets."""
+"""Each host's own KL settings: name, placement, and the settings of its worker."""
 
 SMOKE_NATIVE = {"trl": 2, "verl": 4, "openrlhf": 3}
 
 
 def placement_of(spec: str) -> str:
-    """``loss``, ``reward`` or ``advantage``; readable without kl_plugins."""
+    """Return ``loss``, ``reward`` or ``advantage``, without an import of kl_plugins."""
     return spec.split("@")[1].split("/")[0]
 
 
 def cases(host: str, smoke: bool = False) -> list[Case]:
-    """Every update that a host makes, its default aggregation first."""
+    """Return every update that a host makes, with its default aggregation first."""
     default, *others = AGGREGATIONS[host]
     specs = SMOKE_SPECS if smoke else SPECS
     found = [Case(text, text, placement=placement_of(text), aggregation=default) for text in specs]

@@ -1,4 +1,4 @@
-"""Hosts against the core and against one another, each host's documented normalisation divided out."""
+"""Comparison of hosts with the core and with each other, after division by each host's documented normalisation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.hosts.records import Record
 from benchmarks.hosts.reference import Oracle
 
 EQUAL = 1e-5
-"""Relative difference up to which two float32 gradients are called equal."""
+"""Largest relative difference at which two float32 gradients count as equal."""
 
 CANDIDATES = (
     *SPECS,
@@ -21,7 +21,7 @@ CANDIDATES = (
     *("k2@reward/allow:biased", "k3@reward/allow:biased", "abs@reward/allow:biased"),
     *("k2@advantage/allow:biased", "k3@advantage/allow:biased"),
 )
-"""Specs among which the one that a host's own setting equals is looked for."""
+"""Specs that are compared with each host's own settings, to find the spec that a setting equals."""
 
 TARGETS = {
     "reverse KL per token": "exact@loss",
@@ -29,29 +29,29 @@ TARGETS = {
     "reverse KL of the sequence": "k2@loss/horizon:sequence/is:decision/behaviour:sampler",
     "forward KL per token": "k3@loss",
 }
-"""What hosts' own settings are also held against: on one batch, so sampling noise is part of the distance."""
+"""Targets that hosts' own settings are also compared with, on one batch, so the distance includes sampling noise."""
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected; where that is 0, the difference's own norm."""
+    """Return the norm of the difference over the norm of ``expected``, or the norm of the difference if that is 0."""
     size = float(expected.double().norm())
     return float((found.double() - expected.double()).norm()) / (size or 1.0)
 
 
 def scale_between(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The factor that brings `expected` closest to `found`, and the relative rest that no factor explains."""
+    """Return the factor that brings `expected` closest to `found`, and the relative rest that no factor explains."""
     found, expected = found.double(), expected.double()
     factor = (found @ expected / (expected @ expected)).item()
     return factor, relative(found / factor if factor else found, expected)
 
 
 def coefficient(record: Record, weights: Tensor) -> Tensor:
-    """(B, T) what the host applied to each token, per unit beta, its aggregation divided out."""
+    """Return the coefficient (B, T) that the host applied to each token, per unit of beta, without its aggregation."""
     return record.pull.double() / (BETA * weights)
 
 
 def parity_row(oracle: Oracle, host: str, record: Record) -> dict[str, Any]:
-    """How far one host is from the core under one spec."""
+    """Return the differences between one host and the core under one spec."""
     case, batches = record.case, record.micro_batches
     expected, weights = oracle.expected(host, case, batches), oracle.weights(host, case.aggregation, batches)
     mask, applied = oracle.mask, coefficient(record, weights)
@@ -62,7 +62,7 @@ def parity_row(oracle: Oracle, host: str, record: Record) -> dict[str, Any]:
         "placement": case.placement,
         "aggregation": case.aggregation,
         "gradient": relative(oracle.flat(record.gradient), expected.gradient),
-        # An exact KL's own gradient goes through the logits and not through the tokens' log-probs.
+        # The gradient of an exact KL itself goes through the logits and not through the tokens' log-probs.
         "coefficient": relative(applied[mask], expected.coefficient[mask]),
         "loss": None if expected.loss is None else abs(record.loss / (BETA * expected.loss) - 1),
         "log_probs": (record.log_probs - oracle.log_probs["current"])[mask].abs().max().item(),
@@ -74,7 +74,7 @@ def parity_row(oracle: Oracle, host: str, record: Record) -> dict[str, Any]:
 
 
 def parity(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Rows of all specs under each host's default aggregation, and pairs of hosts."""
+    """Return the rows of all specs under each host's default aggregation, with the differences of pairs of hosts."""
     rows = []
     by_case: dict[str, dict[str, Record]] = {}
     for host, records in found.items():
@@ -92,10 +92,11 @@ def parity(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list[dict[s
 
 
 def portable_beta(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """By what each host's beta has to be multiplied to pull as a mean over all response tokens would.
+    """Return the factors for each host's beta that give the same pull as a mean over all response tokens.
 
-    `scale` is measured, `documented` is the same from the host's documentation. Where sequences weigh differently no
-    one factor is right: `rest` is what it leaves, `by_sequence` the factors of single sequences.
+    `scale` is the measured factor, and `documented` is the factor from the host's documentation. If sequences have
+    different weights, no single factor is right: `rest` is the remaining difference, and `by_sequence` holds the
+    factors of the single sequences.
     """
     rows = []
     for host, records in found.items():
@@ -121,7 +122,7 @@ def portable_beta(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list
 
 
 def otherwise(oracle: Oracle, found: Mapping[str, Sequence[Record]], setting: str) -> list[dict[str, Any]]:
-    """Specs under another setting of the worker than the comparison's: in 16 bits (``dtype``), in more processes."""
+    """Compare specs under another setting of the worker: in 16 bits (``dtype``), or in more processes (``ranks``)."""
     return [
         {"host": host, **parity_row(oracle, host, record)}
         for host, records in found.items()
@@ -131,9 +132,9 @@ def otherwise(oracle: Oracle, found: Mapping[str, Sequence[Record]], setting: st
 
 
 def native(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """What each host's own settings do: the spec that each equals or is nearest to, and its distance from targets.
+    """Return for each host's own settings the spec that each equals or is nearest to, and its distance from targets.
 
-    A setting that equals a spec as long as the reference is near is held against that same spec where it is far.
+    If a setting equals a spec with the near reference, it is compared with the same spec with the far reference.
     """
     rows: list[dict[str, Any]] = []
     for host, records in found.items():
@@ -153,7 +154,7 @@ def native(oracle: Oracle, found: Mapping[str, Sequence[Record]]) -> list[dict[s
 
 
 def native_row(oracle: Oracle, host: str, record: Record) -> dict[str, Any]:
-    """One of a host's own settings."""
+    """Return the row of one of a host's own settings."""
     gradient, case = oracle.flat(record.gradient), record.case
     distances = {}
     for spec in CANDIDATES:
@@ -174,7 +175,7 @@ def native_row(oracle: Oracle, host: str, record: Record) -> dict[str, Any]:
         "targets": {name: distances[spec] for name, spec in TARGETS.items() if spec in distances},
         "dead_tokens": int((applied == 0).sum()),
         "tokens": applied.numel(),
-        # A KL in the loss, and no task reward: the loss is beta times the KL that was applied.
+        # With a KL in the loss and no task reward, the loss is beta times the KL that was applied.
         "applied": record.loss / BETA if case.placement == "loss" else None,
         "logged": record.logged,
         "coefficients": applied.tolist(),

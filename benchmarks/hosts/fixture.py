@@ -1,11 +1,11 @@
-"""The rollouts that all hosts are fed: models, tokens, log-probs, rewards, and what the float64 reference needs.
+"""The rollouts for all hosts: models, tokens, log-probs, rewards, and the inputs of the float64 reference.
 
-Run as ``python -m benchmarks.hosts.fixture FOLDER`` in any host's environment. It writes, per scenario, a folder with
-``model`` (the policy that the rollouts came from), ``current`` (the policy being updated), ``reference``, and what
-OpenRLHF's command line wants to see, and beside them ``rollouts.pt`` and ``oracle.pt``.
+Run it as ``python -m benchmarks.hosts.fixture FOLDER`` in any host's environment. For each scenario it writes a folder
+with ``model`` (the policy that the rollouts came from), ``current`` (the policy being updated), ``reference``, and the
+files that OpenRLHF's command line expects. Next to these folders it writes ``rollouts.pt`` and ``oracle.pt``.
 
-The Jacobians in ``oracle.pt`` let the core's environment, which has no models, give parameter gradients: the gradient
-of ``sum_t w_t log pi_t`` is ``w @ score``.
+The core's environment has no models. With the Jacobians in ``oracle.pt`` it can still compute parameter gradients: the
+gradient of ``sum_t w_t log pi_t`` is ``w @ score``.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from benchmarks.hosts.cases import FAR, NEAR
 from tests.support.openrlhf import assets
 
 GROUP = 2
-"""Responses per prompt."""
+"""Number of responses per prompt."""
 
 PROMPTS = (3, 3, 5, 5, 2, 2, 4, 4)
 RESPONSES = (6, 4, 7, 5, 3, 8, 4, 6)
 MODELS = {"current": 0.003, NEAR: 0.008, FAR: 0.08}
-"""Noise on the weights, by model, around the policy that the rollouts came from."""
+"""Scale of the noise that is added to the weights of the rollouts' policy, by model."""
 
-FIRST_TOKEN = 4  # those before are special
+FIRST_TOKEN = 4  # The tokens before it are special.
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """One entry per sequence; log-probs are float32, of response tokens, nats.
+    """The rollouts, one entry per sequence. Log-probs are of response tokens, float32, nats.
 
     Attributes:
         prompts, responses: token ids.
-        sampler: the inference engine's log-probs.
-        old: of the policy that the rollouts came from.
-        current: of the policy being updated.
-        reference: by scenario.
+        sampler: log-probs of the inference engine.
+        old: log-probs of the policy that the rollouts came from.
+        current: log-probs of the policy being updated.
+        reference: log-probs of the reference, by scenario.
         rewards: one per sequence.
     """
 
@@ -55,11 +55,11 @@ class Rollouts:
 
     @property
     def lengths(self) -> list[int]:
-        """Response tokens of each sequence."""
+        """Return the number of response tokens of each sequence."""
         return [len(response) for response in self.responses]
 
     def index_of(self, tokens: list[int]) -> int:
-        """Which sequence has this response."""
+        """Return the index of the sequence that has this response."""
         return next(i for i, response in enumerate(self.responses) if response.tolist() == tokens)
 
     @classmethod
@@ -69,17 +69,17 @@ class Rollouts:
 
 
 def build_models(folder: Path) -> dict[str, Any]:
-    """Write the scenarios' folders; the models in float64, by name."""
+    """Write the scenarios' folders, and return the models in float64, by name."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-    # Its prompts, reward function and tokenizer; all hosts read them from here.
+    # All hosts read the prompts, the reward function and the tokenizer from these folders.
     for scenario in (NEAR, FAR):
         assets.build(folder / scenario)
     tokenizer = AutoTokenizer.from_pretrained(folder / NEAR / "model")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     torch.manual_seed(0)
     base = Qwen2ForCausalLM(assets.model_config(dtype="float32"))
-    with torch.no_grad():  # far from uniform, so that log-ratios are not tiny
+    with torch.no_grad():  # The policy must be far from uniform, so that log-ratios are not tiny.
         base.lm_head.weight.mul_(8)
     made = {}
     for name, scale in {"model": 0.0, **MODELS}.items():
@@ -106,13 +106,13 @@ def _places(folder: Path, name: str) -> list[Path]:
 
 
 def state_logits(model: Any, prompt: Tensor, response: Tensor) -> Tensor:
-    """(T, V) logits of the states that the response's tokens are drawn in."""
+    """Return the logits (T, V) of the states in which the response's tokens were drawn."""
     logits: Tensor = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
     return logits
 
 
 def log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
-    """Log-probs of the responses' tokens, in the model's precision, with their graph."""
+    """Return the log-probs of the responses' tokens, in the model's precision, with their graph."""
     return [
         state_logits(model, p, r).log_softmax(-1).gather(-1, r[:, None])[:, 0]
         for p, r in zip(prompts, responses, strict=True)
@@ -120,7 +120,7 @@ def log_probs(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> lis
 
 
 def rows(values: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    """Jacobian of all entries with respect to all parameters, (tokens, parameters)."""
+    """Return the Jacobian (tokens, parameters) of all entries with respect to all parameters."""
     found = []
     for row in values:
         for value in row:
@@ -131,7 +131,7 @@ def rows(values: list[Tensor], parameters: list[Tensor]) -> Tensor:
 
 
 def exact_kls(policy: Any, reference: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
-    """KL(policy || reference) of every state by the whole softmax."""
+    """Return KL(policy || reference) of every state, from the whole softmax, nats."""
     found = []
     for p, r in zip(prompts, responses, strict=True):
         logp, ref = state_logits(policy, p, r).log_softmax(-1), state_logits(reference, p, r).detach().log_softmax(-1)
@@ -140,7 +140,7 @@ def exact_kls(policy: Any, reference: Any, prompts: list[Tensor], responses: lis
 
 
 def build(folder: Path) -> None:
-    """Write everything; the same bits each time."""
+    """Write all files of the fixture, with the same bits each time."""
     models = build_models(folder)
     random = torch.Generator().manual_seed(7)
     prompts: list[Tensor] = []

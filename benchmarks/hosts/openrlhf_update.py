@@ -1,9 +1,11 @@
-"""OpenRLHF's real update, its Ray actors; ``python -m benchmarks.hosts.openrlhf_update FIXTURE CASES OUT``.
+"""OpenRLHF's real update in its Ray actors; ``python -m benchmarks.hosts.openrlhf_update FIXTURE CASES OUT``.
 
 ``BasePPOTrainer.train_step`` makes the experience (log-probs, rewards, advantages) under the policy of the fixture's
-rollouts and trains on it, in micro-batches of two; in between the policy being updated is loaded into the workers.
+rollouts and trains on it, in micro-batches of two. Between the two parts, the policy being updated is loaded into the
+workers.
 
-It computes in float32 as ``benchmarks.drivers.openrlhf`` says; the case ``... in bf16`` is what users get.
+The update is computed in float32, as ``benchmarks.drivers.openrlhf`` explains. The case ``... in bf16`` shows what
+users get.
 """
 
 from __future__ import annotations
@@ -33,20 +35,20 @@ FLAGS = (
 
 
 def in_host_form(rollouts: Rollouts) -> HostRollouts:
-    """What OpenRLHF's sampler would have given; the task reward is 0."""
+    """Return the rollouts in the form of OpenRLHF's sampler; the task reward is 0."""
     given = (rollouts.prompts, rollouts.responses, rollouts.sampler)
     return HostRollouts.of(*given, [0.0] * len(rollouts.prompts))
 
 
 def flags(case: Case) -> list[str]:
-    """OpenRLHF's command line."""
+    """Return OpenRLHF's command line."""
     unbiased = bool(case.native.get("unbiased_gradient"))
     kl = case.spec or case.native["estimator"]
     return [*FLAGS, *openrlhf.kl_flags(kl, in_loss=case.placement == "loss", unbiased_gradient=unbiased)]
 
 
 def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts, current: dict[str, Tensor]) -> Record:
-    """One case."""
+    """Run one case and return its record."""
     host.assets = fixture / case.scenario
     with openrlhf.parsed_in(case.native.get("dtype", "fp32")):
         trainer = host.start(flags(case))
@@ -71,7 +73,7 @@ def update(case: Case, host: harness.Harness, fixture: Path, rollouts: Rollouts,
 
 
 def main(fixture: Path, cases: Path, output: Path) -> None:
-    """All cases."""
+    """Run all cases and write their records."""
     rollouts, records = Rollouts.load(fixture), []
     current = AutoModelForCausalLM.from_pretrained(fixture / "near" / "current").state_dict()
     with openrlhf.session(by_hand, openrlhf_watch):

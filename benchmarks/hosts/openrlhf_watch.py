@@ -1,4 +1,4 @@
-"""Functions that run inside OpenRLHF's actors, by value: what its training step does."""
+"""Functions that are sent by value to OpenRLHF's actors and record what the training step does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def start(actor: Any) -> None:
-    """Watch every training step from now on; the watch changes no number."""
+    """Record every training step from now on, without a change to any number."""
     trainer = actor.trainer
     strategy = trainer.strategy
     seen: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def start(actor: Any) -> None:
 
 
 def stop(actor: Any) -> Any:
-    """Give back what was seen, and end the watch."""
+    """Stop the recording and return what was recorded."""
     actor.unwatched.remove()
     del actor.trainer.strategy.backward
     return actor.watched

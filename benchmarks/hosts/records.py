@@ -1,4 +1,4 @@
-"""What a host's worker leaves of each case, and the files that it shares with the program that compares."""
+"""The record that a host's worker makes of each case, and the files that it shares with the comparison program."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.hosts.cases import Case
 
 @dataclass
 class Record:
-    """One update.
+    """The record of one update.
 
     Attributes:
-        case: which one.
+        case: the case that was run.
         pull: (B, T) gradient of the whole step's loss with respect to each token's log-prob; 0 where there is no token.
-        log_probs: (B, T) the policy's, as the host computed them for this update.
+        log_probs: (B, T) log-probs of the policy, as the host computed them for this update, nats.
         micro_batches: sequences of each micro-batch, in order.
-        loss: the step's loss; the host's own aggregate of the KL, beta included.
-        logged: what the host logs as its KL.
-        gradient: parameter gradient by name, as its optimizer got it.
+        loss: the step's loss, which is the host's own aggregate of the KL, including beta.
+        logged: the value that the host logs as its KL.
+        gradient: parameter gradient by name, as the host's optimizer got it.
     """
 
     case: Case
@@ -37,11 +37,11 @@ class Record:
     gradient: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, index_of: Callable[[list[int]], int], ranks: list[tuple[list[dict[str, Any]], list[float]]]) -> None:
-        """Note what the watches in a host's processes saw; such hosts average gradients over processes.
+        """Store what was recorded in a host's processes; such hosts average gradients over processes.
 
         Args:
-            index_of: which of the fixture's sequences has these response tokens.
-            ranks: per process its micro-batches, and the losses of those.
+            index_of: returns the index of the fixture's sequence with the given response tokens.
+            ranks: for each process, its micro-batches and their losses.
         """
         for seen, losses in ranks:
             self.loss += sum(losses) / len(ranks)
@@ -55,18 +55,18 @@ class Record:
 
     @classmethod
     def empty(cls, case: Case, lengths: list[int]) -> Record:
-        """Nothing seen yet."""
+        """Return a record without any data."""
         shape = len(lengths), max(lengths)
         return cls(case, torch.zeros(shape), torch.zeros(shape))
 
     def see(self, index_of: Callable[[list[int]], int], tokens: Tensor, mask: Tensor, logp: Tensor) -> None:
-        """Note one micro-batch, and watch what the backward pass brings to its log-probs.
+        """Store one micro-batch, and record the gradient of its log-probs in the backward pass.
 
         Args:
-            index_of: which of the fixture's sequences has these response tokens.
+            index_of: returns the index of the fixture's sequence with the given response tokens.
             tokens: (b, t) response tokens.
-            mask: (b, t) which of them are some.
-            logp: (b, t) with graph.
+            mask: (b, t), True where there is a token.
+            logp: (b, t) log-probs with their graph, nats.
         """
         places = [(index_of(row[on].tolist()), on) for row, on in zip(tokens, mask.bool(), strict=True)]
         self.micro_batches.append([index for index, _ in places])
@@ -81,12 +81,12 @@ class Record:
 
 
 def read_cases(path: Path) -> Iterator[Case]:
-    """The cases that a worker is to run."""
+    """Yield the cases that a worker must run."""
     return (Case(**data) for data in json.loads(path.read_text()))
 
 
 def write_cases(path: Path, cases: list[Case]) -> None:
-    """The file that :func:`read_cases` reads."""
+    """Write the file that :func:`read_cases` reads."""
     path.write_text(json.dumps([case.to_dict() for case in cases], indent=1))
 
 
@@ -97,6 +97,6 @@ def save(path: Path, host: str, version: str, records: list[Record]) -> None:
 
 
 def load(path: Path) -> tuple[str, str, list[Record]]:
-    """Host, its version and its records."""
+    """Read a worker's results: the host, its version and its records."""
     found = torch.load(path)
     return found["host"], found["version"], [Record(**{**row, "case": Case(**row["case"])}) for row in found["records"]]

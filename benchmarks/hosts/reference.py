@@ -1,4 +1,4 @@
-"""What every host should have computed: the core called directly in float64, and each host's documented aggregation."""
+"""The expected results of every host: direct calls of the core in float64, with each host's documented aggregation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kl_plugins import KLSpec, kl_penalty, kl_term
 
 
 def pad(rows: list[Tensor], width: int) -> Tensor:
-    """(B, T) of tensors of different lengths, zeros behind."""
+    """Return tensors of different lengths as one tensor (B, T), padded with zeros at the end."""
     return torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows])
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a case should give.
+    """The expected results of a case.
 
     Attributes:
-        coefficient: (B, T) what multiplies each token's score, per unit beta.
-        loss: aggregated KL, nats; None where the KL is no loss.
-        gradient: of the KL with respect to all parameters, beta included, flattened.
+        coefficient: (B, T) factor of each token's score (gradient of its log-prob), per unit of beta.
+        loss: aggregated KL, nats; None if the KL is not in the loss.
+        gradient: gradient of beta times the KL with respect to all parameters, flattened.
     """
 
     coefficient: Tensor
@@ -34,10 +34,10 @@ class Expected:
 
 
 class Oracle:
-    """The fixture's float64 side.
+    """The float64 reference for a fixture.
 
     Args:
-        folder: what ``benchmarks.hosts.fixture`` wrote.
+        folder: the folder that ``benchmarks.hosts.fixture`` wrote.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,16 +55,16 @@ class Oracle:
         self.group: int = found["group"]
 
     def weights(self, host: str, aggregation: str, micro_batches: list[list[int]] | None = None) -> Tensor:
-        """(B, 1) what the host multiplies each token of a sequence with, by its documentation."""
+        """Return the factor (B, 1) of each token of a sequence in the host's aggregation, as the host documents it."""
         found = sequence_weights(host, aggregation, self.lengths, self.width, micro_batches)
         return torch.tensor(found, dtype=torch.float64).unsqueeze(1)
 
     def expected(self, host: str, case: Case, micro_batches: list[list[int]] | None = None) -> Expected:
-        """A spec's case, as the core has it, aggregated as `host` documents.
+        """Compute the expected results of a case with a spec, from the core and the documented aggregation of `host`.
 
         Args:
-            host: whose aggregation, and whose site of a KL in the reward.
-            case: with a spec.
+            host: the host whose aggregation is used, and whose treatment of a KL in the reward.
+            case: a case with a spec.
             micro_batches: sequences of each micro-batch, for aggregations that depend on them.
         """
         spec, weights = KLSpec.parse(case.spec), self.weights(host, case.aggregation, micro_batches)
@@ -74,7 +74,7 @@ class Oracle:
             penalty = kl_penalty(spec, old, reference, self.mask)
             if spec.placement == "reward":
                 penalty = reward_site(host, penalty, self.mask, self.group)
-            # The host's policy loss multiplies advantages with its ratio to the policy at rollout time.
+            # The host's policy loss multiplies advantages by the ratio of the current policy to the rollout policy.
             coefficient = (current - old).exp() * penalty * self.mask
             return Expected(coefficient, None, self.gradient(coefficient, weights))
         exact = self.exact if spec.needs_exact else None
@@ -87,12 +87,12 @@ class Oracle:
         return Expected(term.coefficient, (term.value * weights).sum().item(), gradient)
 
     def gradient(self, coefficient: Tensor, weights: Tensor, exact_weight: Tensor | None = None) -> Tensor:
-        """Parameter gradient of beta times the aggregated KL.
+        """Compute the parameter gradient of beta times the aggregated KL.
 
         Args:
-            coefficient: (B, T) of each token's score.
-            weights: (B, 1) of the aggregation.
-            exact_weight: (B, T) on the exact KL's own gradient, where it has one.
+            coefficient: (B, T) factor of each token's score (gradient of its log-prob).
+            weights: (B, 1) weights of the aggregation.
+            exact_weight: (B, T) weight of the exact KL's own gradient; None if the spec has no exact own term.
         """
         found = (BETA * weights * coefficient)[self.mask] @ self.score
         if exact_weight is not None:
@@ -100,10 +100,10 @@ class Oracle:
         return found
 
     def flat(self, gradient: dict[str, Tensor]) -> Tensor:
-        """A host's gradient by name, in this order of parameters, float64.
+        """Flatten a host's gradient by name, in the fixture's order of parameters, float64.
 
         Raises:
-            ValueError: another model's names.
+            ValueError: if the names are those of another model.
         """
         names = [name for name, _ in self.parameters]
         if set(names) != set(gradient):
@@ -114,20 +114,20 @@ class Oracle:
 def sequence_weights(
     host: str, aggregation: str, lengths: list[int], width: int, micro_batches: list[list[int]] | None = None
 ) -> list[float]:
-    """What a host multiplies each token of each sequence with when it sums the KL of one optimizer step.
+    """Return the factor of each token of each sequence when a host sums the KL of one optimizer step.
 
     See the documentation of ``loss_type`` (TRL), ``loss_agg_mode`` (veRL) and ``aggregate_loss`` (OpenRLHF).
 
     Args:
         host: ``trl``, ``verl`` or ``openrlhf``.
-        aggregation: one of its modes.
+        aggregation: one of the host's modes.
         lengths: response tokens per sequence.
-        width: the longest that a response may be.
-        micro_batches: sequences of each micro-batch; needed for the modes that depend on them: TRL's ``bnpo`` divides
-            by the tokens of the micro-batch, veRL's ``seq-mean-token-sum-norm`` by its longest response.
+        width: largest possible length of a response.
+        micro_batches: sequences of each micro-batch. They are needed for the modes that depend on them: TRL's ``bnpo``
+            divides by the tokens of the micro-batch, veRL's ``seq-mean-token-sum-norm`` by its longest response.
 
     Raises:
-        ValueError: no such mode.
+        ValueError: if the host has no such mode.
     """
     count, tokens = len(lengths), sum(lengths)
     match host, aggregation:
@@ -150,16 +150,16 @@ def sequence_weights(
 
 
 def reward_site(host: str, penalty: Tensor, mask: Tensor, group: int) -> Tensor:
-    """What each host's group advantage makes of a KL in the reward, per token, without normalisation by the std.
+    """Return the effect per token of a KL in the reward on each host's group advantage, without division by the std.
 
-    TRL and veRL sum it over the response and subtract the group's mean; OpenRLHF subtracts the group's mean of the
-    task reward alone and sums each token's KL with those that follow.
+    TRL and veRL sum the KL over the response and subtract the group's mean. OpenRLHF subtracts the group's mean of the
+    task reward alone, and adds to each token's KL the KL of all following tokens.
 
     Args:
         host: ``trl``, ``verl`` or ``openrlhf``.
-        penalty: (B, T) nats per unit beta, 0 outside the mask.
-        mask: (B, T).
-        group: responses per prompt.
+        penalty: (B, T) nats per unit of beta, 0 outside the mask.
+        mask: (B, T), True on response tokens.
+        group: number of responses per prompt.
     """
     if host == "openrlhf":
         return penalty.flip(-1).cumsum(-1).flip(-1) * mask

@@ -1,4 +1,4 @@
-"""Tables and plot of the comparison of hosts."""
+"""Tables and plots of the comparison of hosts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MARKERS = {"trl": "o", "verl": "s", "openrlhf": "^"}
 
 
 def worst(row: dict[str, Any]) -> float:
-    """Largest of a row's relative differences to the core."""
+    """Return the largest of a row's relative differences to the core."""
     return max(float(row[key]) for key in ("coefficient", "loss", "gradient") if row[key] is not None)
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:
-    """Parity, portable beta, native settings."""
+    """Yield the tables of parity, portable beta and native settings."""
     yield parity_table(found["parity"], list(found["versions"]))
     beta = Table("host", "aggregation", "beta x", "documented", "single sequences", title="beta for the same pull")
     for row in found["portable_beta"]:
@@ -42,7 +42,7 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
 
 
 def parity_table(rows: list[dict[str, Any]], hosts: list[str]) -> Table:
-    """One line per spec; each host against the core, and the two hosts that differ most."""
+    """Make a table with one line per spec: each host compared with the core, and the two hosts that differ most."""
     table = Table("spec", *(NAMES[host] for host in hosts), "between hosts", title="relative difference to the core")
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = {row["host"]: row for row in rows if row["case"] == case}
@@ -53,7 +53,7 @@ def parity_table(rows: list[dict[str, Any]], hosts: list[str]) -> Table:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Relative differences per spec, factors of beta, and how far the hosts' own settings are from any spec."""
+    """Plot relative differences per spec, factors of beta, and the distances of hosts' own settings from any spec."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,8 +1,8 @@
 """TRL's real update: ``GRPOTrainer.train`` on the fixture; ``python -m benchmarks.hosts.trl_update FIXTURE CASES OUT``.
 
 The first optimizer step (learning rate 0) makes the rollout batch under the policy of the fixture's rollouts, with
-TRL's own log-probs, rewards and advantages. Between the steps a callback loads the policy being updated, and the
-second step, TRL's second iteration over the same batch, is what is recorded.
+TRL's own log-probs, rewards and advantages. Between the steps a callback loads the policy being updated. The second
+step, TRL's second iteration over the same batch, is recorded.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         trainer._get_per_token_logps_and_entropies, trainer.compute_loss = scored, computed
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the rollout batch was made."""
+        """Load the policy being updated after the rollout batch was made."""
         self.trainer.model.load_state_dict(self.current)
         self.watching = True
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The gradient as the optimizer gets it."""
+        """Store the gradient as the optimizer gets it."""
         if self.watching:
             named = self.trainer.model.named_parameters()
             self.record.gradient = {name: p.grad.detach().clone() for name, p in named}
 
 
 def settings(case: Case, width: int, output: str) -> dict[str, Any]:
-    """TRL's arguments; the ratio is never clipped, so that nothing but the KL depends on the case."""
+    """Return TRL's arguments. The ratio is never clipped, so that only the KL depends on the case."""
     return {
         "output_dir": output, "max_steps": 2, "per_device_train_batch_size": MICRO_BATCH, "num_generations": GROUP,
         "gradient_accumulation_steps": 4, "num_iterations": 2, "max_completion_length": width, "learning_rate": 0.0,
@@ -70,7 +70,7 @@ def settings(case: Case, width: int, output: str) -> dict[str, Any]:
 
 
 def update(case: Case, fixture: Path, rollouts: Rollouts, current: dict[str, Tensor], old: dict[str, Tensor]) -> Record:
-    """One case."""
+    """Run one case and return its record."""
     record = Record.empty(case, rollouts.lengths)
     responses = trl.Responses(rollouts.prompts, rollouts.responses, rollouts.sampler, GROUP)
     with tempfile.TemporaryDirectory() as output:
@@ -79,7 +79,7 @@ def update(case: Case, fixture: Path, rollouts: Rollouts, current: dict[str, Ten
             lambda completions, **_: [0.0] * len(completions), in_reward=case.placement == "reward",
             **settings(case, max(rollouts.lengths), output),
         )  # fmt: skip
-        trainer.model.load_state_dict(old)  # the reference model has been loaded by now
+        trainer.model.load_state_dict(old)  # The reference model has already been loaded.
         trainer.add_callback(Watch(trainer, record, rollouts, current))
         trainer.train()
     logged = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
@@ -88,7 +88,7 @@ def update(case: Case, fixture: Path, rollouts: Rollouts, current: dict[str, Ten
 
 
 def main(fixture: Path, cases: Path, output: Path) -> None:
-    """All cases."""
+    """Run all cases and write their records."""
     trl.stay_on_the_cpu()
     rollouts = Rollouts.load(fixture)
     current, old = (

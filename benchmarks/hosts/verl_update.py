@@ -1,7 +1,7 @@
-"""veRL's real update, a Ray ``TrainingWorker``; ``python -m benchmarks.hosts.verl_update FIXTURE CASES OUT``.
+"""veRL's real update in a Ray ``TrainingWorker``; ``python -m benchmarks.hosts.verl_update FIXTURE CASES OUT``.
 
-The worker gets what veRL's trainer sends it. A KL in rewards or advantages goes through veRL's own
-``apply_kl_penalty`` and ``compute_advantage`` first. Micro-batches of two, sequences packed without padding.
+The worker gets the data that veRL's trainer would send. A KL in rewards or advantages first goes through veRL's own
+``apply_kl_penalty`` and ``compute_advantage``. Micro-batches have two sequences, which are packed without padding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNCLIPPED: dict[str, Any] = {"clip_ratio": 1e6, "clip_ratio_low": 1e6, "clip_rat
 
 
 def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
-    """veRL's group advantages of a task reward of 0, with the KL that the case puts into rewards or advantages."""
+    """Return veRL's group advantages for a task reward of 0, with the case's KL in rewards or advantages."""
     from verl.trainer.ppo import core_algos
 
     from kl_plugins.adapters.verl.score import ScoreController
@@ -54,14 +54,14 @@ def advantages(case: Case, rollouts: Rollouts) -> list[Tensor]:
 
 
 def batch_of(case: Case, rollouts: Rollouts) -> Batch:
-    """What veRL's trainer sends to its workers."""
+    """Return the batch that veRL's trainer would send to its workers."""
     log_probs = {"old_log_probs": rollouts.old, "rollout_log_probs": rollouts.sampler}
     log_probs["ref_log_prob"] = rollouts.reference[case.scenario]
     return verl.batch_of(rollouts.prompts, rollouts.responses, log_probs, advantages(case, rollouts))
 
 
 def update(case: Case, group: Group, rollouts: Rollouts) -> Record:
-    """One case."""
+    """Run one case and return its record."""
     in_loss = case.placement == "loss"
     kl = (case.spec or case.native["estimator"]) if in_loss else None
     group.use(kl, kl_loss_coef=BETA, loss_agg_mode=case.aggregation, **UNCLIPPED)
@@ -76,14 +76,14 @@ def update(case: Case, group: Group, rollouts: Rollouts) -> Record:
 
 
 def group_of(fixture: Path, ranks: int) -> Group:
-    """Training workers with the near reference beside them, which exact terms need."""
+    """Return training workers that also hold the near reference, which exact terms need."""
     group = verl.Workers(str(fixture / "near" / "current"), ranks, micro_batch=2)
     group.ask(remote.add_reference, str(fixture / "near" / "reference"))
     return group
 
 
 def main(fixture: Path, cases: Path, output: Path) -> None:
-    """All cases."""
+    """Run all cases and write their records."""
     rollouts, records = Rollouts.load(fixture), []
     with verl.session(verl_watch):
         groups: dict[int, Group] = {}

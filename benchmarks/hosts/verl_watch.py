@@ -1,4 +1,4 @@
-"""Functions that run inside veRL's worker, by value: what its loss function is given, and what comes back to it."""
+"""Functions that are sent by value to veRL's worker and record the inputs of its loss function and their gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def start(process: Any) -> None:
-    """Watch every call of veRL's PPO loss from now on; the watch changes no number."""
+    """Record every call of veRL's PPO loss from now on, without a change to any number."""
     import torch
     from verl.workers.utils import losses
 
@@ -48,7 +48,7 @@ def start(process: Any) -> None:
 
 
 def stop(process: Any) -> Any:
-    """Give back what was seen, and veRL its own functions."""
+    """Restore veRL's own functions and return what was recorded."""
     from verl.workers.utils import losses
 
     losses.no_padding_2_padding, process.engine.forward_step = process.unwatched
