@@ -1,5 +1,5 @@
-"""One driver per host: start the real host on this machine, make updates on tensors that a benchmark gives, close down.
+"""One driver per host: it starts the real host on this machine, makes updates on a benchmark's tensors, and stops it.
 
-``trl``, ``verl`` and ``openrlhf`` run inside the environment of their host; ``launch`` starts programs in these
-environments, one host after the other. What a benchmark measures in an update stays with the benchmark.
+``trl``, ``verl`` and ``openrlhf`` run inside the environment of their host. ``launch`` starts programs in these
+environments, one host after the other. The measurements themselves are part of each benchmark.
 """

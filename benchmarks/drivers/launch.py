@@ -19,14 +19,14 @@ from benchmarks.hosts.cases import HOSTS, NAMES
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 900.0
-"""Seconds that one worker may take."""
+"""Time limit of one worker, in seconds."""
 
 
 def interpreters(given: list[str]) -> dict[str, str]:
-    """Interpreters by host, from ``HOST=PATH`` options.
+    """Return the interpreters by host, from ``HOST=PATH`` options.
 
     Raises:
-        typer.BadParameter: not ``host=path``, or no such host or file.
+        typer.BadParameter: if an option is not ``host=path``, or the host or file does not exist.
     """
     found = {}
     for text in given:
@@ -44,24 +44,24 @@ def interpreters(given: list[str]) -> dict[str, str]:
 
 
 class WorkerError(RuntimeError):
-    """A worker ended badly; says where its output is and how it ends."""
+    """A worker failed. The message says where its output is, and shows the end of the output."""
 
 
 def run_module(python: str, module: str, *arguments: str | Path, log: Path, limit: float = LIMIT) -> None:
-    """Run ``python -m module arguments`` of another environment, its output into a file.
+    """Run ``python -m module arguments`` in another environment, with its output in a file.
 
     Args:
-        python: that environment's interpreter.
-        module: of this repository.
-        arguments: of the module.
-        log: gets standard output and error.
-        limit: seconds.
+        python: interpreter of that environment.
+        module: module of this repository.
+        arguments: arguments of the module.
+        log: file for standard output and standard error.
+        limit: time limit in seconds.
 
     Raises:
-        WorkerError: it failed or took too long.
+        WorkerError: if the module failed or took too long.
     """
     variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    # Programs of the environment, such as the ninja that DeepSpeed calls, come before others of the same name.
+    # The environment's programs, such as the ninja that DeepSpeed calls, must be found before others of the same name.
     path = os.pathsep.join([str(Path(python).absolute().parent), os.environ.get("PATH", "")])
     environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables, "PATH": path}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,9 @@ class Hosts:
 
     Attributes:
         environments: interpreter of each host's environment.
-        folder: what the programs exchange; it is gone afterwards.
-        logs: folder of their output.
-        failed: what went wrong, by host.
+        folder: folder for the files that the programs exchange; it is deleted at the end.
+        logs: folder for the output of the programs.
+        failed: errors by host.
     """
 
     environments: dict[str, str]
@@ -106,18 +106,18 @@ class Hosts:
             self.progress.advance(self.task)
 
     def prepare(self, module: str, *arguments: str | Path, log: str) -> None:
-        """Run what makes the models or rollouts of all hosts, in the first environment.
+        """Run the module that makes the models or rollouts of all hosts, in the first environment.
 
         Raises:
-            WorkerError: it failed or took too long.
+            WorkerError: if the module failed or took too long.
         """
         run_module(next(iter(self.environments.values())), module, *arguments, log=self.logs / log)
 
     def run(self, host: str, module: str, *arguments: str | Path, log: str = "", limit: float = LIMIT) -> bool:
-        """:func:`run_module` in the environment of a host: its failure is noted, and the other hosts go on.
+        """Call :func:`run_module` in the environment of a host. A failure is stored, and the other hosts continue.
 
         Returns:
-            Whether it went well.
+            Whether the module succeeded.
         """
         try:
             path = self.logs / (log or f"{host}.log")
@@ -128,12 +128,12 @@ class Hosts:
         return True
 
     def report(self, console: Console) -> None:
-        """Print what went wrong."""
+        """Print the errors of all hosts that failed."""
         for text in self.failed.values():
             console.print(text, highlight=False, markup=False)
 
     def without(self) -> str:
-        """Say which hosts are missing from a result, as the end of a sentence."""
+        """Return the end of a sentence that says which hosts are missing from a result."""
         return f"; failed: {', '.join(self.failed)}" if self.failed else ""
 
 
@@ -142,7 +142,7 @@ def over_hosts(python: list[str], logs: Path) -> Iterator[Hosts]:
     """Show the progress over the hosts of ``HOST=PATH`` options, and give their programs a folder.
 
     Raises:
-        typer.BadParameter: see :func:`interpreters`.
+        typer.BadParameter: if an option is invalid; see :func:`interpreters`.
     """
     environments = interpreters(python)
     with tempfile.TemporaryDirectory(prefix="klp") as folder, Progress(console=Console(stderr=True)) as progress:
@@ -151,7 +151,7 @@ def over_hosts(python: list[str], logs: Path) -> Iterator[Hosts]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a worker's session: Ray's own processes are in it."""
+    """Kill all remaining processes of a worker's session, which include Ray's own processes."""
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and os.getsid(int(folder.name)) == process.pid:

@@ -1,8 +1,8 @@
 """OpenRLHF: its real Ray actors on the CPU, in 16 bits or in float32, and the flags of its KL.
 
-OpenRLHF computes in 16 bits only. So that it can be compared with hosts that compute in 32, :func:`know_float32` adds
-one entry to the table of dtypes in its actors, and :func:`parsed_in` names that dtype in its parsed command line.
-Everything else is OpenRLHF's own.
+OpenRLHF computes in 16 bits only. To compare it with hosts that compute in float32, :func:`know_float32` adds one entry
+to the table of dtypes in its actors, and :func:`parsed_in` sets that dtype in its parsed command line. All other code
+is OpenRLHF's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.openrlhf.ray_support import CPU_HOST, ENVIRONMENT, local_clus
 
 @cache
 def prepare() -> None:
-    """Prepare this process for OpenRLHF; to be called before anything imports it."""
+    """Prepare this process for OpenRLHF. Call it before OpenRLHF is imported."""
     os.environ.update(ENVIRONMENT)
     sys.path.append(str(CPU_HOST))
     importlib.import_module("openrlhf_on_cpu").install()
@@ -33,10 +33,10 @@ def prepare() -> None:
 
 @contextmanager
 def session(*modules: ModuleType) -> Iterator[None]:
-    """Start a Ray job with kl-plugins attached, which ends with the block.
+    """Start a Ray job with kl-plugins attached. It ends at the end of the ``with`` block.
 
     Args:
-        modules: their functions travel to the actors by value.
+        modules: modules whose functions are sent to the actors by value.
     """
     prepare()
     import ray
@@ -48,7 +48,7 @@ def session(*modules: ModuleType) -> Iterator[None]:
 
 
 def know_float32(host: harness.Harness) -> harness.Harness:
-    """Make policy and reference actors know float32; gives the same actors."""
+    """Add float32 to the dtypes of policy and reference actors, and return the same actors."""
     import ray
 
     ray.cloudpickle.register_pickle_by_value(openrlhf_actor)
@@ -58,13 +58,13 @@ def know_float32(host: harness.Harness) -> harness.Harness:
 
 
 def actors_of(assets: Path, ranks: int = 1) -> harness.Harness:
-    """New actors that know float32; Ray must be initialised."""
+    """Start new actors that can compute in float32. Ray must be initialised."""
     return know_float32(harness.Harness(assets, ranks))
 
 
 @contextmanager
 def parsed_in(dtype: str) -> Iterator[None]:
-    """Within the block, what the harness starts computes in this dtype, such as `fp32`."""
+    """Within the ``with`` block, let everything that the harness starts compute in this dtype, such as `fp32`."""
     parse = harness.parse
 
     def parsed(*args: Any, **kwargs: Any) -> Any:
@@ -77,12 +77,12 @@ def parsed_in(dtype: str) -> Iterator[None]:
 
 
 def kl_flags(kl: str, *, in_loss: bool, unbiased_gradient: bool = False) -> list[str]:
-    """The flags of a KL on OpenRLHF's command line, without its coefficient.
+    """Return the flags of a KL on OpenRLHF's command line, without its coefficient.
 
     Args:
         kl: the spec, or OpenRLHF's name of an estimator.
         in_loss: whether the KL is a term of the loss.
-        unbiased_gradient: OpenRLHF's flag of this name, for its own estimators.
+        unbiased_gradient: value of OpenRLHF's flag with this name, for its own estimators.
     """
     found = ["--algo.kl.estimator", kl]
     if in_loss:

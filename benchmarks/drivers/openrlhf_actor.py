@@ -1,4 +1,4 @@
-"""Functions that run inside OpenRLHF's actors, by value: float32, weights, processor time."""
+"""Functions that are sent by value to OpenRLHF's actors: float32, weights, processor time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def allow_float32(actor: Any) -> None:
-    """One more entry in OpenRLHF's table of dtypes, which has 16 bits only."""
+    """Add float32 to OpenRLHF's table of dtypes, which has only 16-bit dtypes."""
     import torch
     from openrlhf.utils import utils
 
@@ -15,7 +15,7 @@ def allow_float32(actor: Any) -> None:
 
 
 def load(actor: Any, weights: Any) -> None:
-    """Give the policy other weights."""
+    """Load other weights into the policy."""
     import torch
 
     with torch.no_grad():
@@ -24,12 +24,12 @@ def load(actor: Any, weights: Any) -> None:
 
 
 def weights(actor: Any) -> Any:
-    """The policy's weights by name."""
+    """Return the policy's weights by name."""
     return {name: value.detach().clone() for name, value in actor.actor.model.module.named_parameters()}
 
 
 def processor_seconds(actor: Any) -> float:
-    """What the process has taken of the processor."""
+    """Return the processor time of the process so far, in seconds."""
     import time
 
     return time.process_time()

@@ -1,4 +1,4 @@
-"""TRL: a GRPO trainer whose generation is replaced by responses that the benchmark gives."""
+"""TRL: a GRPO trainer that uses responses from the benchmark instead of its own generation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # read when TRL is imported
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # TRL reads it at import.
 
 QUIET: dict[str, Any] = {
     "logging_steps": 1, "save_strategy": "no", "report_to": [], "bf16": False, "gradient_checkpointing": False,
@@ -20,12 +20,12 @@ QUIET: dict[str, Any] = {
 
 
 def stay_on_the_cpu() -> None:
-    """Keep this process off a GPU; to be called before the first trainer is made."""
+    """Prevent the use of a GPU in this process. Call it before the first trainer is made."""
     os.environ.setdefault("ACCELERATE_USE_CPU", "1")
 
 
 def classes(spec: str | None) -> tuple[Any, Any]:
-    """``GRPOTrainer`` and ``GRPOConfig``: TRL's own, or those with the field ``kl`` where there is a spec."""
+    """Return ``GRPOTrainer`` and ``GRPOConfig``: TRL's own without a spec, else those with the field ``kl``."""
     import trl
 
     from kl_plugins.adapters import trl as ours
@@ -35,13 +35,13 @@ def classes(spec: str | None) -> tuple[Any, Any]:
 
 
 class Responses:
-    """Stands where TRL's generation stands, and gives the same responses for a prompt again and again.
+    """A replacement for TRL's generation, which gives the same responses for a prompt each time.
 
     Args:
-        prompts: (P,) token ids of each sequence's prompt; the sequences of a group lie side by side.
-        responses: (T,) token ids.
-        log_probs: (T,) the sampler's, in nats; None: it gives none.
-        group: responses per prompt.
+        prompts: (P,) token ids of each sequence's prompt; the sequences of a group are adjacent.
+        responses: (T,) token ids of each response.
+        log_probs: (T,) the sampler's log-probs of each response, nats; None if the sampler gives no log-probs.
+        group: number of responses per prompt.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Responses:
         self._prompts, self._responses, self._log_probs, self._group = prompts, responses, log_probs, group
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """TRL's ``rollout_func``; a prompt is the index of its group, as text."""
+        """Act as TRL's ``rollout_func``. A prompt is the index of its group, as text."""
         seen: Counter[int] = Counter()
         indices = []
         for prompt in prompts:
@@ -65,13 +65,13 @@ class Responses:
         }
 
     def dataset(self) -> Any:
-        """The prompts: one per group."""
+        """Return the data set of prompts, one per group."""
         from datasets import Dataset
 
         return Dataset.from_list([{"prompt": str(i)} for i in range(len(self._prompts) // self._group)])
 
     def install(self, trainer: Any) -> None:
-        """Take the place of the trainer's own generation, under a spec that refuses a rollout function."""
+        """Replace the trainer's own generation, for a spec with which a rollout function is rejected."""
         made: dict[str, Any] = {}
 
         def tokenize(prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -86,15 +86,15 @@ def make_trainer(
     model: Path, spec: str | None, responses: Responses, reward: Callable[..., list[float]], *, in_reward: bool = False,
     **settings: Any,
 ) -> Any:  # fmt: skip
-    """A trainer of TRL's, fed with fixed responses.
+    """Make one of TRL's trainers with fixed responses.
 
     Args:
-        model: folder of the policy that training starts from; it is the reference as well.
-        spec: the KL spec; empty or None: TRL's own KL.
-        responses: what it trains on.
-        reward: TRL's reward function.
-        in_reward: whether the KL is part of the reward, where kl-plugins refuses a rollout function.
-        settings: of TRL's config, over :data:`QUIET`.
+        model: folder of the policy that training starts from, which is also the reference.
+        spec: the KL spec; empty or None for TRL's own KL.
+        responses: the responses to train on.
+        reward: reward function of TRL.
+        in_reward: whether the KL is part of the reward, in which case kl-plugins rejects a rollout function.
+        settings: settings of TRL's config, which override :data:`QUIET`.
     """
     trainer_class, config_class = classes(spec)
     trainer = trainer_class(

@@ -1,4 +1,4 @@
-"""veRL: its real Ray training workers on the CPU, what its trainer sends to them, and its own advantages."""
+"""veRL: its real Ray training workers on the CPU, the batches that its trainer sends to them, and its advantages."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.support.verl.workers import Batch, Group
 
 @cache
 def prepare() -> None:
-    """Prepare this process for veRL; to be called before anything imports it."""
+    """Prepare this process for veRL. Call it before veRL is imported."""
     os.environ.update(ENVIRONMENT)
     sys.path.append(str(CPU_HOST))
 
 
 @contextmanager
 def session(*modules: ModuleType) -> Iterator[None]:
-    """Start a Ray cluster that ends with the block; functions of the modules travel to its workers by value."""
+    """Start a Ray cluster that ends with the ``with`` block. Functions of the modules are sent to workers by value."""
     prepare()
     with cluster(remote, *modules):
         yield
@@ -41,7 +41,7 @@ class Workers(Group):
     Args:
         path: folder of the model.
         ranks: number of workers.
-        micro_batch: sequences of a micro-batch on each rank; None: eight on one rank, two on several.
+        micro_batch: sequences of a micro-batch on each rank; None for eight on one rank and two on several ranks.
         packed: whether sequences are packed without padding.
     """
 
@@ -50,7 +50,7 @@ class Workers(Group):
         super().__init__(path, ranks, packed=packed)
 
     def engine(self, ranks: int) -> Any:
-        """Settings of veRL's engine."""
+        """Return the settings of veRL's engine."""
         found = super().engine(ranks)
         if self._micro_batch is None:
             return found
@@ -60,13 +60,13 @@ class Workers(Group):
 def batch_of(
     prompts: list[Tensor], responses: list[Tensor], log_probs: dict[str, list[Tensor]], advantages: list[Tensor]
 ) -> Batch:
-    """What veRL's trainer sends to its workers, where the policy has written every token of the responses.
+    """Return the batch that veRL's trainer sends to its workers if the policy wrote every token of the responses.
 
     Args:
-        prompts: (P,) token ids of each sequence.
-        responses: (T,) token ids.
-        log_probs: (T,) by veRL's names, in nats.
-        advantages: (T,) of each token.
+        prompts: (P,) token ids of each sequence's prompt.
+        responses: (T,) token ids of each response.
+        log_probs: (T,) log-probs of each response, by veRL's names, nats.
+        advantages: (T,) advantages of the tokens of each response.
     """
     masks = [torch.ones(len(row), dtype=torch.long) for row in responses]
     return Batch(prompts, responses, log_probs, masks, advantages)
@@ -75,13 +75,13 @@ def batch_of(
 def advantages_of(
     tensors: Mapping[str, Tensor], group: int, algorithm: Any, kl: str | None, control: Any
 ) -> tuple[Tensor, dict[str, float]]:
-    """Advantages by veRL's own functions, after its KL penalty where there is one.
+    """Compute advantages with veRL's own functions, after its KL penalty if there is one.
 
     Args:
         tensors: (B, T) ``response_mask``, ``token_level_scores``, and the log-probs that the penalty needs.
-        group: responses per prompt, which lie side by side.
+        group: number of responses per prompt, which are adjacent.
         algorithm: veRL's ``algorithm`` config.
-        kl: the spec or veRL's name of an estimator, in the rewards or the advantages; None: no penalty.
+        kl: the spec or veRL's name of an estimator, in the rewards or the advantages; None for no penalty.
         control: veRL's controller of beta.
 
     Returns:
