@@ -1,7 +1,9 @@
-"""The claims, each with the test that decides it. Thresholds were fixed before the runs; change none after seeing any.
+"""The claims, each with the test that decides it.
+
+The thresholds were fixed before the runs. Do not change a threshold after results are known.
 
 Sources: arXiv 2510.01555 (KL as gradient optimisation), arXiv 2512.21852 (A Comedy of Estimators). Both train large
-models; what is tested here is whether the effect is there in small ones, where everything can be measured exactly.
+models. These tests check whether the effect exists in small models, where everything can be measured exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ FAR, NEAR = 16, 1
 GRADIENT, COMEDY, OWN = "arXiv 2510.01555", "arXiv 2512.21852", "theory"
 ALL = ("rare", "common", "sums")
 LIKE, HELD, MARGIN = log(1.25), log(0.5), 0.02
-"""KLs that are alike, a KL that is held, and a difference of objectives that matters."""
+"""Thresholds.
+
+They are the log-ratio of KLs that count as alike, the log-ratio of a KL that counts as held, and the smallest
+difference of objectives that matters.
+"""
 
 
 def _at(arm: str, delay: int = 0, precision: str = "fp32") -> Point:
@@ -73,7 +79,8 @@ CLAIMS = (
           (_at(NAIVE, FAR),), "above", 0.0),
     Claim("stale-gap-grows", GRADIENT, "and that gap is larger than on data 1 update old", ("rare", "common"),
           "objective", (_at(CORRECTED, FAR), _at(NAIVE, NEAR)), (_at(NAIVE, FAR), _at(CORRECTED, NEAR)), "above", 0.0),
-    # Added when the first runs had shown the plain weight to diverge at this delay, before any run with a cap.
+    # This claim was added after the first runs, in which the plain weight diverged at this delay, and before any run
+    # with a cap.
     Claim("stale-cap-helps", OWN, "on data 16 updates old, a weight capped at 2 ends with more E[R] - beta KL than a "
           "plain one", ("rare", "common"), "objective", (_at(CAPPED, FAR),), (_at(CORRECTED, FAR),), "above", 0.0),
     Claim("stale-capped-no-worse", OWN, "and with at least that of no weight", ("rare", "common"), "objective",

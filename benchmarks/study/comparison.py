@@ -1,4 +1,4 @@
-"""The whole study: makes what is missing, then judges what is there."""
+"""The whole study: it makes the missing runs, then judges all runs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .settings import Settings, sources
 
 @dataclass(frozen=True)
 class Options:
-    """How the study is run.
+    """The options of the study.
 
     Attributes:
-        seeds: per cell.
-        folder: of all output.
-        workers: processes.
-        fresh: whether finished runs are repeated.
+        seeds: number of seeds per cell.
+        folder: folder of all output.
+        workers: number of processes.
+        fresh: whether to repeat finished runs.
         dry: whether to stop after the plan and its cost.
-        command: what the user typed, for the report.
-        smoke: whether the verdicts are to be called meaningless.
-        judge_only: whether to judge what is there and make nothing.
+        command: the command that the user typed, for the report.
+        smoke: whether to report that the verdicts have no meaning, because the runs are only a smoke test.
+        judge_only: whether to judge only the existing runs, without new ones.
     """
 
     seeds: int
@@ -48,12 +48,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Made:
-    """What is there after the missing runs were made.
+    """The runs that exist after the missing runs were made.
 
     Attributes:
-        found: records of the runs, by key; not all of them where runs were not to be made.
+        found: records of the runs, by key; some are missing if no new runs were allowed.
         references: the models that the runs started from.
-        reused: how many runs were there before.
+        reused: number of runs that existed before.
     """
 
     found: dict[str, dict[str, Any]]
@@ -64,14 +64,14 @@ class Made:
 def complete(
     console: Console, planned: list[plan.Run], settings: Settings, options: Options, code: str
 ) -> Made:  # fmt: skip
-    """Say what the runs cost, and make those that are missing, unless the options say not to.
+    """Print the cost of the missing runs and make them, unless the options forbid it.
 
     Args:
-        console: to write to.
-        planned: the runs, in the order in which they are to be made.
-        settings: of all of them.
-        options: of the study.
-        code: from `settings.sources`.
+        console: console to write to.
+        planned: the runs, in the order in which they are made.
+        settings: settings of all runs.
+        options: options of the study.
+        code: digest from `settings.sources`.
     """
     found = {} if options.fresh else {run.key: record for run in planned if (record := run.finished())}
     missing = [run for run in planned if run.key not in found]
@@ -94,7 +94,7 @@ def complete(
 
 
 def study(console: Console, scope: plan.Scope, settings: Settings, options: Options) -> None:
-    """Plan, say what it costs, run, judge, write."""
+    """Plan the study, print its cost, make the runs, judge the claims, and write the results."""
     hosts.find_host(scope.host)
     start, code = time.perf_counter(), sources(scope.host)
     planned = plan.runs(scope, options.seeds, settings, options.folder, code)
@@ -130,7 +130,7 @@ def study(console: Console, scope: plan.Scope, settings: Settings, options: Opti
 
 
 def _draw(folder: Path, data: dict[str, Any]) -> bool:
-    """Draw the plots, if this environment can; a host's own need not."""
+    """Draw the plots if this environment can. The environment of a host may have no plotting library."""
     if find_spec("matplotlib") is None:
         return False
     from . import plot
@@ -141,7 +141,7 @@ def _draw(folder: Path, data: dict[str, Any]) -> bool:
 
 def _references(crew: Pool, bars: Progress, missing: list[plan.Reference], settings: Settings) -> None:
     def keep(model: plan.Reference, result: dict[str, Any]) -> None:
-        write_json(model.file, {**result, "key": model.key})  # after the model: its presence says that all is there
+        write_json(model.file, {**result, "key": model.key})  # Written after the model: this file marks it as complete.
 
     jobs = [
         Job(f"reference {m.task} {m.family}", models.make_reference, (m.folder, m.task, m.family, settings),
@@ -155,7 +155,7 @@ def _train(
     crew: Pool, bars: Progress, missing: list[plan.Run], needed: list[plan.Reference], settings: Settings,
     found: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
-    """Make the missing runs; each is written as soon as it is there."""
+    """Make the missing runs, and write each run as soon as it is finished."""
     folders = {(m.task, m.family): m.folder for m in needed}
 
     def keep(run: plan.Run, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which frameworks the study can train in; a new one is one entry here and one function beside `trl_host.run`."""
+"""The frameworks that the study can train in. A new one needs an entry here and a function like `trl_host.run`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BUILT = {name: f"benchmarks.study.{name}_host" for name in ("trl", "verl", "open
 
 
 def find_host(name: str) -> Run:
-    """The function that trains a cell in this host.
+    """Return the function that trains a cell in this host.
 
     Raises:
-        ValueError: the study knows no such host, or it is not installed here.
+        ValueError: if the study does not know the host, or the host is not installed here.
     """
     if name not in BUILT:
         raise ValueError(f"no host {name!r}; there is {', '.join(BUILT)}")
@@ -28,5 +28,5 @@ def find_host(name: str) -> Run:
 
 
 def train(cell: Any, *arguments: Any) -> dict[str, Any]:
-    """Train a cell in its host; for worker processes."""
+    """Train a cell in its host. Worker processes call this function."""
     return find_host(cell.host)(cell, *arguments)

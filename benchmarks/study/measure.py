@@ -1,4 +1,4 @@
-"""What is measured of a policy: by enumeration, or where the vocabulary is too large for that, from its own samples."""
+"""The measures of a policy: by enumeration, or from its own samples if the vocabulary is too large to enumerate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .text import completion_tokens
 LOGGED = (
     "grad_norm", "kl/ess", "kl/weight/mean", "kl/weight/max", "kl/floor_frac", "kl/coef/std", "clip_ratio/region_mean",
 )  # fmt: skip
-"""What a run's curve holds of its trainer's log, by TRL's names."""
+"""The entries of a trainer's log that a run's curve holds, by TRL's names."""
 
 
 class Measure:
@@ -26,18 +26,18 @@ class Measure:
     Args:
         reference: the reference model, in evaluation mode.
         task: the task.
-        settings: of the study.
-        tokenizer: of both models.
+        settings: settings of the study.
+        tokenizer: tokenizer of both models.
     """
 
     def __init__(self, reference: Any, task: Task, settings: Settings, tokenizer: Any) -> None:
         self._reference, self._task, self._settings, self._tokenizer = reference, task, settings, tokenizer
 
     def __call__(self, policy: Any) -> dict[str, Any]:
-        """Reward (rewarded share of completions), KL to the reference and entropy (nats per completion), coverage.
+        """Measure reward (rewarded share of completions), KL to the reference, entropy (nats per completion), coverage.
 
-        Enumerated values hold no sampling noise; sampled ones come with `sampled` completions, the KL and the entropy
-        from whole distributions at sampled prefixes.
+        Enumerated values have no sampling noise. Sampled values come with the number of completions, `sampled`; their
+        KL and entropy are computed from whole distributions at sampled prefixes.
         """
         if not self._settings.model:
             found = evaluate.evaluate(policy, self._reference, None, False, self._task.space())

@@ -1,4 +1,4 @@
-"""Reference models: made from a configuration or loaded, then trained on the lines of their task."""
+"""Reference models: they are made from a configuration or loaded, then trained on the lines of their task."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .text import encoded, tokenizer_of
 
 
 def make_reference(folder: Path, name: str, family: str, settings: Settings, tick: Tick) -> dict[str, Any]:
-    """Make or load the model, train it on its task's lines, save it, describe it.
+    """Make or load the model, train it on its task's lines, save it, and return its description.
 
     Args:
-        folder: where the model is written.
-        name: of the task.
-        family: of the model, where it is made here.
-        settings: of the study.
+        folder: folder for the model.
+        name: name of the task.
+        family: family of the model, if it is made here.
+        settings: settings of the study.
         tick: called with the number of steps done.
 
     Raises:
-        ValueError: the reference is rewarded more or less often than its task says.
+        ValueError: if the reference is rewarded more or less often than its task says.
     """
     start, task, tokenizer = time.perf_counter(), TASKS[name], tokenizer_of(settings)
     reference = load(Path(settings.model)) if settings.model else model.blank_model(

@@ -1,14 +1,14 @@
-"""One run in OpenRLHF: its real Ray actors and its own training step, fed by a sampler that may lag.
+"""One run in OpenRLHF: its real Ray actors and its own training step, with completions from a sampler that may lag.
 
-The host's recipe, as near to the runs in TRL as its flags allow. Where it differs:
+The run is as close to the runs in TRL as OpenRLHF's flags allow. The differences are:
 
-- OpenRLHF recomputes the old log-probs, so with one update per rollout its ratio is 1 and its clipping never acts. Its
-  own correction takes that place: it multiplies each token's policy-gradient term by the weight against the sampler,
-  and drops the term where that weight leaves 0.5 to 5, OpenRLHF's default band. With it, the weights of a spec divide
-  by the sampler's probabilities, as they do in TRL.
-- `@reward` can be trained with a sampler that lags or is in bf16. As `@advantage`, it takes the penalty from the
+- OpenRLHF recomputes the old log-probs, so with one update per rollout its ratio is 1 and its clipping never acts.
+  OpenRLHF's own correction is used instead: it multiplies each token's policy-gradient term by the weight against the
+  sampler, and drops the term if that weight is outside 0.5 to 5, OpenRLHF's default band. With this correction, the
+  weights of a spec divide by the sampler's probabilities, as they do in TRL.
+- `@reward` can be trained with a sampler that lags or is in bf16. Like `@advantage`, it computes the penalty from the
   policy's own log-probs.
-- Losses are means over the batch's tokens, where TRL divides by the longest completion.
+- Losses are means over the batch's tokens, while TRL divides by the longest completion.
 """
 
 from __future__ import annotations
@@ -39,29 +39,32 @@ from .tasks import TASKS
 from .text import completion_tokens, tokenizer_of
 
 ESTIMATORS = {"none": "dr_grpo", "group": "group_norm"}
-"""What OpenRLHF calls TRL's `scale_rewards`: rewards less their group's mean, and divided by its deviation or not."""
+"""OpenRLHF's names for TRL's `scale_rewards`.
+
+Both subtract the group's mean from the rewards; `group` also divides by the group's standard deviation.
+"""
 
 NAMES = {"grad_norm": "actor_grad_norm", "clip_ratio/region_mean": "is_filter_ratio"}
-"""What OpenRLHF calls the entries of TRL's log; the second is the share of tokens without a policy gradient in both."""
+"""OpenRLHF's names for entries of TRL's log. The second is the share of tokens without a policy gradient in both."""
 
 
 @cache
 def actors() -> Harness:
-    """Policy and reference actors of this process, in a Ray cluster that ends with it."""
+    """Return this process's policy and reference actors, in a Ray cluster that ends with the process."""
     cluster = ExitStack()
     cluster.enter_context(openrlhf.session())
     atexit.register(cluster.close)
-    return openrlhf.actors_of(Path())  # each run brings its own models
+    return openrlhf.actors_of(Path())  # Each run loads its own models.
 
 
 def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
-    """OpenRLHF's command line: one optimizer step per rollout, in one micro-batch.
+    """Return OpenRLHF's command line, for one optimizer step per rollout, in one micro-batch.
 
     Args:
-        cell: what to train.
-        settings: of the study.
-        seed: of the host's own randomness, which is the order within a batch.
-        prompts: per step.
+        cell: the cell to train.
+        settings: settings of the study.
+        seed: seed of the host's own randomness, which is the order within a batch.
+        prompts: number of prompts per step.
     """
     whole = prompts * settings.generations
     regularised = cell.arm != "none"
@@ -81,14 +84,14 @@ def flags(cell: Cell, settings: Settings, seed: int, prompts: int) -> list[str]:
         "--actor.max_norm": settings.max_grad_norm,
     }
     found = [str(word) for pair in values.items() for word in pair]
-    found += ["--actor.adam.betas", "0.9", "0.999"]  # TRL's
+    found += ["--actor.adam.betas", "0.9", "0.999"]  # TRL's default
     if not regularised:
         return found
     return found + openrlhf.kl_flags(cell.arm, in_loss=cell.arm.partition("@")[2].partition("/")[0] == "loss")
 
 
 def in_host_form(drawn: Drawn, rewards: list[float]) -> Rollouts:
-    """What OpenRLHF's own sampler would have given."""
+    """Return the completions in the form of OpenRLHF's own sampler."""
     start = drawn.prompt_ids.shape[1]
     prompts = [row[on] for row, on in zip(drawn.prompt_ids, drawn.attention[:, :start].bool(), strict=True)]
     responses = [torch.tensor(row) for row in drawn.completion_lists()]
@@ -96,10 +99,10 @@ def in_host_form(drawn: Drawn, rewards: list[float]) -> Rollouts:
 
 
 def refuse(cell: Cell, settings: Settings) -> None:
-    """Raise on what neither OpenRLHF nor kl-plugins would refuse by itself.
+    """Raise for cells that cannot run here, but that neither OpenRLHF nor kl-plugins rejects.
 
     Raises:
-        ValueError: TRL's own arm, or another device than the one that OpenRLHF is made to run on here.
+        ValueError: if the arm is TRL's own KL, or the device is not the one that OpenRLHF runs on here.
     """
     if cell.arm != "none" and cell.regulariser.spec is None:
         raise ValueError(f"{cell.arm} is TRL's own KL and cannot be trained in OpenRLHF; use a spec such as k3@loss")
@@ -117,18 +120,18 @@ def run(
     """Train one cell with one seed.
 
     Args:
-        cell: what to train.
-        seed: of prompts and rollouts.
-        settings: of the study.
-        reference_folder: where the reference was saved.
+        cell: the cell to train.
+        seed: seed of prompts and rollouts.
+        settings: settings of the study.
+        reference_folder: folder in which the reference was saved.
         tick: called with the number of steps done.
-        find_actors: gives actors that know float32.
+        find_actors: returns actors that can compute in float32.
 
     Returns:
-        As `trl_host.run`; `cpu_seconds` are those of this process and of both actors.
+        The same as `trl_host.run`. `cpu_seconds` is the processor time of this process and both actors.
 
     Raises:
-        ValueError: kl-plugins refuses the spec in OpenRLHF, or see `refuse`.
+        ValueError: if kl-plugins rejects the spec in OpenRLHF, or `refuse` rejects the cell.
     """
     refuse(cell, settings)
     task, tokenizer = TASKS[cell.task], tokenizer_of(settings)
@@ -144,10 +147,10 @@ def run(
         with openrlhf.parsed_in("fp32"):
             given = flags(cell, settings, seed, task.prompts_per_step(settings.prompts))
             trainer = host.start(given, settings.steps)
-        if cell.arm == "none":  # OpenRLHF's own program has no reference then
+        if cell.arm == "none":  # Without a KL, OpenRLHF's own program has no reference.
             trainer.reference_model_group = trainer.experience_maker.initial_model_group = None
         for receipt in host.receipts(trainer):
-            announce(receipt)  # the run's record holds it
+            announce(receipt)  # The run's record contains the receipt.
         _follow(policy, host)
         curve.measure(0)
         for step, texts in zip(range(settings.steps), task.batches(settings.prompts, seed), strict=False):
@@ -164,7 +167,7 @@ def run(
 
 
 def _follow(policy: Any, host: Harness) -> None:
-    """Give a local copy the actor's weights."""
+    """Load the actor's weights into a local copy of the policy."""
     weights = host.ask(openrlhf_actor.weights)[0]
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

@@ -1,4 +1,4 @@
-"""Which runs a study needs, which of them are there, and what the rest will cost."""
+"""The runs that a study needs, the runs that exist already, and the cost of the missing runs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .claims import CLAIMS
 from .settings import Cell, Settings, reference_key, run_key
 from .verdicts import Claim, Point
 
-SECONDS_PER_STEP = 0.13  # of a tiny model on one core, measurements included; used until a run is there to go by
+SECONDS_PER_STEP = 0.13  # of a tiny model on one core, measurements included; used until a finished run exists
 SECONDS_PER_PRETRAIN_STEP = 0.02
-# Arms of the curve over all delays, on the task `rare`.
+# These are the arms of the curve over all delays, on the task `rare`.
 EXTRA_DELAYS = ("none", "k2@loss", "k2@loss/is:token", "k2@loss/is:token/cap:2")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What of the study is wanted; everything where a tuple is empty.
+    """The requested part of the study. An empty tuple stands for everything.
 
     Attributes:
-        tasks, families, arms, delays: what is to be run.
-        claims: names; their runs alone, without the curve over all delays.
-        host: that trains.
+        tasks, families, arms, delays: the values to run.
+        claims: names of claims; only their runs are made, without the curve over all delays.
+        host: the host that trains.
     """
 
     tasks: tuple[str, ...] = ()
@@ -38,14 +38,14 @@ class Scope:
     host: str = "trl"
 
     def allows(self, cell: Cell) -> bool:
-        """Whether a cell is wanted."""
+        """Return whether a cell belongs to the requested part."""
         wanted = ((self.tasks, cell.task), (self.arms, cell.arm), (self.delays, cell.delay))
         return all(not some or value in some for some, value in wanted)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the plan and where its result lies."""
+    """One run of the plan, and the place of its result."""
 
     cell: Cell
     seed: int
@@ -54,19 +54,19 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For messages and progress."""
+        """Return the run's name for messages and progress."""
         return f"{self.cell.slug} seed {self.seed}"
 
     def finished(self) -> dict[str, Any] | None:
-        """Its result, if it was made under this very key and is whole."""
+        """Return the run's result if it is complete and was made with the same key, else None."""
         return finished(self.file, self.key)
 
 
 def chosen_claims(scope: Scope) -> list[Claim]:
-    """The claims that were asked for; all by default.
+    """Return the requested claims; all claims by default.
 
     Raises:
-        ValueError: there is no claim of that name.
+        ValueError: if there is no claim with a requested name.
     """
     unknown = set(scope.claims) - {claim.name for claim in CLAIMS}
     if unknown:
@@ -75,14 +75,14 @@ def chosen_claims(scope: Scope) -> list[Claim]:
 
 
 def cell_of(point: Point, task: str, family: str, host: str) -> Cell:
-    """The cell of a claim's point."""
+    """Return the cell of a claim's point."""
     return Cell(task, family, point.arm, point.delay, point.precision, host)
 
 
 def cells(scope: Scope, delays: Sequence[int] = (0, 1, 4, 16)) -> list[Cell]:
-    """All cells that the chosen claims need, and the curve over delays; on-policy and stale runs of one family first.
+    """Return all cells of the chosen claims and of the curve over delays.
 
-    The second family repeats the on-policy claims.
+    The on-policy and stale runs of the first family come first. The second family repeats the on-policy claims.
     """
     found: dict[Cell, None] = {}
     for family in scope.families:
@@ -98,7 +98,7 @@ def cells(scope: Scope, delays: Sequence[int] = (0, 1, 4, 16)) -> list[Cell]:
 
 
 def runs(scope: Scope, seeds: int, settings: Settings, folder: Path, code: str) -> list[Run]:
-    """All runs, seed by seed, so that an interrupted study has whole comparisons."""
+    """Return all runs, seed by seed, so that an interrupted study has complete comparisons."""
     return [
         Run(cell, seed, key, folder / "runs" / f"{cell.slug}-seed{seed}-{key[:8]}.json")
         for seed in range(1, seeds + 1)
@@ -118,16 +118,16 @@ class Reference:
 
     @property
     def file(self) -> Path:
-        """Its description."""
+        """Return the path of the model's description."""
         return self.folder / "reference.json"
 
     def finished(self) -> dict[str, Any] | None:
-        """Its description, if the model is there."""
+        """Return the model's description if the model exists, else None."""
         return finished(self.file, self.key) if (self.folder / "config.json").exists() else None
 
 
 def references(planned: Iterable[Run], settings: Settings, folder: Path, code: str) -> list[Reference]:
-    """The reference models of the runs; another setting makes another folder."""
+    """Return the reference models of the runs. Other settings give another folder."""
     pairs = dict.fromkeys((run.cell.task, run.cell.family) for run in planned)
     keys = {pair: reference_key(settings, *pair, code) for pair in pairs}
     return [Reference(*pair, key, folder / "references" / f"{'-'.join(pair)}-{key[:8]}") for pair, key in keys.items()]
@@ -136,14 +136,14 @@ def references(planned: Iterable[Run], settings: Settings, folder: Path, code: s
 def estimate(
     missing: Sequence[Run], done: Sequence[dict[str, Any]], models: int, settings: Settings, workers: int
 ) -> float:
-    """Seconds that the missing runs will take, by the finished ones where there are any.
+    """Estimate the seconds that the missing runs will take, from the finished runs if there are any.
 
     Args:
-        missing: runs to be made.
-        done: records of finished runs under the same settings.
-        models: references to be made.
-        settings: of the study.
-        workers: processes.
+        missing: missing runs.
+        done: records of finished runs with the same settings.
+        models: missing reference models.
+        settings: settings of the study.
+        workers: number of processes.
     """
     each = median(r["seconds"] for r in done) if done else settings.steps * SECONDS_PER_STEP
     return (len(missing) * each + models * settings.pretrain_steps * SECONDS_PER_PRETRAIN_STEP) / max(workers, 1)

@@ -1,4 +1,4 @@
-"""The study's figures: training curves, the gap over staleness, and all verdicts on one page."""
+"""The study's figures: training curves, results over staleness, and all verdicts on one page."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import matplotlib.pyplot as plt
 
 MARK = {"reproduced": "o", "not reproduced": "X", "undecided": "s"}
 COLOUR = {"reproduced": "#009E73", "not reproduced": "#D55E00", "undecided": "#777777"}
-# The demo's looks for its arms; k3@loss is what its native-k3 shows.
+# The arms have the same colours and lines as in the demo; k3@loss has those of the demo's native-k3.
 LOOKS = {name.replace("native-k3", "k3@loss"): (style["color"], style["linestyle"]) for name, style in STYLES.items()}
 MORE = [(colour, line) for line in ("-.", ":", "--") for colour in OTHERS]
 
 
 def draw_all(folder: Path, data: Mapping[str, Any]) -> None:
-    """Write `curves-TASK-FAMILY.png`, `staleness.png` and `verdicts.png`, as far as there are runs for them."""
+    """Write `curves-TASK-FAMILY.png`, `staleness.png` and `verdicts.png`, each if there are runs for it."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25})  # fmt: skip
     arms = list(dict.fromkeys(cell["arm"] for cell in data["cells"]))
@@ -54,7 +54,7 @@ def _curves(path: Path, title: str, cells: list[Any], looks: Mapping[str, Any]) 
 
 
 def _staleness(path: Path, data: Mapping[str, Any], looks: Mapping[str, Any]) -> None:
-    """Final objective and KL over the sampler's delay, of all arms that were trained on stale data."""
+    """Plot final objective and KL over the sampler's delay, for all arms that were trained on stale data."""
     groups: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
     for cell in data["cells"]:
         if cell["precision"] == "fp32":
@@ -84,7 +84,7 @@ def _staleness(path: Path, data: Mapping[str, Any], looks: Mapping[str, Any]) ->
 
 
 def _verdicts(path: Path, rows: list[Any]) -> None:
-    """Every test's effect against its threshold, in units of its own scale."""
+    """Plot each test's effect against its threshold, in units of the test's own scale."""
     figure, axes = plt.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
         middle, low, high = ((row[k] or 0.0) for k in ("effect", "low", "high"))

@@ -1,4 +1,4 @@
-"""A sampler that is not the policy: updates behind it, and in another precision, as an asynchronous engine is."""
+"""A sampler that differs from the policy, like an asynchronous engine: some updates older, or in another precision."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Drawn:
     Attributes:
         prompt_ids: (B, P) int64, padded on the left.
         sequences: (B, P + T) int64 prompts and completions.
-        attention: (B, P + T) 1 on prompts and on completions up to their end.
-        mask: (B, T) bool, the same on completions alone.
+        attention: (B, P + T) 1 on prompts and on completions up to their end, else 0.
+        mask: (B, T) bool, True on completions up to their end.
         logp: (B, T) log-probs of the tokens under the distribution that they were drawn from, nats, float32.
     """
 
@@ -31,12 +31,12 @@ class Drawn:
     logp: Tensor
 
     def completion_lists(self) -> list[list[int]]:
-        """The completions' ids, without padding."""
+        """Return the completions' token ids, without padding."""
         start = self.prompt_ids.shape[1]
         return [row[start:][kept].tolist() for row, kept in zip(self.sequences, self.mask, strict=True)]
 
     def log_prob_lists(self) -> list[list[float]]:
-        """The completions' log-probs, without padding, nats."""
+        """Return the completions' log-probs, without padding, nats."""
         return [row[kept].tolist() for row, kept in zip(self.logp, self.mask, strict=True)]
 
 
@@ -46,10 +46,10 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, generato
 
     Args:
         model: any causal language model, in evaluation mode.
-        tokenizer: pads on the left.
-        prompts: texts.
-        tokens: most tokens of a completion.
-        generator: of the model's device.
+        tokenizer: a tokenizer that pads on the left.
+        prompts: texts of the prompts.
+        tokens: largest number of tokens of a completion.
+        generator: random generator on the model's device.
     """
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     prompt_ids, attention = batch["input_ids"], batch["attention_mask"]
@@ -77,7 +77,7 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], tokens: int, generato
 
 
 def completion_logits(model: Any, drawn: Drawn) -> Tensor:
-    """(B, T, V) float32 logits of the states that the completions' tokens were drawn in."""
+    """Return float32 logits (B, T, V) of the states in which the completions' tokens were drawn."""
     positions = (drawn.attention.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=drawn.sequences, attention_mask=drawn.attention, position_ids=positions)
     logits: Tensor = out.logits[:, drawn.prompt_ids.shape[1] - 1 : -1].float()
@@ -86,19 +86,19 @@ def completion_logits(model: Any, drawn: Drawn) -> Tensor:
 
 @torch.no_grad()
 def completion_log_probs(model: Any, drawn: Drawn) -> Tensor:
-    """(B, T) log-probs of the completions' tokens under a model, nats, float32; 0 beyond a completion's end."""
+    """Return log-probs (B, T) of the completions' tokens under a model, nats, float32; 0 after a completion's end."""
     ids = drawn.sequences[:, drawn.prompt_ids.shape[1] :, None]
     return completion_logits(model, drawn).log_softmax(-1).gather(-1, ids).squeeze(-1) * drawn.mask
 
 
 class LaggedSampler:
-    """Draws completions of the policy as it was some updates ago, with their true log-probs.
+    """A sampler that draws completions from the policy of some updates ago, with their true log-probs.
 
     Args:
-        delay: updates that it is behind; fewer while so many have not been made.
-        precision: `fp32` or `bf16`, in which its weights are kept and its forward passes run.
-        tokens: most tokens of a completion.
-        seed: of the tokens drawn.
+        delay: number of updates that the sampler is behind; fewer as long as there were fewer updates.
+        precision: `fp32` or `bf16`, the precision of its weights and forward passes.
+        tokens: largest number of tokens of a completion.
+        seed: seed of the drawn tokens.
     """
 
     def __init__(self, delay: int, precision: str, tokens: int, seed: int) -> None:
@@ -108,24 +108,24 @@ class LaggedSampler:
         self.model: Any = None
 
     def follow(self, policy: Any) -> None:
-        """Take a snapshot of the policy, and become the oldest one kept. Called once before each update."""
+        """Take a snapshot of the policy, and use the oldest snapshot. Call this once before each update."""
         self._snapshots.append({name: value.detach().clone() for name, value in policy.state_dict().items()})
         if self.model is None:
-            # Not a deep copy: TRL replaces the policy's `forward` by one that goes on calling the original.
+            # A deep copy would not work: TRL replaces the policy's `forward`, and the replacement calls the original.
             self.model = type(policy)(policy.config).to(policy.device).eval()
-            for parameter in self.model.parameters():  # buffers keep their precision, as engines keep rotary tables
+            for parameter in self.model.parameters():  # Buffers keep their precision, as rotary tables do in engines.
                 parameter.data = parameter.data.to(self._dtype)
             self._generator = torch.Generator(policy.device).manual_seed(self._seed)
         self.model.load_state_dict(self._snapshots[0])
 
     def draw(self, policy: Any, tokenizer: Any, prompts: list[str]) -> Drawn:
-        """Follow the policy, then complete the prompts."""
+        """Call :meth:`follow`, then complete the prompts."""
         self.follow(policy)
         assert self._generator is not None
         return sample(self.model, tokenizer, prompts, self._tokens, self._generator)
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """TRL's `rollout_func`."""
+        """Act as TRL's `rollout_func`."""
         tokenizer = trainer.processing_class
         drawn = self.draw(trainer.accelerator.unwrap_model(trainer.model), tokenizer, prompts)
         return {

@@ -1,4 +1,4 @@
-"""What a run is: the settings that all runs share, and the cell that tells one from another."""
+"""The description of a run: the settings that all runs share, and the cell, which differs between runs."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ UNHASHED = (
     "plan",
     "plot",
     "summary",
-)  # what judges runs, not makes them
+)  # These files judge runs and do not make them.
 TESTED = {
     "verl": ("workers", "remote", "ray_support"),
     "openrlhf": ("harness", "rollouts", "remote", "command_line", "ray_support"),
-}  # files of a host's tests that its runs use
+}  # These files of a host's tests are used by its runs.
 
 
 @dataclass(frozen=True)
 class Settings(arms.Settings):
-    """The demo's settings, a sampler in place of TRL's own generation, and the model.
+    """The demo's settings, with a sampler instead of TRL's own generation, and the model.
 
-    One update per rollout. The policy-gradient term always divides by the sampler's true probabilities, within TRL's
-    clipping; what the arms differ in is the KL.
+    There is one update per rollout. The policy-gradient term always divides by the sampler's true probabilities, within
+    TRL's clipping. The arms differ only in the KL.
     """
 
     steps: int = 300
     evaluate_every: int = 15
     pretrain_rate: float = 6e-3
-    optimizer: str = "adamw"  # or `sgd`, without momentum, in TRL alone
-    size: str = "tiny"  # of models made here
-    model: str = ""  # a local path or hub name instead
+    optimizer: str = "adamw"  # or `sgd`, without momentum, only in TRL
+    size: str = "tiny"  # size of models that are made here
+    model: str = ""  # a local path or hub name, instead of a model made here
     device: str = "cpu"
-    evaluation_samples: int = 64  # completions per prompt where a vocabulary is too large to enumerate
+    evaluation_samples: int = 64  # completions per prompt if a vocabulary is too large to enumerate
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One run but for its seed.
+    """One run without its seed.
 
     Attributes:
         task: a name in `tasks.TASKS`.
-        family: of the model.
-        arm: `none`, a canonical KL spec, or a name in `arms.NATIVE`, in TRL alone.
-        delay: updates that the sampler is behind the policy.
-        precision: in which the sampler computes.
-        host: that trains.
+        family: family of the model.
+        arm: `none`, a canonical KL spec, or (only in TRL) a name in `arms.NATIVE`.
+        delay: number of updates that the sampler is behind the policy.
+        precision: precision in which the sampler computes.
+        host: host that trains.
     """
 
     task: str
@@ -69,19 +69,19 @@ class Cell:
 
     @property
     def regulariser(self) -> Arm:
-        """The demo's arm of the same name."""
+        """Return the demo's arm of the same name."""
         return Arm(self.arm, self.arm)
 
     @property
     def slug(self) -> str:
-        """For file names and logs."""
+        """Return a name for files and logs."""
         return "-".join((
             self.host, self.task, self.family, self.regulariser.slug, f"delay{self.delay}", self.precision
         ))  # fmt: skip
 
 
 def sources(host: str) -> str:
-    """Digest of all code that the numbers of this host's runs depend on."""
+    """Return a digest of all code that the numbers of this host's runs depend on."""
     here = Path(__file__).parent
     of_others = {file.stem for file in here.glob("*_host*.py") if not file.stem.startswith(host)}
     files = {file for file in here.glob("*.py") if file.stem not in of_others.union(UNHASHED)}
@@ -92,12 +92,12 @@ def sources(host: str) -> str:
 
 
 def run_key(settings: Settings, cell: Cell, seed: int, code: str) -> str:
-    """Names a run by everything it depends on; another setting, cell, seed or code makes another key."""
+    """Return the key of a run. It changes with every setting, the cell, the seed and the code."""
     return _digest([asdict(settings), asdict(cell), seed, code])
 
 
 def reference_key(settings: Settings, task: str, family: str, code: str) -> str:
-    """Names a reference model by everything it depends on."""
+    """Return the key of a reference model, which changes with everything that the model depends on."""
     used = {k: v for k, v in asdict(settings).items() if k.startswith("pretrain") or k in ("size", "model", "beta")}
     return _digest([used, task, family, code])
 

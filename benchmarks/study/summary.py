@@ -1,4 +1,4 @@
-"""What the runs say: measures per cell, a verdict per claim, task and model family, a table and a sentence."""
+"""The results of the runs: measures per cell, a verdict per claim, task and model family, a table and a sentence."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def summarise(
     planned: Sequence[Run], found: Mapping[str, dict[str, Any]], claims: Sequence[Claim],
     references: Mapping[tuple[str, str], dict[str, Any] | None], settings: Settings,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything of `study.json` that comes from the runs.
+    """Return all parts of `study.json` that come from the runs.
 
     Args:
         planned: the runs.
-        found: their records, by key.
-        claims: to be judged.
+        found: records of the runs, by key.
+        claims: claims to judge.
         references: descriptions of the models, by task and family.
-        settings: of the study.
+        settings: settings of the study.
     """
     measured: Measured = {}
     curves: dict[Cell, list[list[dict[str, Any]]]] = {}
@@ -68,7 +68,7 @@ def summarise(
 
 
 def _judged(claim: Claim, task: str, family: str, host: str, measured: Measured) -> dict[str, Any] | None:
-    """A claim's row, over the seeds that all its points have; None where the plan has not all of its points."""
+    """Return a claim's row, over the seeds that all its points have; None if the plan lacks one of its points."""
     cells = {point: cell_of(point, task, family, host) for point in claim.plus + claim.minus}
     if any(cell not in measured for cell in cells.values()):
         return None
@@ -82,12 +82,12 @@ def _judged(claim: Claim, task: str, family: str, host: str, measured: Measured)
 
 
 def _plain(verdict: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN."""
+    """Return the verdict without NaN, which JSON cannot hold."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in verdict.items()}
 
 
 def _means(curves: list[list[dict[str, Any]]]) -> dict[str, list[Any]]:
-    """Step, and mean, lowest and highest value over seeds of what is plotted."""
+    """Return the steps, and mean, lowest and highest value over seeds of the plotted measures."""
     columns = list(zip(*curves, strict=True))
     found: dict[str, list[Any]] = {"step": [column[0]["step"] for column in columns]}
     for name in ("reward", "kl", "entropy"):
@@ -98,7 +98,7 @@ def _means(curves: list[list[dict[str, Any]]]) -> dict[str, list[Any]]:
 
 
 def table(data: Mapping[str, Any]) -> Table:
-    """One row per claim, task and family."""
+    """Make a table with one row per claim, task and family."""
     made = Table(title="Claims, each with the test that was stated before the runs", box=box.SIMPLE, padding=(0, 1))
     for column in ("claim", "task", "model"):
         made.add_column(column, no_wrap=True)
@@ -112,7 +112,7 @@ def table(data: Mapping[str, Any]) -> Table:
 
 
 def sentence(data: Mapping[str, Any], smoke: bool = False) -> str:
-    """How many tests ended which way."""
+    """Return a sentence that says how many tests had each result."""
     counts = Counter(row["verdict"] for row in data["claims"])
     parts = [f"{counts[v]} {v}" for v in (REPRODUCED, REFUTED, UNDECIDED)]
     said = f"Of {counts.total()} tests: {', '.join(parts)}."

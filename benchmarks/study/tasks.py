@@ -1,7 +1,7 @@
-"""What the policies learn; each task brings the lines of its reference, so how often that is rewarded is built in.
+"""The tasks that policies learn. Each task includes the lines of its reference, which set how often it is rewarded.
 
 `rare` and `common` are one task (write a number as an expression with a product) under two references: one multiplies
-in 2 % of its lines, the other in half of them. `sums` is plain arithmetic, of which the reference knows a part.
+in 2 % of its lines, the other in half of them. `sums` is plain arithmetic, and the reference knows a part of it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from benchmarks.demo import task as products
 from benchmarks.demo.evaluate import Space
 
-SUMS_KNOWN = 0.4  # share of right lines in what the reference of `sums` learns
-FREQUENT = 0.5  # share of products in what the reference of `common` learns
+SUMS_KNOWN = 0.4  # share of right lines among those that the reference of `sums` learns
+FREQUENT = 0.5  # share of products among the lines that the reference of `common` learns
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Task:
     """Prompts, verified rewards, and the lines of the reference.
 
     Attributes:
-        name: as the user asks for it.
+        name: name on the command line.
         meaning: one line for tables.
         prompts: words separated by blanks, all of one length.
-        completion_tokens: words of the longest completion, its end included.
+        completion_tokens: number of words of the longest completion, including its end.
         expected: lowest and highest reward that the reference may have.
         verify: (prompt, completion) -> 0 or 1.
-        lines: what the reference learns.
+        lines: lines that the reference learns.
     """
 
     name: str
@@ -53,19 +53,22 @@ class Task:
     lines: Callable[[], tuple[Line, ...]]
 
     def reward(self, prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
-        """TRL's reward function: one verified 0 or 1 per completion."""
+        """Act as TRL's reward function: return one verified 0 or 1 per completion."""
         return [self.verify(p, _spaced(c)) for p, c in zip(prompts, completions, strict=True)]
 
     def space(self) -> Space:
-        """The task for exact enumeration."""
+        """Return the task for exact enumeration."""
         return _space(self.name)
 
     def prompts_per_step(self, most: int) -> int:
-        """How many prompts a step takes."""
+        """Return the number of prompts of a step."""
         return min(most, len(self.prompts))
 
     def batches(self, most: int, seed: int) -> Iterator[list[str]]:
-        """Prompts step by step, for ever; as TRL's, each once in an epoch, without what is left over of it."""
+        """Yield the prompts of each step, without end.
+
+        As in TRL, each prompt comes once per epoch, and the end of an epoch that does not fill a step is dropped.
+        """
         count, generator = self.prompts_per_step(most), torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self.prompts), generator=generator).tolist()
@@ -74,7 +77,7 @@ class Task:
 
 
 def _spaced(completion: str) -> str:
-    """A completion as words: other tokenizers than ours leave no blanks between digits."""
+    """Return a completion as words, because other tokenizers leave no blanks between digits."""
     return " ".join(completion.replace(" ", ""))
 
 
@@ -101,7 +104,7 @@ def _sums_completions() -> list[str]:
 
 
 def verify_sum(prompt: str, completion: str) -> float:
-    """1.0 where the completion is the sum of the prompt's two digits, written with two digits."""
+    """Return 1.0 if the completion is the sum of the prompt's two digits, written with two digits, else 0.0."""
     first, _, second, _ = prompt.split()
     total = int(first) + int(second)
     return float(completion == f"{total // 10} {total % 10}")

@@ -1,4 +1,4 @@
-"""Tasks as a model's own tokens."""
+"""The conversion of tasks to a model's own tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tasks import Task
 
 
 def tokenizer_of(settings: Settings) -> Any:
-    """The word-level tokenizer of the models made here, or the one that a given model brings."""
+    """Return the word-level tokenizer of the models made here, or the tokenizer of a given model."""
     if not settings.model:
         return model.tokenizer()
     from transformers import AutoTokenizer
@@ -25,7 +25,7 @@ def tokenizer_of(settings: Settings) -> Any:
 
 
 def completion_tokens(task: Task, settings: Settings, tokenizer: Any) -> int:
-    """Tokens of the longest completion of the task, its end included."""
+    """Return the number of tokens of the task's longest completion, including its end."""
     if not settings.model:
         return task.completion_tokens
     return 1 + max(
@@ -34,14 +34,14 @@ def completion_tokens(task: Task, settings: Settings, tokenizer: Any) -> int:
 
 
 def encoded(task: Task, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor], int]:
-    """The task's lines for `model.fit`.
+    """Return the task's lines for `model.fit`.
 
     Returns:
-        Ids (lines, tokens), padded at the end; the mask; probabilities in the two phases; index of the first token to
-        be learned. Prompts of one task have one length in every tokenizer that splits digits.
+        Ids (lines, tokens), padded at the end; the mask; the probabilities in the two phases; the index of the first
+        token to learn. All prompts of a task have one length in every tokenizer that splits digits.
 
     Raises:
-        ValueError: they have not in this one.
+        ValueError: if the prompts have different lengths in this tokenizer.
     """
     lines = task.lines()
     prompts = [tokenizer(line.prompt)["input_ids"] for line in lines]
@@ -59,5 +59,5 @@ def encoded(task: Task, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor, tup
 
 
 def _text(completion: str) -> str:
-    """A completion behind its prompt; the blank keeps words apart in every tokenizer."""
+    """Return a completion as it follows its prompt. The blank separates words in every tokenizer."""
     return f" {completion}"

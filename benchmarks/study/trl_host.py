@@ -1,4 +1,4 @@
-"""One run in TRL: its GRPO trainer, fed by a sampler that may lag."""
+"""One run in TRL: its GRPO trainer, with completions from a sampler that may lag."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .text import completion_tokens, tokenizer_of
 
 
 def against_the_sampler(trainer: Any) -> Any:
-    """A trainer class whose policy-gradient ratio divides by the sampler's probabilities, not by the policy's own."""
+    """Return a trainer class whose policy-gradient ratio divides by the sampler's probabilities, not the policy's."""
 
     class AgainstTheSampler(trainer):  # type: ignore[misc]
-        """TRL takes the rollout's policy for its sampler; here it is not."""
+        """A trainer for a sampler that differs from the rollout's policy; TRL assumes that they are the same."""
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             output = super()._generate_and_score_completions(inputs)
@@ -39,23 +39,23 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Train one cell with one seed.
 
-    Under `@reward`, kl-plugins refuses a rollout function, so these runs sample with TRL's own generation; a delay or
-    another precision is then refused.
+    With `@reward`, kl-plugins rejects a rollout function, so these runs sample with TRL's own generation. A delay or
+    another precision is then an error.
 
     Args:
-        cell: what to train.
-        seed: of the rollouts.
-        settings: of the study.
-        reference_folder: where the reference was saved.
+        cell: the cell to train.
+        seed: seed of the rollouts.
+        settings: settings of the study.
+        reference_folder: folder in which the reference was saved.
         tick: called with the number of steps done.
-        rollout: wraps the sampler.
+        rollout: a wrapper of the sampler.
 
     Returns:
-        `curve` (what `Measure` gives, with `step` and averages of TRL's log), `seconds`, `cpu_seconds`,
+        `curve` (the results of `Measure`, with `step` and averages of TRL's log), `seconds`, `cpu_seconds`,
         `evaluation_seconds`.
 
     Raises:
-        ValueError: a delayed or bf16 sampler under `@reward`.
+        ValueError: if the sampler is delayed or in bf16 with `@reward`.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -82,7 +82,7 @@ def run(
         with tempfile.TemporaryDirectory() as output:
             arguments = settings_of_trl(arm, seed, settings, output, length)
             arguments["use_cpu"] = settings.device == "cpu"
-            if settings.optimizer != "adamw":  # which is TRL's own choice
+            if settings.optimizer != "adamw":  # TRL's default
                 arguments["optim"] = settings.optimizer
             prompts = task.prompts_per_step(settings.prompts)
             arguments["per_device_train_batch_size"] = prompts * settings.generations
@@ -98,6 +98,6 @@ def run(
             trainer.remove_callback(PrinterCallback)
             trainer.train()
     finally:
-        detach()  # the next run in this worker may be TRL's own
+        detach()  # The next run in this worker may use TRL's own KL.
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     return {"curve": curve.points, "seconds": seconds, "cpu_seconds": cpu, "evaluation_seconds": curve.seconds}

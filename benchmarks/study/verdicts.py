@@ -1,4 +1,4 @@
-"""How a claim is judged: an effect per seed, its interval over seeds, and where that lies against a threshold."""
+"""The judgement of a claim: an effect per seed, its interval over seeds, and a comparison with a threshold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPRODUCED, REFUTED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 
 @dataclass(frozen=True)
 class Point:
-    """One kind of run in a claim's effect: what `settings.Cell` is without task, family and host."""
+    """One kind of run in a claim's effect: a `settings.Cell` without task, family and host."""
 
     arm: str
     delay: int = 0
@@ -25,21 +25,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published statement and the test that decides it, fixed before any run.
+    """A published statement and the test that decides it, which was fixed before any run.
 
-    The effect of a seed is the measure summed over `plus` less that over `minus`; of logarithms where `log` is set, so
-    that it is the log of a ratio.
+    The effect of a seed is the sum of the measure over `plus` minus the sum over `minus`. If `log` is set, logarithms
+    of the measure are used, so that the effect is the log of a ratio.
 
     Attributes:
-        name: short.
-        source: where it was published; `control` for what has to hold for the others to mean anything.
+        name: short name.
+        source: publication; `control` for a test that must hold, because the other tests have no meaning without it.
         says: the statement.
-        tasks: on which it is tested.
+        tasks: tasks on which it is tested.
         measure: a key of `measures`.
-        plus, minus: runs of equal seed.
-        direction: of the effect: `above` or `below` the threshold, or `within` it on either side of 0.
-        threshold: in the effect's units.
-        log: whether the measure enters by its logarithm.
+        plus, minus: runs with equal seeds.
+        direction: direction of the effect: `above` or `below` the threshold, or `within` it on either side of 0.
+        threshold: threshold in the effect's units.
+        log: whether the logarithm of the measure is used.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Claim:
 
     @property
     def rule(self) -> str:
-        """The test in words."""
+        """Return the test in words."""
         measure = f"log {self.measure}" if self.log else self.measure
         limit = f"{self.threshold:+.3f}" if self.direction != "within" else f"\u00b1{self.threshold:.3f}"
         if self.log:
@@ -65,7 +65,7 @@ class Claim:
         return f"{measure}: {sides}; 95 % interval {self.direction} {limit}"
 
     def effect(self, measured: Mapping[Point, Mapping[str, float]]) -> float:
-        """The effect in one seed, from each point's measures."""
+        """Return the effect in one seed, from each point's measures."""
         read: Callable[[float], float] = (lambda x: math.log(max(x, 1e-12))) if self.log else float
         value = [read(measured[p][self.measure]) for p in self.plus]
         return sum(value) - sum(read(measured[p][self.measure]) for p in self.minus)
@@ -73,12 +73,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a claim's test found on one task with one model family.
+    """The result of a claim's test on one task with one model family.
 
     Attributes:
         verdict: reproduced, not reproduced, or undecided.
-        effects: one per seed.
-        effect: their mean.
+        effects: effects, one per seed.
+        effect: mean of the effects.
         low, high: 95 % interval of the mean by Student's t; None with fewer than two seeds.
     """
 
@@ -90,7 +90,10 @@ class Verdict:
 
 
 def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
-    """Apply a claim's test to its effects over seeds; fewer than two, or one that is not finite, decide nothing."""
+    """Apply a claim's test to its effects over seeds.
+
+    With fewer than two effects, or with an effect that is not finite, the verdict is undecided.
+    """
     if not effects:
         return Verdict(UNDECIDED, (), math.nan, None, None)
     middle = mean(effects)
@@ -103,7 +106,7 @@ def judge(claim: Claim, effects: Sequence[float]) -> Verdict:
 
 
 def interval(row: Mapping[str, Any]) -> str:
-    """A judged claim's effect and interval as text; effects on logarithms as ratios."""
+    """Return a judged claim's effect and interval as text. Effects on logarithms are shown as ratios."""
     if row["effect"] is None:
         return "-"
     show = (lambda x: f"\u00d7{math.exp(min(x, 700)):.3g}") if row["log"] else (lambda x: f"{x:+.3f}")
@@ -121,12 +124,12 @@ def _against(claim: Claim, low: float, high: float) -> tuple[bool, bool]:
 
 
 def measures(record: Mapping[str, Any], beta: float) -> dict[str, float]:
-    """What claims speak of, from one run's curve.
+    """Return the measures that claims use, from one run's curve.
 
     Returns:
-        At the end: `reward` (rewarded share), `kl` and `entropy` (nats per completion), `objective` (reward less beta
-        KL); over the second half of the curve: `kl roughness` and `reward roughness`, the standard deviation of the
-        second differences of log KL and of the reward, which a steady trend leaves at 0.
+        At the end of the run: `reward` (rewarded share), `kl` and `entropy` (nats per completion), `objective` (reward
+        minus beta KL). Over the second half of the curve: `kl roughness` and `reward roughness`, the standard
+        deviations of the second differences of log KL and of the reward, which are 0 for a steady trend.
     """
     curve = record["curve"]
     end = curve[-1]

@@ -1,4 +1,4 @@
-"""One run in veRL: its own rewards, advantages and training worker, fed by a sampler that may lag."""
+"""One run in veRL: its own rewards, advantages and training worker, with completions from a sampler that may lag."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.support.verl.workers import Batch
 
 CLIPPED = "actor/pg_clipfrac"
-"""veRL's name of what TRL calls `clip_ratio/region_mean`."""
+"""veRL's name for TRL's `clip_ratio/region_mean`."""
 
 
 def run(
@@ -31,19 +31,19 @@ def run(
     """Train one cell with one seed.
 
     Args:
-        cell: what to train.
-        seed: of the prompts and the rollouts.
-        settings: of the study.
-        reference_folder: where the reference was saved.
+        cell: the cell to train.
+        seed: seed of the prompts and the rollouts.
+        settings: settings of the study.
+        reference_folder: folder in which the reference was saved.
         tick: called with the number of steps done.
-        watch: called with what each update got and with its metrics.
+        watch: called with the input and the metrics of each update.
 
     Returns:
-        `curve` (what `Measure` gives, with `step` and averages of the log, by TRL's names), `seconds`, `cpu_seconds`
-        (of this process and the worker), `evaluation_seconds`.
+        `curve` (the results of `Measure`, with `step` and averages of the log, by TRL's names), `seconds`,
+        `cpu_seconds` (of this process and the worker), `evaluation_seconds`.
 
     Raises:
-        ValueError: kl-plugins refuses the spec in veRL, such as `@reward` with a delayed or bf16 sampler.
+        ValueError: if kl-plugins rejects the spec in veRL, such as `@reward` with a delayed or bf16 sampler.
     """
     from . import verl_host_workers as workers
 
@@ -51,7 +51,7 @@ def run(
         raise ValueError(f"the study trains with {settings.optimizer} in TRL alone, not in veRL; use --host trl")
     if settings.device != "cpu":
         raise ValueError(f"the study trains in veRL on the CPU alone, not on {settings.device}; use --host trl")
-    workers.start()  # before anything imports veRL
+    workers.start()  # This must come before the first import of veRL.
     from .verl_host_rollout import Trainer, actor_of, config_of
 
     task, tokenizer = TASKS[cell.task], tokenizer_of(settings)
@@ -66,7 +66,7 @@ def run(
     batches = task.batches(settings.prompts, seed)
     sequences = task.prompts_per_step(settings.prompts) * settings.generations
     group = workers.workers_of(reference_folder, settings, sequences)
-    cpu = time.process_time() + group.cpu_seconds()  # a new worker answers when it is there
+    cpu = time.process_time() + group.cpu_seconds()  # A new worker answers when it is ready.
     start = time.perf_counter()
     in_loss = str(spec) if spec and spec.placement == "loss" else None
     group.begin(reference_folder, in_loss, bool(spec and spec.needs_exact), **actor_of(settings, length))

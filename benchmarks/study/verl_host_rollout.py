@@ -1,4 +1,4 @@
-"""From sampled completions to what veRL's trainer sends to its workers, by veRL's own functions."""
+"""The conversion of sampled completions to the batch that veRL's trainer sends to workers, with veRL's functions."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from .settings import Cell, Settings
 
 UNCLIPPED = 1e9
 LOSSES = {"dr_grpo": "seq-mean-token-sum-norm"}
-"""veRL's names of TRL's losses."""
+"""veRL's names for TRL's losses."""
 
 
 def actor_of(settings: Settings, length: int) -> dict[str, Any]:
-    """Settings of veRL's actor: those of the study's TRL runs, by veRL's names; its clip ratio is TRL's.
+    """Return the settings of veRL's actor. They are those of the study's TRL runs, with TRL's clip ratio.
 
     Raises:
-        ValueError: veRL is not known to have the loss.
+        ValueError: if veRL's name for the loss is not known.
     """
     if settings.loss_type not in LOSSES:
         raise ValueError(f"the study knows no loss {settings.loss_type} in veRL; there is {', '.join(LOSSES)}")
     return {
         "loss_agg_mode": LOSSES[settings.loss_type],
         "loss_scale_factor": length,
-        "clip_ratio_c": UNCLIPPED,  # TRL has no second clip
+        "clip_ratio_c": UNCLIPPED,  # TRL has no second clip.
         "kl_loss_coef": settings.beta,
     }
 
 
 def config_of(cell: Cell, spec: KLSpec | None, settings: Settings, length: int) -> Any:
-    """veRL's config of the run, which kl-plugins has checked as it checks every trainer's.
+    """Return veRL's config of the run, after the check that kl-plugins makes of every trainer's config.
 
-    A ratio that divides by the sampler is veRL's bypass mode. Where the sampler is the policy, its log-probs are the
-    trainer's own. `@advantage` is out of that mode too: as in TRL, the study takes its penalty from the policy's own
-    log-probs, before the sampler's take their place.
+    With a ratio that divides by the sampler, veRL is in its bypass mode. If the sampler is the policy, its log-probs
+    are the trainer's own, and this mode is off. The mode is also off for `@advantage`: as in TRL, the study computes
+    the penalty from the policy's own log-probs, before they are replaced by the sampler's.
 
     Raises:
-        ValueError: kl-plugins refuses the spec.
+        ValueError: if kl-plugins rejects the spec.
     """
     import verl
     from hydra import compose, initialize_config_dir
@@ -77,13 +77,13 @@ def config_of(cell: Cell, spec: KLSpec | None, settings: Settings, length: int) 
 
 
 class Trainer:
-    """What veRL's trainer does between rollout and update.
+    """The work of veRL's trainer between rollout and update.
 
     Args:
-        spec: of the run, or None.
-        config: veRL's.
+        spec: spec of the run, or None.
+        config: veRL's config.
         reference: the reference model, in evaluation mode.
-        generations: completions of one prompt, which lie side by side.
+        generations: number of completions of one prompt, which are adjacent.
     """
 
     def __init__(self, spec: KLSpec | None, config: Any, reference: Any, generations: int) -> None:
@@ -97,18 +97,18 @@ class Trainer:
             self._score = ScoreController(spec, core_algos.get_kl_controller(config.algorithm.kl_ctrl))
 
     def prepare(self, policy: Any, drawn: Drawn, rewards: list[float]) -> tuple[Batch, dict[str, float]]:
-        """The batch of an update, and the metrics of a KL in rewards or advantages.
+        """Return the batch of an update, and the metrics of a KL in rewards or advantages.
 
         Args:
-            policy: as it is now, in evaluation mode.
-            drawn: its sampler's completions.
-            rewards: one per completion.
+            policy: the current policy, in evaluation mode.
+            drawn: completions of its sampler.
+            rewards: rewards, one per completion.
         """
         named = {"rollout_log_probs": drawn.logp}
         if self._spec:
             named["ref_log_prob"] = completion_log_probs(self._reference, drawn)
         advantages, metrics = self._advantages(policy, drawn, rewards, named)
-        named["old_log_probs"] = drawn.logp  # the policy ratio divides by the sampler
+        named["old_log_probs"] = drawn.logp  # The policy ratio divides by the sampler's probabilities.
         start = drawn.prompt_ids.shape[1]
 
         def rows(values: Tensor) -> list[Tensor]:
@@ -135,7 +135,7 @@ class Trainer:
         return advantages, metrics
 
     def checked(self, metrics: dict[str, float]) -> dict[str, float]:
-        """An update's metrics, the KL's as means over tokens, as veRL's trainers log them."""
+        """Return an update's metrics with the KL's as means over tokens, as veRL's trainers log them."""
         from kl_plugins.adapters.verl.metrics import finish
 
         found = finish(metrics, prefix="")

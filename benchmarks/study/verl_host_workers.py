@@ -16,7 +16,7 @@ from .settings import Settings
 
 @cache
 def start() -> None:
-    """Prepare this process for veRL, and start its Ray cluster, which ends with it."""
+    """Prepare this process for veRL, and start its Ray cluster, which ends with the process."""
     verl.prepare()
     import ray
 
@@ -28,7 +28,7 @@ def start() -> None:
 
 
 class StudyWorkers(verl.Workers):
-    """One worker with TRL's optimizer and learning rate, which takes a rollout as one micro-batch."""
+    """One worker with TRL's optimizer and learning rate, which processes a rollout as one micro-batch."""
 
     def __init__(self, reference_folder: Path, settings: Settings, sequences: int) -> None:
         self._settings, self._sequences, self._model = settings, sequences, reference_folder
@@ -51,9 +51,9 @@ class StudyWorkers(verl.Workers):
         """Start a run from the reference's weights.
 
         Args:
-            reference_folder: where the reference was saved.
-            kl: the `@loss` spec; None: no KL loss.
-            needs_reference: whether the worker has to hold the reference model, for exact terms.
+            reference_folder: folder in which the reference was saved.
+            kl: the `@loss` spec; None for no KL loss.
+            needs_reference: whether the worker must hold the reference model, for exact terms.
             actor: settings of veRL's actor.
         """
         if reference_folder != self._model:
@@ -66,11 +66,11 @@ class StudyWorkers(verl.Workers):
         self.ask(remote.decay_to_zero, self._settings.steps)
 
     def cpu_seconds(self) -> float:
-        """Processor time of the worker so far."""
+        """Return the processor time of the worker so far, in seconds."""
         return float(self.ask(remote.cpu_seconds)[0])
 
     def load_into(self, policy: Any) -> None:
-        """Give a local copy of the policy the worker's present weights."""
+        """Load the worker's current weights into a local copy of the policy."""
         weights = self.ask(remote.weights)[0]
         mine = dict(policy.named_parameters())
         if mine.keys() != weights.keys():
@@ -83,12 +83,14 @@ _held: dict[tuple[Settings, int], StudyWorkers] = {}
 
 
 def workers_of(reference_folder: Path, settings: Settings, sequences: int) -> StudyWorkers:
-    """This process's workers; those of other settings are ended. A new one takes some seconds, another model does not.
+    """Return this process's workers, and end workers with other settings.
+
+    A new worker takes some seconds to start. A change of the model does not need a new worker.
 
     Args:
-        reference_folder: where some reference was saved.
-        settings: of the study.
-        sequences: of an update.
+        reference_folder: folder in which a reference was saved.
+        settings: settings of the study.
+        sequences: number of sequences of an update.
     """
     start()
     key = (settings, sequences)
