@@ -1,1 +1,1 @@
-"""A step under a spec beside a step under the host's own KL of the same meaning, in turns."""
+"""Comparison of steps with a spec and steps with the host's own KL of the same meaning, measured in turns."""

@@ -35,7 +35,7 @@ def main(
     console = console_of(150)
     size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
     rounds, steps = (3, 1) if smoke else (rounds, steps)
-    # Fixed, so that glibc gives freed tensors back and the peak of one arm is not hidden by another's.
+    # With a fixed threshold, glibc returns the memory of freed tensors, so one arm's peak does not hide another's.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
@@ -64,7 +64,7 @@ def main(
 
 
 def summarised(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair's blocks and what they say."""
+    """Return a pair's blocks and their summary."""
     blocks = {arm: [Block(**block) for block in found] for arm, found in pair["blocks"].items()}
     return {**pair, **summary(blocks)}
 

@@ -1,4 +1,4 @@
-"""Blocks of steps in turns; time and peak memory of each, and what they say together."""
+"""Blocks of steps, measured in turns: time and peak memory of each block, and their summary."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Block:
     """Some steps of one arm.
 
     Attributes:
-        seconds: of each timed step.
-        peak: largest memory of the training process during them, bytes.
-        base: its memory before them.
+        seconds: duration of each timed step.
+        peak: largest memory of the training process during the steps, bytes.
+        base: memory of the training process before the steps, bytes.
     """
 
     seconds: list[float]
@@ -27,11 +27,11 @@ class Block:
 
 
 def in_turns(run: Callable[[str], Block], rounds: int) -> dict[str, list[Block]]:
-    """Every arm once per round; each round starts with another, so that no arm always follows the same one.
+    """Run every arm once per round. Each round starts with another arm, so no arm always follows the same arm.
 
     Args:
-        run: one block of an arm.
-        rounds: how often.
+        run: runs one block of an arm.
+        rounds: number of rounds.
     """
     found: dict[str, list[Block]] = {arm: [] for arm in ARMS}
     for index in range(rounds):
@@ -42,19 +42,19 @@ def in_turns(run: Callable[[str], Block], rounds: int) -> dict[str, list[Block]]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     lower, middle, upper = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "lower": lower, "upper": upper}
 
 
 def summary(blocks: dict[str, list[Block]]) -> dict[str, Any]:
-    """What the blocks of one pair say; ratios are taken within a round, so that a slower machine falls out.
+    """Summarise the blocks of one pair. Ratios are taken within a round, so that the speed of the machine cancels.
 
     Returns:
-        Per arm the seconds of a step and the peak bytes; ``ratio`` (spec over host) and ``noise`` (host over itself);
-        ``memory_ratio`` and ``memory_noise`` of the peaks likewise, all as medians with quartiles. ``extra`` and
-        ``extra_seconds``: how much longer a step takes than the mean of the round's two blocks of the host, relative
-        and absolute, mean with its 95 % interval; ``verdict``: where ``extra``'s interval lies against :data:`TARGET`.
+        As medians with quartiles: for each arm the seconds of a step and the peak bytes; ``ratio`` (spec over host) and
+        ``noise`` (host over itself); ``memory_ratio`` and ``memory_noise``, the same for the peaks. As means with 95 %
+        intervals: ``extra`` and ``extra_seconds``, the relative and absolute time by which a step is longer than the
+        mean of the round's two blocks of the host. ``verdict`` compares the interval of ``extra`` with :data:`TARGET`.
     """
     seconds = {arm: [statistics.median(block.seconds) for block in found] for arm, found in blocks.items()}
     peaks = {arm: [float(block.peak) for block in found] for arm, found in blocks.items()}
@@ -78,11 +78,11 @@ def summary(blocks: dict[str, list[Block]]) -> dict[str, Any]:
 
 
 def around_mean(values: Sequence[float]) -> dict[str, float]:
-    """Mean and its 95 % interval."""
+    """Return the mean and its 95 % interval."""
     low, high = student(values)
     return {"mean": statistics.mean(values), "low": low, "high": high}
 
 
 TARGET = 0.01
-"""What a spec may add to a step, as a share of it."""
+"""Largest accepted increase of a step's duration by a spec, as a share of the duration."""
 MET, MISSED, UNDECIDED = "met", "missed", "undecided"

@@ -1,4 +1,4 @@
-"""Memory of the process that trains; these functions also travel into Ray's workers, by value."""
+"""Memory of the process that trains. These functions are also sent by value to Ray's workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def restart(process: Any = None) -> int:
-    """Give freed memory back and let the peak start anew; bytes in use."""
+    """Release freed memory, reset the peak, and return the bytes in use."""
     import ctypes
     import gc
     from pathlib import Path
@@ -23,7 +23,7 @@ def restart(process: Any = None) -> int:
 
 
 def peak(process: Any = None) -> int:
-    """Largest bytes in use since :func:`restart`: the GPU's allocator, else the resident memory as Linux counts it."""
+    """Return the most bytes in use since :func:`restart`: of the GPU's allocator, else resident memory in Linux."""
     import torch
 
     if torch.cuda.is_available():

@@ -21,7 +21,7 @@ from tests.support.openrlhf.rollouts import Rollouts
 
 
 def flags(pair: Pair, spec: bool, sequences: int) -> list[str]:
-    """OpenRLHF's command line."""
+    """Return OpenRLHF's command line."""
     one = ("--train.batch_size", "--train.micro_batch_size", "--rollout.micro_batch_size")
     found = [word for flag in one for word in (flag, str(sequences))]
     found += ["--rollout.batch_size", str(sequences // work.GROUP), "--train.max_epochs", "1"]
@@ -33,7 +33,7 @@ def flags(pair: Pair, spec: bool, sequences: int) -> list[str]:
 
 
 def rollouts_of(plan: Plan) -> Rollouts:
-    """What OpenRLHF's sampler would have given."""
+    """Return rollouts in the form of OpenRLHF's sampler."""
     given = work.tokens(plan.size, plan.seed)
     ids = [torch.cat(pair) for pair in zip(given.prompts, given.responses, strict=True)]
     masks = [(torch.arange(1, len(row)) >= plan.size.prompt).long() for row in ids]
@@ -41,7 +41,7 @@ def rollouts_of(plan: Plan) -> Rollouts:
 
 
 def main(plan: Path, folder: Path, output: Path) -> None:
-    """All pairs."""
+    """Measure all pairs and write the blocks."""
     read = Plan.read(plan)
     rollouts = rollouts_of(read)
     with openrlhf.session(memory):

@@ -1,4 +1,4 @@
-"""Which of a host's own KLs is held against which spec, and how large the model and the batch are."""
+"""The pairs of a host's own KL and a spec that are compared, and the sizes of the model and the batch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 HOST, SPEC, AGAIN = "host", "spec", "host again"
 ARMS = (HOST, SPEC, AGAIN)
-"""The host's own KL is measured twice: what differs between the two is the machine's noise."""
+"""The host's own KL is measured twice. The difference between the two is the machine's noise."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Model and batch.
+    """The sizes of model and batch.
 
     Attributes:
-        hidden, layers, vocabulary: of a Qwen2.
-        prompt, response: tokens; responses are between half and all as long.
-        sequences: per optimizer step; a multiple of 4.
+        hidden, layers, vocabulary: sizes of a Qwen2 model.
+        prompt, response: numbers of tokens; a response has between half of ``response`` and ``response`` tokens.
+        sequences: number of sequences per optimizer step; a multiple of 4.
     """
 
     hidden: int = 256
@@ -38,10 +38,10 @@ class Pair:
     """A host's own KL and a spec.
 
     Attributes:
-        name: of the host's setting.
-        native: what the host's worker sets.
-        spec: of kl-plugins.
-        same_gradient: the two mean the same; else what is measured is the price of another gradient.
+        name: name of the host's setting.
+        native: settings of the host's worker.
+        spec: spec of kl-plugins.
+        same_gradient: whether both have the same gradient. If not, the result is the cost of another gradient.
     """
 
     name: str
@@ -73,13 +73,13 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker does: every pair, round after round, each arm once per round, in changing order.
+    """The work of a worker: every pair, round after round, with each arm once per round, in changing order.
 
     Attributes:
-        size: of model and batch.
-        pairs: to measure.
-        rounds: of all arms.
-        steps: timed optimizer steps of an arm in a round, after one that warms up.
+        size: sizes of model and batch.
+        pairs: pairs to measure.
+        rounds: number of rounds of all arms.
+        steps: timed optimizer steps of an arm in a round, after one step of warm-up.
     """
 
     size: Size
@@ -89,12 +89,12 @@ class Plan:
     seed: int = field(default=0)
 
     def write(self, path: Path) -> None:
-        """For the worker."""
+        """Write the plan for the worker."""
         path.write_text(json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Read the plan that :meth:`write` has written; the worker does."""
+        """Read the plan that :meth:`write` wrote. The worker calls this method."""
         data = json.loads(path.read_text())
         pairs = tuple(Pair(**pair) for pair in data.pop("pairs"))
         return cls(size=Size(**data.pop("size")), pairs=pairs, **data)

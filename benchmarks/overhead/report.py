@@ -1,4 +1,4 @@
-"""Table and plot of steps under specs and under the hosts' own KL."""
+"""Table and plot of steps with specs and steps with the hosts' own KL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.overhead.plan import HOST
 
 
 def interval(found: dict[str, float], scale: float, form: str) -> str:
-    """A mean and its interval, multiplied by ``scale``."""
+    """Return the text of a mean and its interval, multiplied by ``scale``."""
     mean, low, high = (format(scale * found[name], form) for name in ("mean", "low", "high"))
     return f"{mean} ({low} to {high})"
 
@@ -23,7 +23,7 @@ TITLES = ("host", "its own KL", "spec", "host ms", "adds ms [95 %]", "adds [95 %
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A pair's line, under :data:`TITLES`."""
+    """Return a pair's line of the table, in the order of :data:`TITLES`."""
     return (
         NAMES[row["host"]],
         row["name"],
@@ -37,7 +37,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """One line per pair."""
+    """Make a table with one line per pair."""
     made = Table(*TITLES, title=f"one optimizer step (target: adds at most {TARGET:.0%})")
     for row in rows:
         made.add_row(*cells(row))
@@ -45,7 +45,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Ratios of time and of peak memory where both mean the same; grey is the host against itself."""
+    """Plot the ratios of time and peak memory of pairs with the same gradient; grey compares the host with itself."""
     import matplotlib as mpl
 
     mpl.use("Agg")

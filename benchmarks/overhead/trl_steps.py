@@ -18,32 +18,32 @@ from benchmarks.overhead.plan import Pair, Plan
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
-    """Times every optimizer step, with the rollout's scoring that it includes."""
+    """A callback that times every optimizer step, including the scoring of the rollout."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the rollout batch of the step."""
+        """Start the clock before the rollout batch of the step."""
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the update."""
+        """Stop the clock after the update."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.start)
 
 
 class Runner:
-    """Makes a block of steps."""
+    """A runner of blocks of steps."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.tokens = work.tokens(plan.size, plan.seed)
 
     def __call__(self, pair: Pair, spec: bool) -> Block:
-        """One block; a new trainer each time, so that no arm inherits anything."""
+        """Run one block, with a new trainer each time, so that no arm inherits state."""
         size, clock, given = self.plan.size, Clock(), self.tokens
         trainer = trl.make_trainer(
             self.folder / "model", pair.spec if spec else None,
@@ -61,7 +61,7 @@ class Runner:
 
 
 def main(plan: Path, folder: Path, output: Path) -> None:
-    """All pairs."""
+    """Measure all pairs and write the blocks."""
     read = Plan.read(plan)
     work.measure(read, Runner(read, folder), output, version("trl"))
 

@@ -18,7 +18,7 @@ from tests.support.verl.workers import Batch
 
 
 def batch_of(plan: Plan) -> Batch:
-    """What veRL's trainer sends to its workers; log-probs are noise around those of a uniform policy."""
+    """Return the batch that veRL's trainer would send to its workers, with noise around uniform log-probs."""
     given, random = work.tokens(plan.size, plan.seed), torch.Generator().manual_seed(plan.seed)
     uniform = -float(torch.tensor(plan.size.vocabulary).log())
 
@@ -33,7 +33,7 @@ def batch_of(plan: Plan) -> Batch:
 
 
 def main(plan: Path, folder: Path, output: Path) -> None:
-    """All pairs."""
+    """Measure all pairs and write the blocks."""
     read = Plan.read(plan)
     batch = batch_of(read)
     with verl.session(memory):

@@ -1,4 +1,4 @@
-"""What all hosts' workers share: the model, the tokens, and the loop over pairs and arms."""
+"""Shared code of all hosts' workers: the model, the tokens, and the loop over pairs and arms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from benchmarks.reporting import machine
 
 BETA = 0.1
 GROUP = 2
-"""Responses per prompt."""
+"""Number of responses per prompt."""
 
 
 class Tokens(NamedTuple):
-    """One entry per sequence."""
+    """Tokens with one entry per sequence."""
 
     prompts: list[Tensor]
     responses: list[Tensor]
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 def tokens(size: Size, seed: int) -> Tokens:
-    """Random ids; the first few are special."""
+    """Return random token ids, without the first ids, which are special tokens."""
     random = torch.Generator().manual_seed(seed)
 
     def ids(length: int) -> Tensor:
@@ -45,12 +45,12 @@ def tokens(size: Size, seed: int) -> Tokens:
 
 
 def build_model(size: Size, folder: Path) -> None:
-    """Write ``model`` and ``reference`` with what OpenRLHF's command line wants to see."""
+    """Write ``model`` and ``reference``, and the files that OpenRLHF's command line expects."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     from tests.support.openrlhf.assets import build
 
-    build(folder)  # its tokenizer, prompts and reward function
+    build(folder)  # This writes the tokenizer, the prompts and the reward function.
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     config = Qwen2Config(
         vocab_size=size.vocabulary,
@@ -73,13 +73,13 @@ def build_model(size: Size, folder: Path) -> None:
 
 
 def measure(plan: Plan, run: Callable[[Pair, bool], Block], output: Path, version: str) -> None:
-    """Every pair in turns; writes the blocks.
+    """Measure every pair in turns, and write the blocks.
 
     Args:
-        plan: what to do.
-        run: one block of a pair, under its spec or under the host's own KL.
-        output: JSON.
-        version: of the host.
+        plan: the plan of the worker.
+        run: runs one block of a pair, with its spec or with the host's own KL.
+        output: path of the JSON file.
+        version: version of the host.
     """
     rows: list[dict[str, Any]] = []
     for pair in plan.pairs:
@@ -88,7 +88,7 @@ def measure(plan: Plan, run: Callable[[Pair, bool], Block], output: Path, versio
             return run(pair, arm == SPEC)
 
         for spec in (False, True):
-            run(pair, spec)  # thrown away: the first block of a process pays for imports, caches and allocations
+            run(pair, spec)  # Not used: the first block of a process includes imports, caches and allocations.
         found = in_turns(block, plan.rounds)
         rows.append({**asdict(pair), "blocks": {arm: [vars(b) for b in blocks] for arm, blocks in found.items()}})
         print(f"done {pair.name}", flush=True)
