@@ -54,7 +54,7 @@ def main(
 
 
 def count(hosts: Hosts, host: str, ranks: list[int]) -> None:
-    """Run one host's program; its JSON files lie in the folder afterwards, as far as it came."""
+    """Run one host's program, which writes its JSON files into the folder. If it fails, some files are missing."""
     if host != "trl":
         hosts.run(host, f"benchmarks.collectives.{host}_run", hosts.folder, *map(str, ranks))
         return

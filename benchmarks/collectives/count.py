@@ -1,4 +1,4 @@
-"""Counts the collectives of a process, and tells the plugin's from the host's; also travels into Ray's workers."""
+"""A counter of the collectives of a process, by plugin and host. It is also sent by value to Ray's workers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NEUTRAL = ("torch", "accelerate", "benchmarks.collectives.count", __name__, "contextlib", "functools")
-"""Modules that pass a collective on for somebody else."""
+"""Modules that start a collective only because another module called them."""
 
 
 class Seen(NamedTuple):
     """One collective.
 
     Attributes:
-        operation: of ``torch.distributed``'s C++ side, such as ``allreduce_``.
-        bytes: that this rank puts in.
-        by: module and function that asked for it.
+        operation: name in the C++ part of ``torch.distributed``, such as ``allreduce_``.
+        bytes: number of bytes that this rank contributes.
+        by: module and function that requested it.
     """
 
     operation: str
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 def size(found: Any) -> int:
-    """Bytes of all tensors in nested lists."""
+    """Return the bytes of all tensors in nested lists."""
     if isinstance(found, Tensor):
         return found.numel() * found.element_size()
     if isinstance(found, list | tuple):
@@ -37,7 +37,7 @@ def size(found: Any) -> int:
 
 
 def payload(name: str, args: Any) -> int:
-    """Bytes that a rank puts into a collective; outputs, which come before inputs, are left out."""
+    """Return the bytes that a rank contributes to a collective. Outputs, which precede inputs, are not counted."""
     gathers = name.startswith(
         ("_allgather_base", "allgather", "gather", "reduce_scatter", "_reduce_scatter", "scatter")
     )
@@ -45,7 +45,7 @@ def payload(name: str, args: Any) -> int:
 
 
 def asked_by() -> str:
-    """Module and function of the innermost frame that is not merely passing on."""
+    """Return module and function of the innermost frame that is not in one of the :data:`NEUTRAL` modules."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -56,7 +56,7 @@ def asked_by() -> str:
 
 
 class Counter(TorchDispatchMode):
-    """Within the block, every collective of this thread is noted; backward hooks in C++ are not seen."""
+    """A mode that records every collective of this thread within the block, except those of backward hooks in C++."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class Counter(TorchDispatchMode):
 
 
 def start(process: Any) -> None:
-    """Count in this thread of a Ray worker from now on."""
+    """Start the count in this thread of a Ray worker."""
     process.counter = Counter()
     process.counter.__enter__()
 
 
 def stop(process: Any) -> list[tuple[str, int, str]]:
-    """End the count; what was seen, as plain tuples."""
+    """End the count, and return the recorded collectives as plain tuples."""
     process.counter.__exit__(None, None, None)
     return [tuple(one) for one in process.counter.seen]
 
 
 def ours(seen: list[Seen]) -> list[Seen]:
-    """Those that the plugin asked for."""
+    """Return the collectives that the plugin requested."""
     return [one for one in seen if one.by.startswith("kl_plugins")]

@@ -18,7 +18,7 @@ from tests.support.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
 
 
 def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
-    """The collectives of one optimizer step of rank 0."""
+    """Return the collectives of one optimizer step of rank 0."""
     flags = [*ONE_STEP, "--algo.advantage.estimator", "dr_grpo"]
     flags += ["--train.micro_batch_size", str(len(PROMPTS) // host.ranks // MICRO_BATCHES)]
     flags += openrlhf.kl_flags(kl, in_loss="@" not in kl or "@loss" in kl)
@@ -31,7 +31,7 @@ def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
 
 
 def main(folder: Path, *ranks: int) -> None:
-    """All arms for each number of processes."""
+    """Count all arms for each number of processes, and write the results."""
     openrlhf.prepare()
     path = assets.build(folder / "openrlhf")
     rollouts = make_rollouts(path / "model")

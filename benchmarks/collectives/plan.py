@@ -1,4 +1,4 @@
-"""What is counted, and what the plugin should add, on paper."""
+"""The runs in which collectives are counted, and the model of what the plugin should add."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from kl_plugins import KLSpec
 from kl_plugins.metrics import REDUCTIONS
 
 MICRO_BATCHES = 2
-"""Per rank and optimizer step."""
+"""Number of micro-batches per rank and optimizer step."""
 
 PROCESSES = (1, 2, 4)
 
 NATIVE = {"trl": "k3", "verl": "low_var_kl", "openrlhf": "k3"}
-"""Each host's own KL, which the specs are held against."""
+"""Each host's own KL, with which the specs are compared."""
 
 SCHEDULE = "k2@loss/is:token/behaviour:old/beta:adaptive-0.1-64"
 SPECS = {
@@ -25,10 +25,10 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Added:
-    """What a spec adds to one optimizer step of one rank.
+    """The collectives that a spec adds to one optimizer step of one rank.
 
     Attributes:
-        gathers: bytes that this rank puts into each of its all-gathers.
+        gathers: bytes that this rank contributes to each of its all-gathers.
         reductions: bytes of each of its all-reduces.
     """
 
@@ -37,67 +37,75 @@ class Added:
 
     @property
     def calls(self) -> int:
-        """Number of collectives."""
+        """Return the number of collectives."""
         return len(self.gathers) + len(self.reductions)
 
     @property
     def bytes(self) -> int:
-        """Bytes that this rank puts in."""
+        """Return the bytes that this rank contributes."""
         return sum(self.gathers) + sum(self.reductions)
 
     def traffic(self, ranks: int) -> float:
-        """Bytes that each rank sends, by ring algorithms: (R-1) b for an all-gather, 2 (R-1)/R b for an all-reduce."""
+        """Return the bytes that each rank sends in a ring.
+
+        An all-gather of b bytes on R ranks sends (R-1) b, and an all-reduce sends 2 (R-1)/R b.
+        """
         return (ranks - 1) * sum(self.gathers) + 2 * (ranks - 1) / ranks * sum(self.reductions)
 
     def hops(self, ranks: int, tree: bool = False) -> int:
-        """Messages that follow one another, each of which costs one latency: in a ring, or in a binary tree."""
+        """Return the number of consecutive messages in a ring or a binary tree. Each message costs one latency."""
         longest = (ranks - 1).bit_length() if tree else ranks - 1
         return longest * (len(self.gathers) + 2 * len(self.reductions))
 
 
 def keys(spec: KLSpec) -> tuple[int, int]:
-    """Metrics of a micro-batch: means, and maxima; beta, which every rank knows, is not among them."""
+    """Return how many metrics of a micro-batch are means and how many are maxima.
+
+    Beta is not counted, because every rank knows it.
+    """
     found = [key for key in REDUCTIONS if key != "kl/exact" or (spec.needs_exact and spec.placement == "loss")]
     largest = sum(REDUCTIONS[key] == "max" for key in found)
     return len(found) - largest, largest
 
 
 def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
-    """What the plugin adds by its own documentation; no term has tokens, vocabulary, parameters or ranks in it.
+    """Return the collectives that the plugin adds according to its documentation.
 
-    A single process makes the same calls where a launcher gave it a process group, and none where it has no group.
+    No term depends on the number of tokens, the vocabulary, the parameters or the ranks. A single process makes the
+    same calls if a launcher gave it a process group, and no calls if it has no group.
 
     Args:
         host: ``trl``, ``verl`` or ``openrlhf``.
         text: the spec.
-        micro_batches: per rank and optimizer step.
-        sequences: per rank and rollout batch; one rollout batch per optimizer step.
+        micro_batches: number of micro-batches per rank and optimizer step.
+        sequences: number of sequences per rank and rollout batch, with one rollout batch per optimizer step.
     """
     spec = KLSpec.parse(text)
     means, largest = keys(spec)
     controller = (12,) if spec.beta is not None and spec.placement == "loss" else ()  # three float32 sums
     if host == "trl":
         pooled = sum(how == "pooled" for how in REDUCTIONS.values())
-        # float64: counts of log-probs that are not finite, with the tokens; a forbidden beta; a deviating head.
+        # In float64: four counts of log-probs that are not finite and the number of tokens; one number for a beta that
+        # is not allowed; one number for a head that differs.
         check = 8 * (5 + 1 + 1)
-        # In the same gather: means with beta, tokens and micro-batches; two squares, which pooled metrics are made of;
-        # maxima.
+        # The same gather also holds means with beta, tokens and micro-batches; two sums of squares for the pooled
+        # metrics; and maxima.
         metrics = (check + 8 * (means - pooled + 3 + 2 + largest),) * micro_batches
-        # Once per rollout; the reward gathers one float32 per completion beside it.
+        # Once per rollout; with a KL in the reward, one float32 per completion is also gathered.
         rollout = {"loss": (), "advantage": (check,), "reward": (check, 4 * sequences)}[spec.placement]
         return Added(metrics + rollout, controller)
     if host == "verl":
-        # All in float64, once per optimizer step: four counts of log-probs that are not finite, the response tokens,
-        # and whether a coefficient was changed beside a schedule; with a schedule what its controller observes. Metrics
-        # go the way that veRL has for them.
+        # All numbers are float64 and are sent once per optimizer step: four counts of log-probs that are not finite,
+        # the number of response tokens, and whether a coefficient was changed although there is a schedule. With a
+        # schedule, the observations of its controller are added. Metrics use veRL's own way.
         return Added((), (8 * (6 + 3 * bool(controller)),) if spec.placement == "loss" else ())
     if spec.placement != "loss":
-        return Added()  # OpenRLHF's driver shapes rewards and advantages
+        return Added()  # OpenRLHF's driver computes rewards and advantages.
     pooled = sum(how == "pooled" for how in REDUCTIONS.values())
-    # All in float64. Once per optimizer step: four counts of log-probs that are not finite, the tokens, and whether a
-    # coefficient was changed beside a schedule; with a schedule what its controller observes; with exact terms how far
-    # two references are apart.
+    # All numbers are float64. Once per optimizer step: four counts of log-probs that are not finite, the number of
+    # tokens, and whether a coefficient was changed although there is a schedule. With a schedule, the observations of
+    # its controller are added, and with exact terms the difference between two references.
     check = 8 * (5 + 1 + 3 * bool(controller) + spec.needs_exact)
-    # Once per rollout batch, not per micro-batch: means with beta, tokens and micro-batches, two squares that pooled
-    # metrics are made of, and the estimator's mean with its tokens; maxima.
+    # Once per rollout batch, not per micro-batch: means with beta, tokens and micro-batches, two sums of squares for
+    # the pooled metrics, and the estimator's mean with its tokens; then maxima.
     return Added((), (8 * (means - pooled + 3 + 2 + 2), 8 * largest, check))

@@ -1,4 +1,4 @@
-"""What was counted beside what was expected on paper: rows, table, model, plot."""
+"""Comparison of counted collectives with the model's prediction: rows, table, scaling, plot."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from benchmarks.hosts.report import COLOURS, MARKERS
 PER_NODE = 8
 LATENCY = {"within a node": 5e-6, "between nodes": 2e-5}
 BANDWIDTH = 1.25e10
-"""Ranks per node; seconds per message; bytes per second (100 Gbit/s). What the model on paper assumes."""
+"""Bytes per second (100 Gbit/s).
+
+The model assumes this bandwidth, ``PER_NODE`` ranks per node, and ``LATENCY`` seconds per message.
+"""
 
 MODEL_RANKS = (1, 2, 4, 8, 64, 512, 4096)
 GRADIENT_BYTES = 2 * 7e9
-"""A 7-billion-parameter model's gradient in 16 bits: the host's own traffic per step, as a yardstick."""
+"""Bytes of the gradient of a 7-billion-parameter model in 16 bits: the host's own traffic per step, for comparison."""
 
 
 def row(host: str, ranks: int, spec: str, arm: dict[str, Any], native: dict[str, Any]) -> dict[str, Any]:
-    """One spec of one host in so many processes: counted, on paper, and whether they agree."""
+    """Return the row of one spec of one host with ``ranks`` processes: counted, predicted, and whether both agree."""
     steps = arm["steps"]
     seen, host_seen = ([Seen(*one) for one in part["seen"]] for part in (arm, native))
     added = ours(seen)
@@ -44,7 +47,7 @@ def row(host: str, ranks: int, spec: str, arm: dict[str, Any], native: dict[str,
         "paper_calls": expected.calls,
         "paper_bytes": expected.bytes,
         "host_calls": len(host_seen) / steps,
-        # What the plugin's metrics add to what the host sends in any case.
+        # The bytes that the plugin's metrics add to the host's own collectives.
         "host_bytes": (sum(one.bytes for one in own) - sum(one.bytes for one in host_seen)) / steps,
         "agrees": (found.calls, found.bytes) == (expected.calls * steps, expected.bytes * steps)
         and found.calls == len(added)
@@ -54,13 +57,13 @@ def row(host: str, ranks: int, spec: str, arm: dict[str, Any], native: dict[str,
 
 
 def rows(host: str, ranks: int, arms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """All specs of one host."""
+    """Return the rows of all specs of one host."""
     native = arms[NATIVE[host]]
     return [row(host, ranks, spec, arms[spec], native) for spec in SPECS[host]]
 
 
 def table(found: list[dict[str, Any]]) -> Table:
-    """Counted beside expected."""
+    """Make a table of counted and predicted collectives."""
     titles = ("host", "processes", "spec", "calls added", "on paper", "bytes added", "on paper", "host's own calls")
     made = Table(*titles, title="collectives that a spec adds to one optimizer step of one rank")
     for one in found:
@@ -78,12 +81,12 @@ def table(found: list[dict[str, Any]]) -> Table:
 
 
 def scaling(hosts: list[str], micro_batches: int = 8, sequences: int = 32) -> list[dict[str, Any]]:
-    """The model on paper, by ranks; tokens, vocabulary and parameters are in none of its terms.
+    """Return the model's prediction by ranks. No term depends on tokens, vocabulary or parameters.
 
     Args:
-        hosts: which.
-        micro_batches: per rank and optimizer step.
-        sequences: per rank and step.
+        hosts: names of the hosts.
+        micro_batches: number of micro-batches per rank and optimizer step.
+        sequences: number of sequences per rank and step.
     """
     made = []
     for host in hosts:
@@ -91,7 +94,7 @@ def scaling(hosts: list[str], micro_batches: int = 8, sequences: int = 32) -> li
             for ranks in MODEL_RANKS:
                 added = paper(host, spec, micro_batches, sequences)
                 traffic = added.traffic(ranks)
-                # A ring goes at the pace of its slowest link.
+                # The slowest link determines the speed of a ring.
                 latency = LATENCY["within a node" if ranks <= PER_NODE else "between nodes"]
                 ring, tree = (latency * added.hops(ranks, way) + traffic / BANDWIDTH for way in (False, True))
                 made.append(
@@ -125,7 +128,7 @@ FORMULAS = (
 
 
 def scaling_table(found: list[dict[str, Any]]) -> Table:
-    """Milliseconds per step by ranks: if every collective ran along a tree, and along a flat ring."""
+    """Make a table of milliseconds per step by ranks, for collectives in trees and in flat rings."""
     title = f"on paper, ms per step along trees - along rings: 8 micro-batches, {PER_NODE} ranks per node, "
     title += ", ".join(f"{seconds * 1e6:g} us {where}" for where, seconds in LATENCY.items())
     shown = [ranks for ranks in MODEL_RANKS if ranks > 1]
@@ -138,7 +141,7 @@ def scaling_table(found: list[dict[str, Any]]) -> Table:
 
 
 def plot(found: list[dict[str, Any]], model: list[dict[str, Any]], path: Path) -> None:
-    """Counted bytes over paper by processes, and the modelled traffic beside a gradient's."""
+    """Plot counted and predicted bytes by processes, and the predicted traffic next to the traffic of a gradient."""
     import matplotlib as mpl
 
     mpl.use("Agg")

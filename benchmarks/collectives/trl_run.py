@@ -18,11 +18,11 @@ from tests.support.trl import trainers
 
 STEPS = 2
 SEQUENCES = 4
-"""Per rank and optimizer step."""
+"""Number of sequences per rank and optimizer step."""
 
 
 def counted(model: str, folder: Path, spec: str) -> dict[str, Any]:
-    """The collectives of a short run under a spec, or under TRL's own k3."""
+    """Return the collectives of a short run with a spec, or with TRL's own k3."""
     given = {"kl": spec} if spec else {"use_bias_correction_kl": False}
     torch.manual_seed(0)
     trainer = trainers.build(
@@ -35,7 +35,7 @@ def counted(model: str, folder: Path, spec: str) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """All arms."""
+    """Count all arms, and write the results."""
     trl.stay_on_the_cpu()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     work = folder / f"trl-rank{rank}of{ranks}"
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         (folder / f"trl-{ranks}.json").write_text(json.dumps({"version": version("trl"), "arms": found}))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # a process that ends without aborts now and then
+        torch.distributed.destroy_process_group()  # Without this call, a process sometimes aborts at its end.
 
 
 if __name__ == "__main__":

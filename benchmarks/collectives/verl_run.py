@@ -16,7 +16,7 @@ from tests.support.verl.workers import PROMPTS, Group, make_batch
 
 
 def counted(group: Group, batch: Any, kl: str) -> dict[str, Any]:
-    """The collectives of one optimizer step of rank 0."""
+    """Return the collectives of one optimizer step of rank 0."""
     group.use(kl)
     group.ask(count.start)
     group.train(batch)
@@ -25,7 +25,7 @@ def counted(group: Group, batch: Any, kl: str) -> dict[str, Any]:
 
 
 def main(folder: Path, *ranks: int) -> None:
-    """All arms for each number of processes."""
+    """Count all arms for each number of processes, and write the results."""
     verl.prepare()
     from transformers import AutoModelForCausalLM
 
