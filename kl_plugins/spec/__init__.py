@@ -95,12 +95,12 @@ class KLSpec:
 
     @property
     def needs_behaviour(self) -> bool:
-        """Whether an importance weight enters the KL term, so that behaviour log-probs are required."""
+        """Return whether the KL term has an importance weight, so that behaviour log-probs are required."""
         return self.correction != "none" or self.clip is not None
 
     @property
     def needs_exact(self) -> bool:
-        """Whether full-vocabulary KL values are required beside the sampled log-probs."""
+        """Return whether full-vocabulary KL values are required in addition to the sampled log-probs."""
         return self.estimator == "exact" or self.future == "exact"
 
     def __str__(self) -> str:

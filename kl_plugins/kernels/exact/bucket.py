@@ -63,7 +63,7 @@ class TopKRows(NamedTuple):
 
 
 class TopKStatistics(NamedTuple):
-    """Per row, all (N,), float32 (float64 for float64 logits), 0 in ignored rows.
+    """Statistics per row, all (N,), float32 (float64 for float64 logits), 0 in ignored rows.
 
     Attributes:
         kl: KL of the k + 1 cells, nats, in [0, 1e4].

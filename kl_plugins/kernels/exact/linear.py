@@ -89,7 +89,7 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How rows are cut into tiles.
+    """The division of rows into tiles.
 
     Attributes:
         kept: index of the rows that are not ignored.
