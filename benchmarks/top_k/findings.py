@@ -31,6 +31,10 @@ QUANTILES = (0.1, 0.5, 0.9)
 SAMPLED, EXACT = "k2@loss", "exact@loss"
 
 
+class NoNoiseError(ValueError):
+    """A policy equals the reference in every state, so that no estimator has any noise."""
+
+
 def bytes_per_token(k: int) -> int:
     """Return the bytes of the numbers per token: k ids, k log-probs, and the log of the tail mass."""
     return NUMBER_BYTES * (2 * k + 1)
@@ -103,11 +107,11 @@ def rows_of(name: str, kind: str, noise: StateNoise, sequence: Tensor, ks: Seque
         ks: the numbers of tokens of the columns in `noise`.
 
     Raises:
-        ValueError: No state has any noise, because the policy is the reference.
+        NoNoiseError: The policy is the reference.
     """
     noisy = noise.sampled > 0
     if not noisy.any():
-        raise ValueError(f"the policy {name!r} equals the reference in every state: there is no noise to compare")
+        raise NoNoiseError(f"the policy {name!r} equals the reference in every state: there is no noise to compare")
     labels: list[tuple[str, int | None, bool | None]] = [(SAMPLED, None, None), (EXACT, None, None)]
     labels += [(f"exact@loss/top:{k}", k, True) for k in ks]
     labels += [(f"top:{k} without the bucket", k, False) for k in ks]

@@ -92,7 +92,8 @@ def plot(path: Path, found: Mapping[str, Any]) -> None:
         for axes, policy in zip(panels, policies, strict=True):
             _panel(axes, policy, [row for row in found["rows"] if row["policy"] == policy["policy"]])
         panels[0].set_ylabel("token noise of the logit gradient, relative to k2@loss")
-        panels[0].legend(frameon=False, loc="lower left")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         smoke = " (smoke run: the numbers mean nothing)" if found["smoke"] else ""
         figure.suptitle(f"exact@loss/top:<k>: noise by k{smoke}", x=0.01, ha="left", fontweight="bold")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def _panel(axes: Axes, policy: Mapping[str, Any], rows: Sequence[Mapping[str, An
         )  # fmt: skip
         lower, upper = ([row[name] for row in mine] for name in ("q10", "q90"))
         axes.fill_between(ks, lower, upper, color=colour, alpha=0.1, linewidth=0)
-    axes.axhline(MOST_NOISE, color="0.3", linewidth=0.9, linestyle="--")
+    axes.axhline(MOST_NOISE, color="0.3", linewidth=0.9, linestyle="--", label=f"limit of the rule, {MOST_NOISE:g}")
     within = [k for k in ks if bytes_per_token(k) <= MOST_BYTES]
     if within and within[-1] != ks[-1]:
         axes.axvspan(within[-1] * 2**0.5, ks[-1] * 2**0.5, color="0.5", alpha=0.12, linewidth=0)

@@ -7,6 +7,7 @@ from benchmarks.top_k.findings import (
     LEAST_KL,
     PERTURBED,
     TRAINED,
+    NoNoiseError,
     bootstrap,
     bytes_per_token,
     described,
@@ -127,7 +128,7 @@ def test_rows_have_ratios_of_sums_and_intervals(results):
 
 def test_a_policy_that_is_the_reference_is_refused():
     ref = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="equals the reference"):
+    with pytest.raises(NoNoiseError, match="equals the reference"):
         rows_of("same", TRAINED, measured(ref, ref), torch.arange(4))
 
 
