@@ -5,7 +5,7 @@ PYTHON ?= python3
 nox = .venv/bin/nox -s $(1) $(if $(ARGS),-- $(ARGS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf coverage docs lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-report bench-smoke gpu-bundle clean
+.PHONY: help demo demo-llm test test-full test-core test-wheel test-install test-trl test-verl test-openrlhf coverage docs lint typecheck bench-variance bench-staleness bench-kernel bench-host-terms bench-hosts bench-overhead bench-collectives bench-study bench-default bench-top-k bench-report bench-smoke gpu-bundle clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-study: .venv/complete  ## test published claims in real RL runs; can be re
 
 bench-default: .venv/complete  ## choose the default spec on stale data; can be resumed (1 h; ARGS="--dry-run" shows the number of runs)
 	.venv/bin/nox -s trl -- -m benchmarks.study.stale $(ARGS)
+
+bench-top-k: .venv/complete  ## choose the default k of exact@loss/top:<k> in a real language model (ARGS="--device cuda" uses a GPU)
+	$(call nox,bench_top_k)
 
 bench-report: .venv/complete  ## put all results under out/bench on one page
 	$(call nox,bench_report)

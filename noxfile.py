@@ -358,6 +358,13 @@ def bench_study(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_top_k(session: nox.Session) -> None:
+    """Measure the noise of exact@loss/top:<k> in a language model, by k; writes out/bench/top_k."""
+    TRL.ensure(session)
+    session.run(TRL.python, "-m", "benchmarks.top_k", *session.posargs, external=True, env=RUN_ENV)
+
+
+@nox.session
 def bench_report(session: nox.Session) -> None:
     """Put all results under out/bench on one page; writes out/bench/report.html."""
     CORE.ensure(session)
@@ -372,6 +379,7 @@ def bench_smoke(session: nox.Session) -> None:
         ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
         ("variance", CORE, ("--smoke",)),
         ("staleness", CORE, ("--smoke",)),
+        ("top_k", TRL, ("--smoke",)),
         *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
     )
     # The longest benchmarks start first, so that none of them runs alone at the end.

@@ -130,7 +130,7 @@ class HostAdapter:
             return
         for name, digest in changed:
             problem = f"its source is not one that was checked ({digest})"
-            yield Finding("fault", f"{subject} {name.rpartition(':')[2]}", problem, remedy)
+            yield Finding("fault", f"{subject} {name}", problem, remedy)
         if not changed:
             known = len(self.hooks.sources.checked)
             yield Finding("ok", f"{subject} sources", f"{known} wrapped functions have known fingerprints")

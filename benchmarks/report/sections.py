@@ -73,6 +73,12 @@ SECTIONS = (
         staleness_tables,
     ),
     Section(
+        "top_k", "The default k of exact@loss/top", "How noisy the gradient is over the drawn token in the states of "
+        "a trained language model, relative to k2@loss, and how many bytes per token each k costs.",
+        "make bench-top-k", "The logit gradient of single states. The interval covers the sequences that were drawn, "
+        "and not other prompts, training runs or models.", "top_k.json",
+    ),
+    Section(
         "kernel", "The exact KL", "Time and memory of the full-vocabulary KL against the hosts' and others' kernels.",
         "make bench-kernel", "The numbers hold for the device that is named with them.",
     ),

@@ -19,7 +19,7 @@ from kl_plugins.patches.openrlhf import HOOKS
 from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 FOLDER = Path(openrlhf.__file__).parent
-STEP = "ActorPPOTrainer.training_step"
+STEP = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer.training_step"
 VERSIONS = ("0.10.2", "0.10.3", "0.10.4", "0.11.0", "0.11.1", "0.11.2")
 
 
