@@ -24,7 +24,7 @@ FALLING = {4: 0.5, 8: 0.3, 16: 0.2, 32: 0.09, 64: 0.06, 128: 0.03, 256: 0.01}
 def judged(high, kl=0.1, kind=TRAINED):
     policies = [{"kind": kind, "kl_per_token": kl}]
     rows = [{"kind": kind, "bucket": True, "k": k, "high": value} for k, value in high.items()]
-    return judge(policies, [*rows, *({**row, "bucket": False, "high": 0.0} for row in rows)])
+    return judge(policies, [*rows, *({**row, "bucket": False, "high": 2.0} for row in rows)])
 
 
 def test_bytes_are_those_of_ids_log_probs_and_the_tail():
