@@ -1,1 +1,1 @@
-"""`python -m benchmarks.study.stale`: choose the default KL spec where rollouts are stale, by rules fixed first."""
+"""`python -m benchmarks.study.stale` chooses the default KL spec for stale rollouts, by rules fixed before the runs."""

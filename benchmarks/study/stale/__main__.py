@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study.stale`: choose the default spec where rollouts are stale."""
+"""`python -m benchmarks.study.stale` chooses the default KL spec for stale rollouts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def main(
 
 
 def study(console: Console, options: Options, confirm: str = "", selection_only: bool = False) -> None:
-    """Run the selection, choose, confirm, run what is only reported, write.
+    """Run the selection, choose a spec, confirm it, run the arms that are only reported, and write the results.
 
     Args:
-        console: to write to.
-        options: of the study.
-        confirm: the spec to confirm; empty: the chosen one.
+        console: the console that receives the output.
+        options: options of the study.
+        confirm: the spec to confirm. If it is empty, the chosen spec is confirmed.
         selection_only: whether to leave the confirmation out.
     """
     beta = arms.FAST.beta
@@ -68,17 +68,17 @@ def study(console: Console, options: Options, confirm: str = "", selection_only:
 
 
 def write(console: Console, options: Options, chosen: str, found: runs.Found, elsewhere: runs.Found) -> None:
-    """Judge, print, and write `stale.json` and its plot.
+    """Judge the runs, print the results, and write `stale.json` and its plot.
 
     Args:
-        console: to write to.
-        options: of the study.
+        console: the console that receives the output.
+        options: options of the study.
         chosen: the spec that was confirmed.
-        found: records of the selection and of what is only reported.
+        found: records of the selection and of the arms that are only reported.
         elsewhere: records of the confirmation.
     """
     beta = arms.FAST.beta
-    # Fresh data of a place that has no such runs of its own are those of the selection.
+    # A place of the confirmation that has no runs with fresh data uses those of the selection.
     fresh = {key: record for key, record in found.items() if key[0].delay == 0}
     again = [o for o in rules.outcomes(fresh | elsewhere, beta) if (o.place, o.arm, o.seed) in elsewhere]
     data = {

@@ -1,7 +1,9 @@
-"""What is compared, where, with how many seeds. Fixed before the runs; change nothing after seeing any.
+"""The plan of the study: its arms, its places and its numbers of seeds.
 
-Cut from what the study was meant to be, to fit an hour and a half on two cores: the arms that are only reported have
-three seeds, and so has the confirmation, which runs five arms alone and skips delay 1.
+The plan was fixed before the runs. Nothing in it may change after a run has been seen.
+
+The plan is smaller than first intended, so that it takes an hour and a half on two cores. The arms that are only
+reported have three seeds. The confirmation has three seeds as well, runs only five arms, and skips delay 1.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ TODAY = "k2@loss/is:token"
 FLOOR_AND_CAP = "k2@loss/is:token/floor:0.5/cap:2"
 EXACT = "exact@loss"
 ELIGIBLE = (TODAY, *(f"k2@loss/is:token/floor:{c}" for c in ("0.2", "0.5", "1")))
-"""What can become the default, by bias, least first. Each equals today's wherever no weight is below its floor. No
-weight, the exact term, and a floor with a cap differ from today's elsewhere too, so they are only compared with."""
+"""The candidates for the default, in order of bias, with the smallest bias first.
+
+Each candidate equals `TODAY` wherever no weight is below its floor. The term without a weight, the exact term, and the
+term with a floor and a cap also differ from `TODAY` elsewhere. They serve only for comparison.
+"""
 LOCAL = (UNWEIGHTED, *ELIGIBLE, FLOOR_AND_CAP, EXACT)
-"""The reverse KL, each token on its own; a candidate may not fall short of the best of them."""
+"""The arms with a token-local reverse KL: each token is given its own KL alone. A candidate is compared with the best
+of them and may not fall short of it."""
 REPORTED = ("native-bias-corrected", "jeffreys@loss/is:token", "exact@loss/horizon:sequence", "k1@advantage")
 DELAYS = (0, 1, 4, 16)
 SEEDS, FEWER_SEEDS = 5, 3
@@ -29,10 +35,10 @@ SLOW = replace(FAST, learning_rate=5e-4, steps=600)
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where arms are compared.
+    """A place where arms are compared: a task, a model family, a delay and a learning rate.
 
     Attributes:
-        task, family, delay: as in `Cell`.
+        task, family, delay: the same as in `Cell`.
         rate: the learning rate.
     """
 
@@ -43,11 +49,11 @@ class Place:
 
     @property
     def fresh(self) -> Place:
-        """The same with fresh data."""
+        """Return the same place with fresh data."""
         return replace(self, delay=0)
 
     def cell(self, arm: str) -> Cell:
-        """The run of an arm here, but for its seed and settings."""
+        """Return the cell of an arm in this place. The cell has no seed and no settings."""
         return Cell(self.task, self.family, arm, self.delay)
 
     def __str__(self) -> str:
@@ -57,7 +63,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Batch:
-    """Runs of one setting, seed by seed, so that an interrupted study has whole comparisons."""
+    """Runs that share their settings.
+
+    They are made seed by seed, so that an interrupted study has whole comparisons.
+
+    Attributes:
+        settings: settings of all runs.
+        places: places in which every arm is run.
+        arms: arms that are compared.
+        seeds: number of seeds of every arm in every place.
+    """
 
     settings: Settings
     places: tuple[Place, ...]
@@ -66,19 +81,19 @@ class Batch:
 
 
 def selection() -> list[Batch]:
-    """What the default is chosen by, then what is reported beside it."""
+    """Return the batch by which the default is chosen, then the batch that is only reported."""
     places = tuple(Place("rare", "qwen2", delay) for delay in DELAYS)
     return [Batch(FAST, places, (NONE, *LOCAL), SEEDS), Batch(FAST, places, REPORTED, FEWER_SEEDS)]
 
 
 def confirmation(chosen: str) -> list[Batch]:
-    """Where the choice has to hold as well.
+    """Return the batches in which the choice has to hold as well.
 
-    The last place of the first batch was never run before in any form: data 8 updates old. Fresh data are there
-    because a lost reward is told by them.
+    The last place of the first batch has data that are 8 updates old. It had never been run before in any form. The
+    batches include fresh data, because a run has lost its reward only in comparison with fresh data.
 
     Args:
-        chosen: the spec.
+        chosen: the chosen spec.
     """
     arms = tuple(dict.fromkeys((NONE, UNWEIGHTED, TODAY, chosen, EXACT)))
     tasks = (("common", "qwen2"), ("rare", "llama"))

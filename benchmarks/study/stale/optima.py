@@ -1,9 +1,9 @@
-"""`python -m benchmarks.study.stale.optima`: what a token-local KL and a sequence KL each lead to, by enumeration.
+"""`python -m benchmarks.study.stale.optima` enumerates what a token-local KL and a sequence KL each lead to.
 
-The optimum of E[R] - beta KL is the reference, reweighted by exp(R / beta). A term that gives each token its own KL
-alone has another fixed point: there every token is drawn by r exp(Q / beta), Q being the reward that the policy itself
-expects after it, without the KL that is still to come. Both are found here by going backwards through the tree of
-completions.
+The optimum of E[R] - beta KL is the reference, reweighted by exp(R / beta). A token-local KL term gives each token only
+its own KL, and it has another fixed point. At this point every token is drawn in proportion to r exp(Q / beta). Here r
+is the token's probability under the reference. Q is the reward that the policy itself expects after the token, without
+the KL that is still to come. This module finds both points by going backwards through the tree of completions.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from benchmarks.demo import evaluate, task
 from benchmarks.demo.evaluate import Space
 
 LEAST = 1e-9
-"""Prefixes that are less probable under the reference than this are left out."""
+"""The tree leaves out prefixes whose probability under the reference is below this value."""
 
 
 @dataclass
 class Depth:
-    """All states of one depth.
+    """All N states of one depth of the tree, with V tokens that can follow each state.
 
     Attributes:
-        logp: (N, V) the reference, nats.
-        parent, token: (N,) the state above and the token that led here.
-        reward: (N, V) of a completion that ends with the token; 0 where it does not end or is left out.
-        kept: (N, V) whether the token's continuation or end was visited.
+        logp: (N, V) log-probability of every next token under the reference, nats.
+        parent: (N,) index of the state one depth above. At the first depth it is the index of the prompt.
+        token: (N,) token that led from the parent to this state. At the first depth it is the prompt's last token.
+        reward: (N, V) reward of the completion that ends with the token. It is 0 if the completion does not end there
+            or is left out.
+        kept: (N, V) whether the tree includes the token's continuation or end.
     """
 
     logp: Tensor
@@ -43,12 +45,12 @@ class Depth:
 
 @torch.no_grad()
 def tree(reference: Any, space: Space, least: float = LEAST) -> list[Depth]:
-    """All completions of the reference.
+    """Return the tree of all completions of the reference, one entry per depth.
 
     Args:
-        reference: the model, in evaluation mode.
-        space: the task.
-        least: prefixes below this probability are left out.
+        reference: the reference model, in evaluation mode.
+        space: the enumerated task.
+        least: the tree leaves out prefixes whose probability is below this value.
     """
     prompts, size, eos = space.prompts, len(task.VOCABULARY), task.ids("<eos>")[0]
     codes = torch.tensor([evaluate.code(row) for row in prompts.tolist()])
@@ -75,22 +77,23 @@ def tree(reference: Any, space: Space, least: float = LEAST) -> list[Depth]:
 
 
 def fixed_point(depths: list[Depth], beta: float, sequence: bool) -> dict[str, float]:
-    """What every token leads to where it is drawn by r exp(Q / beta).
+    """Return the reward and KL of the policy that draws every token in proportion to r exp(Q / beta).
 
     Args:
-        depths: of the tree.
-        beta: the coefficient of the KL term.
-        sequence: whether Q has the KL to come taken off, as the optimum's has.
+        depths: depths of the tree, from `tree`.
+        beta: coefficient of the KL term.
+        sequence: whether beta times the KL that is still to come is subtracted in Q. This gives the optimum of
+            E[R] - beta KL. Without it, the result is the fixed point of a token-local KL.
 
     Returns:
-        `reward`, `kl` (nats per completion) and `objective`, means over the prompts.
+        `reward`, `kl` (nats per completion) and `objective` (E[R] - beta KL), as means over the prompts.
     """
     reward: Tensor | None = None
     kl: Tensor | None = None
     for i in reversed(range(len(depths))):
         depth = depths[i]
         rewards, kls = depth.reward.clone(), torch.zeros_like(depth.reward)
-        if reward is not None and kl is not None:  # of the states below
+        if reward is not None and kl is not None:  # These are the values of the states below.
             below = depths[i + 1]
             rewards[below.parent, below.token] = reward
             kls[below.parent, below.token] = kl

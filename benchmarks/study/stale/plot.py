@@ -1,4 +1,4 @@
-"""The figure: KL over training at every delay, and what every run was worth at the end."""
+"""The figure of the selection: KL over training, and E[R] - beta KL of every run at the end, at every delay."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import matplotlib.pyplot as plt
 COLOURS = {NONE: "#999999", TODAY: "#D55E00", UNWEIGHTED: "#000000"}
 CHOSEN = "#0072B2"
 WORST = -0.1
-"""Values below are drawn at the left edge: how far below does not matter."""
+"""Values of E[R] - beta KL below this one are drawn at the left edge. How far below they are does not matter."""
 
 
 def draw(path: Path, data: Mapping[str, Any]) -> None:
     """Write the figure of the selection.
 
     Args:
-        path: of the PNG.
-        data: of `stale.json`.
+        path: path of the PNG file.
+        data: content of `stale.json`.
     """
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25})  # fmt: skip
@@ -56,7 +56,7 @@ def draw(path: Path, data: Mapping[str, Any]) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     more = panels[1][0].get_legend_handles_labels()
     figure.legend(handles + more[0], labels + more[1], loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle("KL over training, and what every run was worth: one line or mark per run")
+    figure.suptitle("KL over training, and E[R] - beta KL at its end: one line or mark per run")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial.png")
     figure.savefig(partial, dpi=130)
@@ -65,7 +65,11 @@ def draw(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _runs(axes: Any, place: int, row: Mapping[str, Any], colour: str) -> None:
-    """What each run of an arm was worth; crosses where it left, triangles where it only lost its reward."""
+    """Draw E[R] - beta KL of each run of an arm.
+
+    A cross is a run whose KL was above that of the run without a KL term. A triangle is a run that only lost its
+    reward. A dot is any other run.
+    """
     for seed, value in zip(row["seeds"], row["objectives"], strict=True):
         mark = "x" if seed in row["above"] else "v" if seed in row["lost"] else "o"
         filled = "none" if mark == "v" else colour

@@ -1,8 +1,10 @@
-"""What *ran away* means, and the rule by which the default is chosen. Fixed before the runs.
+"""The meaning of *ran away*, and the rule by which the default is chosen.
 
-The values of earlier runs were known (docs/results.md): at delay 16 every held policy keeps little of its reward, so
-that a third of it can be lost by a term that holds ever more tightly, which is no running away. So both halves of the
-definition are counted, and the third level below looks at them apart.
+Both were fixed before the runs, except for the second choice (see `second_choice`). The values of earlier runs were
+known (docs/results.md). In these runs, at delay 16, every policy that its KL term holds near the reference keeps little
+of its reward. So a term that holds the policy more and more tightly can leave a run with less than a third of its
+reward with fresh data, although the policy moves towards the reference and not away. For this reason, both halves of
+the definition are counted, and the third level below looks at them separately.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from benchmarks.intervals import student
 from .arms import ELIGIBLE, LOCAL, NONE, TODAY, UNWEIGHTED, Place
 
 FROM = 60
-"""The first step at which a KL is compared: before, runs without a KL term have not left either."""
+"""The first step at which KLs are compared. Before it, even runs without a KL term have not left the reference."""
 KEPT = 1 / 3
-"""Share of its reward with fresh data that a run has to keep."""
+"""The share that a run has to keep of the reward that the same arm and seed reach with fresh data."""
 MARGIN = 0.02
-"""A difference of E[R] - beta KL that matters."""
+"""The margin: a difference in E[R] - beta KL matters if it is larger than this."""
 CONFIDENCE = 0.95
 
 Found = Mapping[tuple[Place, str, int], Mapping[str, Any]]
@@ -31,14 +33,17 @@ Found = Mapping[tuple[Place, str, int], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run.
+    """The outcome of one run.
 
     Attributes:
-        place, arm, seed: which.
-        reward, kl, objective: at the end; the last is E[R] - beta KL.
-        excursion: the largest KL beyond that of the same seed's run without a KL term, at any measurement from step
-            `FROM` on, nats; negative where it was always below.
-        kept: the reward at the end over that of the same arm and seed with fresh data; None where it has none.
+        place, arm, seed: place, arm and seed of the run.
+        reward: reward at the end.
+        kl: KL at the end, nats.
+        objective: E[R] - beta KL at the end.
+        excursion: the largest difference between the KL of this run and the KL of the same seed's run without a KL
+            term, over all measurements from step `FROM` on, nats. It is negative if the KL was always below.
+        kept: the reward at the end, divided by that of the same arm and seed with fresh data. It is None for a run
+            that itself has fresh data.
     """
 
     place: Place
@@ -52,22 +57,29 @@ class Outcome:
 
     @property
     def above(self) -> bool:
-        """Whether the KL was above that of the run without a KL term."""
+        """Return whether the KL was above that of the run without a KL term, at any measurement from `FROM` on."""
         return self.excursion > 0
 
     @property
     def lost(self) -> bool:
-        """Whether it lost its reward."""
+        """Return whether the run lost its reward: whether it kept less than `KEPT` of the reward with fresh data."""
         return self.kept is not None and self.kept < KEPT
 
     @property
     def ran_away(self) -> bool:
-        """Either of the two."""
+        """Return whether the KL was above, or the reward was lost, or both."""
         return self.above or self.lost
 
 
 def outcomes(found: Found, beta: float) -> list[Outcome]:
-    """One per run that has a KL term and whose partners are there: the run without one, and the one with fresh data."""
+    """Return the outcome of every run that has a KL term and both of its partners.
+
+    The partners are the run without a KL term and the run with fresh data.
+
+    Args:
+        found: records of the runs.
+        beta: coefficient of the KL term.
+    """
     made = []
     for (place, arm, seed), record in found.items():
         without, fresh = found.get((place, NONE, seed)), found.get((place.fresh, arm, seed))
@@ -84,11 +96,13 @@ def outcomes(found: Found, beta: float) -> list[Outcome]:
 
 
 def upper_bound(count: int, of: int) -> float:
-    """One-sided 95 % upper bound of a share, Clopper and Pearson's: the share under which so few are this unlikely.
+    """Return the one-sided 95 % upper bound of a share, by Clopper and Pearson.
+
+    If the true share were this bound, the probability of `count` cases or fewer would be 5 %.
 
     Args:
-        count: how many.
-        of: of how many, at least one.
+        count: number of cases.
+        of: number of runs, at least one.
     """
     if count >= of:
         return 1.0
@@ -102,13 +116,15 @@ def upper_bound(count: int, of: int) -> float:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """How far an arm's E[R] - beta KL lies below that of the best token-local arm in one place, seeds paired.
+    """The shortfall of an arm in one place: how far its E[R] - beta KL lies below that of the best token-local arm.
+
+    The two arms are compared seed by seed.
 
     Attributes:
-        place: where.
-        best: that arm, by its mean.
-        mean: over seeds.
-        low, high: 95 % interval of the mean by Student's t; infinite with fewer than two seeds.
+        place: the place.
+        best: the token-local arm with the highest mean.
+        mean: mean shortfall over the seeds.
+        low, high: 95 % interval of the mean by Student's t. It is infinite with fewer than two seeds.
     """
 
     place: Place
@@ -119,7 +135,12 @@ class Shortfall:
 
 
 def shortfalls(arm: str, known: Iterable[Outcome]) -> list[Shortfall]:
-    """One per place in which the arm was run."""
+    """Return the shortfall of an arm in every place in which it was run.
+
+    Args:
+        arm: the arm.
+        known: outcomes of all arms.
+    """
     by_place: dict[Place, dict[str, dict[int, float]]] = {}
     for outcome in known:
         by_place.setdefault(outcome.place, {}).setdefault(outcome.arm, {})[outcome.seed] = outcome.objective
@@ -143,11 +164,16 @@ LEVELS = {
     3: "its KL was above that of no KL term in no run, it lost its reward in no more runs than the unweighted term, "
     "and in no place is it worse by more than the margin with 95 % confidence",
 }
-"""How well an arm does, best first; 0 stands for none of them."""
+"""The levels that describe how well an arm does, with the best level first. An arm that reaches none has level 0."""
 
 
 def level(arm: str, known: Sequence[Outcome]) -> int:
-    """The best of `LEVELS` that an arm reaches; 0 where it reaches none."""
+    """Return the best of `LEVELS` that an arm reaches, or 0 if it reaches none.
+
+    Args:
+        arm: the arm.
+        known: outcomes of all arms.
+    """
     mine = [outcome for outcome in known if outcome.arm == arm]
     gaps = shortfalls(arm, known)
     if not mine or not gaps or any(gap.low > MARGIN for gap in gaps):
@@ -162,27 +188,30 @@ def level(arm: str, known: Sequence[Outcome]) -> int:
 
 
 def order(known: Sequence[Outcome]) -> list[tuple[str, int]]:
-    """Candidates with their levels, the default first; empty where none reaches any level.
+    """Return the candidates that reach a level, each with its level, in the order in which they can be the default.
 
-    The best level that some candidate reaches counts first, then the smallest bias: today's, then the lowest floor.
+    The list starts with the default. It is empty if no candidate reaches any level. A better level comes first. Within
+    a level, the candidate with the smaller bias comes first: `TODAY`, then the lowest floor.
     """
     levels = {arm: level(arm, known) for arm in ELIGIBLE}
     reached = [(arm, found) for arm, found in levels.items() if found]
-    return sorted(reached, key=lambda pair: pair[1])  # stable: by bias within a level
+    return sorted(reached, key=lambda pair: pair[1])  # The sort is stable, so bias decides within a level.
 
 
 def choose(known: Sequence[Outcome]) -> str:
-    """The default; today's where no candidate reaches any level."""
+    """Return the default. It is `TODAY` if no candidate reaches any level."""
     ranked = order(known)
     return ranked[0][0] if ranked else TODAY
 
 
 def second_choice(known: Sequence[Outcome]) -> str | None:
-    """The candidate that is confirmed where none reaches any level; None where there is none.
+    """Return the candidate that is confirmed if no candidate reaches any level, or None if there is no such candidate.
 
-    **Added when the selection had shown that none does, before any run of the confirmation was looked at.** Of the
-    candidates whose KL was above that of no KL term in no run, those that lost their reward in the fewest runs; of
-    these, the one with the smallest bias. How far it falls short of the best arm is reported and decides nothing.
+    **This rule was added after the selection had shown that no candidate reaches a level, and before any run of the
+    confirmation was looked at.** The rule considers only candidates whose KL was in no run above that of the run
+    without a KL term. It chooses the candidate that lost its reward in the fewest runs. If several candidates have the
+    same number, it chooses the one with the smallest bias. Its shortfall from the best arm is reported and decides
+    nothing.
     """
     above = {outcome.arm for outcome in known if outcome.above}
     lost = {arm: sum(o.lost for o in known if o.arm == arm) for arm in ELIGIBLE if arm not in above}
@@ -190,9 +219,14 @@ def second_choice(known: Sequence[Outcome]) -> str | None:
 
 
 def second_confirmed(arm: str, again: Sequence[Outcome]) -> bool:
-    """Whether a second choice holds elsewhere; fixed together with `second_choice`.
+    """Return whether a second choice holds elsewhere. This rule was fixed together with `second_choice`.
 
-    Its KL was above that of no KL term in no run, and it lost its reward in no more runs than the unweighted term.
+    The choice holds if its KL was in no run above that of the run without a KL term, and if it lost its reward in no
+    more runs than the unweighted term did.
+
+    Args:
+        arm: the second choice.
+        again: outcomes of the confirmation's runs.
     """
     mine = [outcome for outcome in again if outcome.arm == arm]
     where = {(outcome.place, outcome.seed) for outcome in mine}
@@ -201,9 +235,16 @@ def second_confirmed(arm: str, again: Sequence[Outcome]) -> bool:
 
 
 def confirmed(arm: str, selected: Sequence[Outcome], again: Sequence[Outcome]) -> bool:
-    """Whether a choice does elsewhere as well as where it was chosen, noise allowed for: at least level 2, or 3.
+    """Return whether a choice does as well in the confirmation as it did in the selection.
 
-    Where it is not, the next candidate in the order is confirmed in turn; where none is, today's default stays.
+    The choice has to reach level 2 or a better one in the confirmation. Level 3 is enough if it had level 3 in the
+    selection. Level 1 is never required, because noise is allowed for. If the choice does not hold, the next candidate
+    in the order is put to the confirmation. If no candidate holds, `TODAY` stays the default.
+
+    Args:
+        arm: the choice.
+        selected: outcomes of the selection's runs.
+        again: outcomes of the confirmation's runs.
     """
     needed = max(level(arm, selected), 2)
     return 0 < level(arm, again) <= needed

@@ -1,4 +1,4 @@
-"""The runs of the plan: which there are, the making of those that are missing, and their records."""
+"""The runs of the plan. This module lists them, makes those that are missing, and returns their records."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from benchmarks.study.settings import run_key, sources
 from .arms import Batch, Place
 
 Key = tuple[Place, str, int]
-"""Place, arm and seed."""
+"""The place, arm and seed of a run."""
 Found = dict[Key, dict[str, Any]]
-"""Records of runs."""
+"""The records of runs, by place, arm and seed."""
 
 
 def planned(batch: Batch, options: Options, code: str) -> dict[Key, Run]:
-    """The runs of a batch by place, arm and seed, seed by seed.
+    """Return the runs of a batch by place, arm and seed, in the order of their seeds.
 
     Args:
-        batch: of the plan.
-        options: of the study; its seeds are the most that any batch gets.
-        code: from `settings.sources`.
+        batch: a batch of the plan.
+        options: options of the study. No batch gets more seeds than they allow.
+        code: digest from `settings.sources`.
     """
     made = {}
     for seed in range(1, min(batch.seeds, options.seeds) + 1):
@@ -40,12 +40,14 @@ def planned(batch: Batch, options: Options, code: str) -> dict[Key, Run]:
 
 
 def records(console: Console, batches: Sequence[Batch], options: Options) -> Found:
-    """The records of all batches, after the missing runs were made, unless the options say not to make any.
+    """Make the missing runs of all batches, and return the records of all batches.
+
+    The function makes no runs if the options forbid it.
 
     Args:
-        console: to write to.
-        batches: of the plan, in the order in which they are made.
-        options: of the study.
+        console: the console that receives the output.
+        batches: batches of the plan, in the order in which they are made.
+        options: options of the study.
     """
     code = sources("trl")
     found: Found = {}

@@ -1,4 +1,7 @@
-"""What the runs say: how many ran away, how far, what they were worth, and which default follows."""
+"""The summary of the runs.
+
+It says how many runs ran away and how far, gives E[R] - beta KL of every run, and says which default follows.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from .rules import Outcome
 
 
 def row(place: Place, arm: str, found: rules.Found, known: Sequence[Outcome], beta: float) -> dict[str, Any]:
-    """One arm in one place.
+    """Return the summary of one arm in one place.
 
     Args:
-        place: where.
-        arm: which.
+        place: the place.
+        arm: the arm.
         found: records of the runs.
-        known: their outcomes.
-        beta: the coefficient of the KL term.
+        known: outcomes of the runs.
+        beta: coefficient of the KL term.
     """
     runs = {seed: record["curve"] for (p, a, seed), record in sorted(found.items()) if (p, a) == (place, arm)}
     mine = [outcome for outcome in known if (outcome.place, outcome.arm) == (place, arm)]
@@ -50,12 +53,12 @@ def row(place: Place, arm: str, found: rules.Found, known: Sequence[Outcome], be
 
 
 def at(known: Sequence[Outcome], place: Place) -> list[Outcome]:
-    """The outcomes of one place."""
+    """Return the outcomes of one place."""
     return [outcome for outcome in known if outcome.place == place]
 
 
 def total(arm: str, known: Sequence[Outcome]) -> dict[str, Any]:
-    """How many runs of an arm ran away, over all places and over those with stale data."""
+    """Return how many runs of an arm ran away, over all places and over the places with stale data."""
     mine = [outcome for outcome in known if outcome.arm == arm]
     stale = [outcome for outcome in mine if outcome.place.delay]
     made: dict[str, Any] = {"arm": arm}
@@ -69,12 +72,12 @@ def total(arm: str, known: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def part(found: rules.Found, known: Sequence[Outcome], beta: float) -> dict[str, Any]:
-    """The rows and totals of the selection or of the confirmation.
+    """Return the rows and totals of the selection or of the confirmation.
 
     Args:
         found: records of its runs.
-        known: their outcomes.
-        beta: the coefficient of the KL term.
+        known: outcomes of its runs.
+        beta: coefficient of the KL term.
     """
     cells = dict.fromkeys((place, arm) for place, arm, _ in found)
     arms = [arm for arm in dict.fromkeys(arm for _, arm in cells) if arm != NONE]
@@ -85,11 +88,11 @@ def part(found: rules.Found, known: Sequence[Outcome], beta: float) -> dict[str,
 
 
 def verdict(selected: Sequence[Outcome], again: Sequence[Outcome], chosen: str) -> dict[str, Any]:
-    """What the rule says.
+    """Return the verdict of the rules.
 
     Args:
         selected: outcomes of the selection's runs.
-        again: those of the confirmation's, of none where there was none.
+        again: outcomes of the confirmation's runs. It is empty if there was no confirmation.
         chosen: the spec that was confirmed.
     """
     levels = {arm: rules.level(arm, selected) for arm in rules.ELIGIBLE}
@@ -104,7 +107,7 @@ def verdict(selected: Sequence[Outcome], again: Sequence[Outcome], chosen: str) 
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """The verdict in words."""
+    """Return the verdict in words."""
     chosen, reached = found["chosen"], found["levels"].get(found["chosen"], 0)
     if not found["order"]:
         said = f"No candidate reaches any level, so by the rule {found['default']} stays the default."
@@ -123,7 +126,7 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def totals_table(data: Mapping[str, Any], title: str) -> Table:
-    """How many runs ran away, by arm."""
+    """Return a table of how many runs on stale data ran away, with one row per arm."""
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     made.add_column("arm", no_wrap=True)
     for column in ("stale runs", "ran away (at most)", "KL above no KL's", "reward lost", "largest excursion"):
@@ -140,7 +143,7 @@ def totals_table(data: Mapping[str, Any], title: str) -> Table:
 
 
 def places_table(data: Mapping[str, Any], title: str) -> Table:
-    """Reward, KL and E[R] - beta KL of every arm in every place."""
+    """Return a table of reward, KL and E[R] - beta KL of every arm in every place."""
     made = Table(title=title, box=box.SIMPLE, padding=(0, 1))
     for column in ("place", "arm"):
         made.add_column(column, no_wrap=True)
@@ -164,5 +167,5 @@ def _with_interval(middle: float, low: float | None, high: float | None) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no infinity."""
+    """Return the value, or None if it is infinite, because JSON has no infinity."""
     return value if math.isfinite(value) else None
