@@ -42,7 +42,7 @@ class MicroBatch(LossBatch):
             experience: one micro-batch.
         """
         source, old = session.behaviour, experience.action_log_probs
-        # An agent may return log-probs that nobody asked for: the receipt says what the weight divides by.
+        # An agent may return log-probs that were not requested: the receipt says what the weight divides by.
         given = None if source == "old" else experience.rollout_log_probs
         sampler = unmarked(given, old, source == "sampler")
         return cls(session, experience.action_mask.bool(), old, sampler, source)
