@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -62,7 +63,7 @@ class Hooks(Protocol):
         """Name the wrapped functions, and give one digest of their sources, for a receipt."""
 
 
-class HostAdapter:
+class HostAdapter(ABC):
     """One host framework under kl-plugins.
 
     Attributes:
@@ -162,13 +163,13 @@ class HostAdapter:
 
     # What a host fills in.
 
+    @abstractmethod
     def specs_of(self, config: Any) -> Any:
         """Read the spec or specs that the settings ask for; something false if they hold the host's own words alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refusals(self, specs: Any, config: Any) -> Iterator[tuple[str, KLSpec, str]]:
         """Give each contradiction: the setting up to the spec (``kl_loss_type=``), the spec, and the problem."""
-        raise NotImplementedError
 
     def untested(self, config: Any) -> Iterator[str]:
         """Name each part of the host that the settings pick and that the tests do not run."""

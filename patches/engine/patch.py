@@ -54,6 +54,21 @@ class Patch:
         return owner
 
 
+def checked_patch(
+    checked: Mapping[str, Mapping[str, str]], home: str, qualname: str, wrapper: Wrapper, used_in: str = ""
+) -> Patch:
+    """Make a patch of a function at its home, or of the name by which another module has imported it.
+
+    Args:
+        checked: the fingerprints of a host, by ``module:qualname`` and version.
+        home: module that defines the function.
+        qualname: the function in it.
+        wrapper: what runs instead.
+        used_in: module whose name for the function is replaced; empty: the home.
+    """
+    return Patch(used_in or home, qualname, wrapper, checked.get(f"{home}:{qualname}", {}))
+
+
 if TYPE_CHECKING:
     _FunctionWrapper = wrapt.FunctionWrapper[..., Any]
 else:

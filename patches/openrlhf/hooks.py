@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kl_plugins.adapters.openrlhf import HOST
-from kl_plugins.patches.engine.patch import Patch, PatchSet, Wrapper
+from kl_plugins.patches.engine.patch import PatchSet, checked_patch
 from kl_plugins.patches.openrlhf import (
     ACTOR,
     AGENT,
@@ -22,11 +24,7 @@ from kl_plugins.patches.openrlhf import (
 ESTIMATORS = "openrlhf.models.utils"
 """Home of the KL function. The hooks are on the names by which other modules have imported it."""
 
-
-def _patch(home: str, qualname: str, wrapper: Wrapper, used_in: str = "") -> Patch:
-    """Make a hook on a function at its home, or on the name by which another module has imported it."""
-    return Patch(used_in or home, qualname, wrapper, HOOKS.sources.checked.get(f"{home}:{qualname}", {}))
-
+_patch = partial(checked_patch, HOOKS.sources.checked)
 
 PATCHES = PatchSet(
     HOST,

@@ -7,13 +7,13 @@ from functools import partial
 from kl_plugins.adapters.trl import FIELD, HOST
 from kl_plugins.adapters.trl.config import HELP
 from kl_plugins.patches.engine.dataclass_field import FieldPatch
-from kl_plugins.patches.engine.patch import Patch, PatchSet, Wrapper
+from kl_plugins.patches.engine.patch import Patch, PatchSet, Wrapper, checked_patch
 from kl_plugins.patches.trl import HOOKS, grpo, rloo, trainer
 
 
 def _patch(module: str, qualname: str, wrapper: Wrapper) -> Patch:
     path = f"trl.trainer.{module}"
-    return Patch(path, qualname, wrapper, HOOKS.sources.checked.get(f"{path}:{qualname}", {}))
+    return checked_patch(HOOKS.sources.checked, path, qualname, wrapper)
 
 
 PATCHES = PatchSet(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from kl_plugins.adapters.verl import HOST
-from kl_plugins.patches.engine.patch import Patch, PatchSet, Wrapper
+from kl_plugins.patches.engine.patch import PatchSet, checked_patch
 from kl_plugins.patches.verl import HOOKS, trainer, worker
 
 ALGORITHMS = "verl.trainer.ppo.core_algos"
@@ -13,11 +15,7 @@ TRAINER = "verl.trainer.ppo.ray_trainer"
 TRAINER_V1 = "verl.trainer.ppo.v1.trainer_base"
 V1_UTILS = "verl.trainer.ppo.v1.utils"
 
-
-def _patch(home: str, qualname: str, wrapper: Wrapper, used_in: str = "") -> Patch:
-    """Make a hook on a function at its home, or on the name by which another module has imported it."""
-    return Patch(used_in or home, qualname, wrapper, HOOKS.sources.checked.get(f"{home}:{qualname}", {}))
-
+_patch = partial(checked_patch, HOOKS.sources.checked)
 
 PATCHES = PatchSet(
     HOST,
