@@ -96,7 +96,9 @@ class LossBatch(KLSource):
         old_logp: the trainer's log-probs at rollout time, nats, or None.
         sampler_logp: the sampler's, nats, or None.
         source: whose log-probs the importance weight divides by: ``sampler``, ``old``; anything else: no one's.
-        exact: full-vocabulary KL of the states, nats, where the spec needs it.
+        exact: KL of the states, nats, where the spec needs it: over the whole vocabulary, or under ``top:`` over the
+            kept tokens and one bucket.
+        remainder: contribution of the sampled tokens that ``top:`` leaves out of ``exact``, nats.
         kl: the estimator's own values, detached, nats; filled by :meth:`term`.
         metrics: 0-d tensors; filled by :meth:`term`.
     """
@@ -109,6 +111,7 @@ class LossBatch(KLSource):
     sampler_logp: Tensor | None
     source: str = "unused"
     exact: Tensor | None = None
+    remainder: Tensor | None = None
     kl: Tensor | None = field(default=None, repr=False)
     metrics: dict[str, Tensor] | None = None
 
@@ -136,7 +139,8 @@ class LossBatch(KLSource):
         sampler = (
             self.sampler_logp if SAMPLER in entering else finite_or(self.sampler_logp, own if old is None else old)
         )
-        term = kl_term(spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, exact=self.exact)
+        states = {"exact": self.exact, "remainder": self.remainder}
+        term = kl_term(spec, logp, ref_logp, self.mask, old_logp=old, sampler_logp=sampler, **states)
         self.metrics, self.kl = term.metrics, term.loss.detach()
         session.add(count_not_finite(entering, self.mask), own, ref_logp.detach(), self.mask)
         return term.loss
