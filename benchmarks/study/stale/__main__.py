@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,12 +31,16 @@ def main(
     out: Annotated[Path, typer.Option(help="Output folder; runs are shared with the study.")] = Path("out/bench/study"),
     dry_run: Annotated[bool, typer.Option(help="Say what would be run and what it costs.")] = False,
     judge_only: Annotated[bool, typer.Option(help="Make no runs; judge those that are there.")] = False,
+    top_k: Annotated[bool, typer.Option("--top-k", help="Run only the arms with top:<k> and their partners.")] = False,
 ) -> None:
     """Choose the default spec by the rules in `rules.py`; finished runs are kept and skipped."""
     console, command = console_of(180), typed("benchmarks.study.stale")
     options = Options(seeds, out, workers or cores(), dry=dry_run, command=command, judge_only=judge_only)
     with interruptible(console):
-        study(console, options, confirm, selection_only)
+        if top_k:
+            study_top_k(console, options)
+        else:
+            study(console, options, confirm, selection_only)
 
 
 def study(console: Console, options: Options, confirm: str = "", selection_only: bool = False) -> None:
@@ -67,6 +71,37 @@ def study(console: Console, options: Options, confirm: str = "", selection_only:
     write(console, options, chosen, found, elsewhere)
 
 
+def study_top_k(console: Console, options: Options) -> None:
+    """Run the arms with `top:<k>` and the arms that they are compared with, judge them, and write `stale-top-k.json`.
+
+    Args:
+        console: the console that receives the output.
+        options: options of the study.
+    """
+    beta = arms.FAST.beta
+    found = runs.records(console, [arms.top_k()], options)
+    if options.dry:
+        return
+    known = rules.outcomes(found, beta)
+    data = {**about(options), "holds": rules.top_k_holds(known), "runs": summary.part(found, known, beta)}
+    write_json(options.folder / "stale-top-k.json", data)
+    console.print(summary.places_table(data["runs"], "top:<k>: every place"))
+    console.print(summary.totals_table(data["runs"], "top:<k>: runs on stale data"))
+    for arm, holds in data["holds"].items():
+        console.print(f"{arm}: {'stable' if holds else 'NOT stable'}, by the rule", style="bold", highlight=False)
+    console.print(f"Written: {options.folder / 'stale-top-k.json'}")
+
+
+def about(options: Options) -> dict[str, Any]:
+    """Return what a result says about its command, machine, versions and settings."""
+    return {
+        "command": options.command,
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch")},
+        "settings": [asdict(arms.FAST), asdict(arms.SLOW)],
+    }
+
+
 def write(console: Console, options: Options, chosen: str, found: runs.Found, elsewhere: runs.Found) -> None:
     """Judge the runs, print the results, and write `stale.json` and its plot.
 
@@ -82,10 +117,7 @@ def write(console: Console, options: Options, chosen: str, found: runs.Found, el
     fresh = {key: record for key, record in found.items() if key[0].delay == 0}
     again = [o for o in rules.outcomes(fresh | elsewhere, beta) if (o.place, o.arm, o.seed) in elsewhere]
     data = {
-        "command": options.command,
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("kl-plugins", "trl", "transformers", "torch")},
-        "settings": [asdict(arms.FAST), asdict(arms.SLOW)],
+        **about(options),
         "rules": {"from": rules.FROM, "kept": rules.KEPT, "margin": rules.MARGIN, "levels": rules.LEVELS},
         "verdict": summary.verdict(rules.outcomes(found, beta), again, chosen),
         "selection": summary.part(found, rules.outcomes(found, beta), beta),

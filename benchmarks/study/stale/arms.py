@@ -27,6 +27,9 @@ LOCAL = (UNWEIGHTED, *ELIGIBLE, FLOOR_AND_CAP, EXACT)
 """The arms with a token-local reverse KL: each token is given its own KL alone. A candidate is compared with the best
 of them and may not fall short of it."""
 REPORTED = ("native-bias-corrected", "jeffreys@loss/is:token", "exact@loss/horizon:sequence", "k1@advantage")
+TOP_K = ("exact@loss/top:4", "exact@loss/top:4/is:token", "exact@loss/top:4/is:token/floor:0.5")
+"""Arms with the reference's 4 most probable of 16 tokens and one bucket. They are run on their own, and their claim in
+`rules.top_k_holds` was committed before their first run."""
 DELAYS = (0, 1, 4, 16)
 SEEDS, FEWER_SEEDS = 5, 3
 FAST = Settings()
@@ -100,3 +103,9 @@ def confirmation(chosen: str) -> list[Batch]:
     fast = [Place(*task, delay) for task in tasks for delay in (0, 4, 16)] + [Place("rare", "qwen2", 8)]
     slow = [Place("rare", "qwen2", delay, SLOW.learning_rate) for delay in (0, 16)]
     return [Batch(FAST, tuple(fast), arms, FEWER_SEEDS), Batch(SLOW, tuple(slow), arms, FEWER_SEEDS)]
+
+
+def top_k() -> Batch:
+    """Return the batch of the arms with `top:<k>`, and of the arms that they are compared with."""
+    places = tuple(Place("rare", "qwen2", delay) for delay in (0, 4, 16))
+    return Batch(FAST, places, (NONE, UNWEIGHTED, EXACT, *TOP_K), FEWER_SEEDS)

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.intervals import student
 
-from .arms import ELIGIBLE, LOCAL, NONE, TODAY, UNWEIGHTED, Place
+from .arms import ELIGIBLE, LOCAL, NONE, TODAY, TOP_K, UNWEIGHTED, Place
 
 FROM = 60
 """The first step at which KLs are compared. Before it, even runs without a KL term have not left the reference."""
@@ -232,6 +232,20 @@ def second_confirmed(arm: str, again: Sequence[Outcome]) -> bool:
     where = {(outcome.place, outcome.seed) for outcome in mine}
     unweighted = sum(o.lost for o in again if o.arm == UNWEIGHTED and (o.place, o.seed) in where)
     return bool(mine) and not any(o.above for o in mine) and sum(o.lost for o in mine) <= unweighted
+
+
+def top_k_holds(known: Sequence[Outcome]) -> dict[str, bool]:
+    """Return for each arm with `top:<k>` whether it was stable. This claim was fixed before the first run of the arms.
+
+    The claim is that all of them are stable in the sense of `second_confirmed`: the KL was in no run above that of the
+    run without a KL term, and no more runs lost their reward than under the unweighted term. It is an open question for
+    the arm with `is:token` and without a floor, because its weighted remainder also becomes weaker for tokens that the
+    policy drops, like the plain weight of k2. Its bucket has no weight and is expected to prevent that.
+
+    Args:
+        known: outcomes of the runs.
+    """
+    return {arm: second_confirmed(arm, known) for arm in TOP_K}
 
 
 def confirmed(arm: str, selected: Sequence[Outcome], again: Sequence[Outcome]) -> bool:

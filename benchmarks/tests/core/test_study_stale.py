@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.study.comparison import Options
 from benchmarks.study.stale import arms, rules, summary
-from benchmarks.study.stale.arms import ELIGIBLE, EXACT, LOCAL, NONE, REPORTED, TODAY, UNWEIGHTED, Place
+from benchmarks.study.stale.arms import ELIGIBLE, EXACT, LOCAL, NONE, REPORTED, TODAY, TOP_K, UNWEIGHTED, Place
 from benchmarks.study.stale.runs import planned
 from kl_plugins import KLSpec
 
@@ -29,7 +29,7 @@ def records(changed=None, seeds=(1, 2, 3, 4, 5), places=(FRESH, STALE)):
     for place in places:
         for seed in seeds:
             found[place, NONE, seed] = record(0.9, 8.0)
-            for arm in LOCAL:
+            for arm in (*LOCAL, *TOP_K):
                 found[place, arm, seed] = record(0.5, 2.0 + 0.01 * seed)
     for (place, arm, seed), other in (changed or {}).items():
         for one in seeds if seed is None else (seed,):
@@ -162,8 +162,18 @@ def test_confirmation_fails_where_the_choice_runs_away_again():
     assert "holds" in summary.verdict(outcomes(), good, chosen)["sentence"]
 
 
+def test_an_arm_with_top_k_holds_if_it_never_left_and_lost_no_more_than_the_unweighted_term():
+    arm = TOP_K[0]
+    assert rules.top_k_holds(outcomes()) == dict.fromkeys(TOP_K, True)
+    above = rules.top_k_holds(outcomes({(STALE, arm, 2): record(0.5, 8.5)}))
+    assert above == {arm: False, TOP_K[1]: True, TOP_K[2]: True}
+    lost = {(STALE, arm, 2): record(0.1, 0.3)}
+    assert not rules.top_k_holds(outcomes(lost))[arm]
+    assert rules.top_k_holds(outcomes(lost | {(STALE, UNWEIGHTED, 4): record(0.1, 0.3)}))[arm]
+
+
 def test_arms_are_canonical_specs_and_candidates_have_no_cap():
-    for arm in (*LOCAL, *(a for a in REPORTED if not a.startswith("native"))):
+    for arm in (*LOCAL, *TOP_K, *(a for a in REPORTED if not a.startswith("native"))):
         assert str(KLSpec.parse(arm)) == arm
     assert [KLSpec.parse(arm).floor for arm in ELIGIBLE] == [None, 0.2, 0.5, 1.0]
     assert {KLSpec.parse(arm).cap for arm in ELIGIBLE} == {None}
@@ -194,8 +204,8 @@ def test_summary_counts_and_is_plain_json():
     total = next(t for t in data["totals"] if t["arm"] == TODAY)
     assert (total["stale"]["runs"], total["all"]["runs"]) == (5, 10)
     assert total["stale"]["ran_away"] == {"count": 2, "upper": rules.upper_bound(2, 5)}
-    assert summary.places_table(data, "t").row_count == 2 * (1 + len(LOCAL))
-    assert summary.totals_table(data, "t").row_count == len(LOCAL)
+    assert summary.places_table(data, "t").row_count == 2 * (1 + len(LOCAL) + len(TOP_K))
+    assert summary.totals_table(data, "t").row_count == len(LOCAL) + len(TOP_K)
 
 
 def test_figure_is_drawn_from_the_json(tmp_path):
