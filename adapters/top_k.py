@@ -63,7 +63,8 @@ def unpacked(numbers: Tensor, temperature: float = 1.0) -> RefTopK:
 def label_log_probs(reference: RefTopK, labels: Tensor, ref_logp: Tensor) -> Tensor:
     """Read the labels' log-probs from the kept tokens, to compare them with those that the host carried.
 
-    The two differ if the numbers belong to other positions than the host's log-probs, or to another model.
+    The two differ if the numbers belong to other positions than the host's log-probs, or to another model. A label that
+    was not kept cannot be more probable than the kept tokens, so the smallest kept log-prob is an upper limit for it.
 
     Args:
         reference: of the positions (...).
@@ -71,8 +72,9 @@ def label_log_probs(reference: RefTopK, labels: Tensor, ref_logp: Tensor) -> Ten
         ref_logp: (...) log-probs of the labels under the reference as the host carried them, nats.
 
     Returns:
-        (...) nats, float32: the kept log-prob of each label that is one of the kept tokens, else its ``ref_logp``.
+        (...) nats, float32: the kept log-prob of each label that is one of the kept tokens, else its ``ref_logp``, but
+        at most the smallest kept log-prob.
     """
     found = reference.ids == labels.unsqueeze(-1)
     kept = torch.where(found, reference.logp, 0.0).sum(-1)
-    return torch.where(found.any(-1), kept, ref_logp.to(kept))
+    return torch.where(found.any(-1), kept, torch.minimum(ref_logp.to(kept), reference.logp.amin(-1)))

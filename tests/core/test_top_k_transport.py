@@ -65,3 +65,11 @@ def test_numbers_of_other_positions_do_not_agree_with_the_hosts_log_probs() -> N
     assert disagreement(label_log_probs(kept, labels, ref_logp), ref_logp, mask, rounded=False) is None
     moved = RefTopK(*(part.roll(1, 1) for part in kept[:3]))
     assert disagreement(label_log_probs(moved, labels, ref_logp), ref_logp, mask, rounded=True) is not None
+
+
+def test_a_label_that_was_not_kept_cannot_be_more_probable_than_the_kept_tokens() -> None:
+    # Numbers of other positions often lack the label, which is one of the most probable tokens of its own position.
+    kept = RefTopK(torch.tensor([[3, 5]]), torch.tensor([[-1.0, -2.0]]), torch.tensor([-0.7]))
+    for ref_logp, expected in ((-0.5, -2.0), (-4.0, -4.0)):
+        found = label_log_probs(kept, torch.tensor([7]), torch.tensor([ref_logp]))
+        assert found.item() == expected
