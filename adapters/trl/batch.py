@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import count_not_finite, finite_or, used
 from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.trl.exact import StepKL
 from kl_plugins.adapters.trl.session import Session
-from kl_plugins.exact import ExactKL
+from kl_plugins.adapters.trl.top_k import Kept
 from kl_plugins.metrics import penalty_metrics
 
 OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"
@@ -41,6 +44,16 @@ def response_mask(inputs: Mapping[str, Any]) -> Tensor:
     return mask.bool() if tool_mask is None else (mask * tool_mask).bool()
 
 
+def named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of TRL's log-prob function.
+
+    Args:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    return dict(zip(("model", "input_ids", "attention_mask", "logits_to_keep"), args, strict=False)) | dict(kwargs)
+
+
 class Scored(NamedTuple):
     """One call of TRL's log-prob function: its result (B, T) in nats, and its arguments."""
 
@@ -50,11 +63,9 @@ class Scored(NamedTuple):
 
     def response_mask(self) -> Tensor:
         """Return (B, T) bool: the response part of the attention mask that TRL scored with."""
-        named = (
-            dict(zip(("model", "input_ids", "attention_mask", "logits_to_keep"), self.args, strict=False)) | self.kwargs
-        )
-        mask: Tensor = named["attention_mask"]
-        return mask[:, -named["logits_to_keep"] :].bool()
+        given = named(self.args, self.kwargs)
+        mask: Tensor = given["attention_mask"]
+        return mask[:, -given["logits_to_keep"] :].bool()
 
 
 class Calls:
@@ -68,6 +79,15 @@ class Calls:
     session: Session
     calls: list[Scored]
 
+    def scoring(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Return what is entered while TRL makes one call.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
+        return nullcontext()
+
     def note(self, scored: Scored) -> None:
         """Keep one call.
 
@@ -75,6 +95,78 @@ class Calls:
             scored: the call.
         """
         self.calls.append(scored)
+
+
+class RolloutCalls(Calls):
+    """The scoring of a rollout: under ``top:``, the pass of the reference also gives its most probable tokens.
+
+    Attributes:
+        numbers: (B, T, 2 k + 1) what :func:`kl_plugins.adapters.trl.top_k.top_k_of_states` gave; None without ``top:``.
+    """
+
+    numbers: Tensor | None = None
+
+    @contextmanager
+    def scoring(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Within the block, TRL makes one call; if it scores the reference, its numbers are kept.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
+        source = self.session.states
+        if source is None:
+            yield
+            return
+        given = named(args, kwargs)
+        with source.recording(given["model"], given["logits_to_keep"]) as recorded:
+            yield
+        if recorded:
+            self.numbers = torch.cat(recorded)
+
+    def kept(self) -> Kept | None:
+        """Return what was recorded of the reference; None without ``top:``.
+
+        Raises:
+            RuntimeError: TRL did not score the reference.
+        """
+        spec = self.session.spec
+        if spec.top is None:
+            return None
+        if self.numbers is None:
+            raise RuntimeError(
+                f"kl-plugins: the reference's forward pass was not seen while TRL scored a rollout, so {spec} has none "
+                "of its most probable tokens; this trainer is not one that kl-plugins knows. Leave top: out, or use a "
+                "sampled spec, such as k2@loss/is:token"
+            )
+        return Kept(self.numbers, self.calls[-1].logp)
+
+
+@dataclass
+class Recording(RolloutCalls):
+    """A rollout of a ``@loss`` spec with ``top:``.
+
+    Attributes:
+        session: of the trainer.
+        calls: TRL's log-prob calls; the last one scored the reference.
+    """
+
+    session: Session
+    calls: list[Scored] = field(default_factory=list)
+
+    def keep(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Put what the updates need of the reference into a rollout; TRL splits and shuffles it with the rest.
+
+        Args:
+            output: TRL's rollout.
+
+        Returns:
+            The rollout.
+        """
+        kept = self.kept()
+        assert kept is not None
+        output[KEY] = kept.numbers
+        return output
 
 
 @dataclass
@@ -86,7 +178,8 @@ class MicroBatch(LossBatch, Calls):
         inputs: TRL's micro-batch, for its ``_compute_loss``.
         averaged: see :func:`per_sequence`.
         calls: TRL's log-prob calls; the last one scored the policy.
-        states: full-vocabulary KLs of the policy's forward passes, where the spec needs them.
+        states: KLs of the states of the policy's forward passes, where the spec needs them.
+        kept: what was recorded of the reference, under ``top:``.
     """
 
     loss: ClassVar[str] = "_compute_loss"
@@ -95,7 +188,8 @@ class MicroBatch(LossBatch, Calls):
     inputs: dict[str, Any] = field(default_factory=dict)
     averaged: bool = False
     calls: list[Scored] = field(default_factory=list)
-    states: list[ExactKL] = field(default_factory=list)
+    states: list[StepKL] = field(default_factory=list)
+    kept: Kept | None = None
     _advantages: Tensor | None = None
 
     @classmethod
@@ -129,13 +223,14 @@ class MicroBatch(LossBatch, Calls):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block, the policy's forward pass also gives the full-vocabulary KL that a ``@loss`` spec needs."""
+        """Within the block, the policy's forward pass also gives the KL of the states that a ``@loss`` spec needs."""
         source = self.session.states
         if source is None or self.session.is_score:
             yield
             return
-        positions, differentiable = self.mask.shape[1], self.session.spec.estimator == "exact"
-        with source.watching(positions, differentiable) as self.states:
+        spec = self.session.spec
+        self.kept = None if spec.top is None else Kept.of(self.inputs, self.inputs[REFERENCE])
+        with source.watching(self.mask.shape[1], spec.estimator == "exact", self.kept) as self.states:
             yield
 
     def note(self, scored: Scored) -> None:
@@ -163,7 +258,9 @@ class MicroBatch(LossBatch, Calls):
         if session.is_score:
             return host_kl.new_zeros(())
         if session.states is not None:
-            self.exact, session.deviation = session.states.joined(self.states, scored.logp, scored.response_mask())
+            self.exact, self.remainder, session.deviation = session.states.joined(
+                self.states, scored.logp, scored.response_mask(), self.kept
+            )
         if self.source != "sampler" and self.old_logp is None:
             self.old_logp = scored.logp.detach()  # TRL drops the old log-probs where they equal the policy's
         loss = self.term(scored.logp, self.inputs[REFERENCE])

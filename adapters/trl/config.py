@@ -238,6 +238,12 @@ def cost(spec: KLSpec) -> str:
     """
     if not spec.needs_exact:
         return ""
+    if spec.top is not None:
+        numbers = 2 * spec.top + 1
+        recorded = f"{numbers} numbers ({4 * numbers} bytes) per token from the reference's pass"
+        if spec.placement != "loss":
+            return f"{recorded}, and one more forward pass of the policy, with its head, per rollout"
+        return f"{recorded}, and the policy's head once more (forward and backward) per micro-batch"
     if spec.placement != "loss":
         return "one more forward pass of policy and reference, with their heads, per rollout"
     passes = "forward and backward" if spec.estimator == "exact" else "forward"

@@ -1,4 +1,4 @@
-"""Full-vocabulary KL from what TRL's models hold: hidden states and output heads, never the logits."""
+"""KL of the states from what TRL's models hold: hidden states and output heads, never the logits."""
 
 from __future__ import annotations
 
@@ -10,30 +10,82 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.exact import ExactKL, linear_kl
+from kl_plugins.exact import ExactKL, TopKKL, linear_kl
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.trl.batch import Scored
+    from kl_plugins.adapters.trl.top_k import Kept
 
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 """Names that model configs give to a factor on the logits."""
 
 
 class StateKL(Protocol):
-    """Computes the full-vocabulary KL of the states that a trainer scores; see ``patches/trl/exact.py``."""
+    """Computes the KL of the states that a trainer scores; see ``patches/trl/exact.py``.
+
+    Without ``top:`` it is the KL over the whole vocabulary, and the reference runs beside the policy. With it, the
+    reference's most probable tokens are recorded where TRL scores the reference, and used where it scores the policy.
+    """
 
     @property
     def model(self) -> str:
         """The policy's class, for messages."""
 
-    def watching(self, positions: int, differentiable: bool) -> AbstractContextManager[list[ExactKL]]:
-        """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states."""
+    def recording(self, model: Any, positions: int) -> AbstractContextManager[list[Tensor]]:
+        """Within the block, every forward pass of the reference appends its packed numbers of ``positions`` states.
 
-    def joined(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-        """Join the batches of one host call: (B, T) KL, and how far the head's log-probs are from the host's, or 0."""
+        If ``model`` is the policy, nothing is appended.
+        """
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, float, Tensor]:
+    def watching(
+        self, positions: int, differentiable: bool, kept: Kept | None = None
+    ) -> AbstractContextManager[list[StepKL]]:
+        """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states.
+
+        With ``kept``, it is the KL over the kept tokens and one bucket, and the reference does not run.
+        """
+
+    def joined(self, results: list[StepKL], logp: Tensor, mask: Tensor, kept: Kept | None = None) -> States:
+        """Join the batches of one host call, and compare their log-probs with the host's."""
+
+    def of_rollout(
+        self, call: Scored, score_policy: Callable[[Scored], Tensor], kept: Kept | None = None
+    ) -> tuple[States, Tensor]:
         """Compute the same for a rollout, without graph, and the policy's log-probs of its tokens."""
+
+
+StepKL = ExactKL | TopKKL
+"""Result of one forward pass of the policy, (b, T) each."""
+
+
+class Deviation(NamedTuple):
+    """How far log-probs computed for exact terms are from the host's on average, nats; 0 where rounding explains it.
+
+    Attributes:
+        head: of the policy's, computed with its output head.
+        kept: of the reference's, read from the tokens that ``top:`` keeps.
+    """
+
+    head: float = 0.0
+    kept: float = 0.0
+
+
+AGREED = Deviation()
+"""Every log-prob agrees with the host's."""
+
+
+class States(NamedTuple):
+    """KL of the states of one host call.
+
+    Attributes:
+        kl: (B, T) nats; over the whole vocabulary, or with ``top:`` over the kept tokens and one bucket.
+        remainder: (B, T) contribution of the sampled tokens that ``top:`` leaves out, nats; None without ``top:``.
+        deviation: of the log-probs that were computed along.
+    """
+
+    kl: Tensor
+    remainder: Tensor | None
+    deviation: Deviation
 
 
 class OutputHead(NamedTuple):
@@ -115,13 +167,13 @@ def kl_of_states(
     Returns:
         (B, T) each, nats, float32.
     """
-    states = slice(-attended.shape[1] - 1, -1)
+    positions = attended.shape[1]
     return linear_kl(
-        _scaled(hidden[:, states], head),
+        scaled(states_before(hidden, positions), head),
         head.weight,
-        _scaled(ref_hidden[:, states], ref_head),
+        scaled(states_before(ref_hidden, positions), ref_head),
         ref_head.weight,
-        input_ids[:, -attended.shape[1] :],
+        input_ids[:, -positions:],
         bias=head.bias,
         ref_bias=ref_head.bias,
         temperature=temperature,
@@ -132,7 +184,26 @@ def kl_of_states(
     )
 
 
-def _scaled(hidden: Tensor, head: OutputHead) -> Tensor:
+def states_before(hidden: Tensor, positions: int) -> Tensor:
+    """Return the hidden states (B, T, D) before each of the last T tokens.
+
+    Args:
+        hidden: (B, L, D) of all tokens.
+        positions: T.
+    """
+    return hidden[:, -positions - 1 : -1]
+
+
+def scaled(hidden: Tensor, head: OutputHead) -> Tensor:
+    """Multiply hidden states by the head's factor on the logits, in the dtype of the head.
+
+    Args:
+        hidden: (..., D).
+        head: the head that they go into.
+
+    Raises:
+        TypeError: the head has a bias as well.
+    """
     if head.scale != 1.0 and head.bias is not None:
         raise TypeError("kl-plugins: a head with a bias and a logit scale is not one that exact terms know")
     hidden = hidden.to(head.weight.dtype)  # cast_lm_head_to_fp32
@@ -144,20 +215,22 @@ def in_16_bits(hidden: Tensor) -> bool:
     return hidden.element_size() < 4 or torch.is_autocast_enabled(hidden.device.type)
 
 
-def deviation_of(exact: ExactKL, logp: Tensor, mask: Tensor, rounded: bool) -> float:
-    """Return how far the head's log-probs are from TRL's own on average, nats; 0 where rounding explains it.
+def deviation_of(ours: Tensor, host: Tensor, mask: Tensor, rounded: bool) -> float:
+    """Return how far our log-probs are from TRL's own on average, nats; 0 where rounding explains it.
 
     Args:
-        exact: (B, T) per-token results.
-        logp: (B, T) TRL's own log-probs of the same tokens, nats.
+        ours: (B, T) nats.
+        host: (B, T) TRL's own log-probs of the same tokens, nats.
         mask: (B, T) bool.
         rounded: TRL computed them in 16 bits.
     """
-    return disagreement(exact.logp, logp, mask, rounded) or 0.0
+    return disagreement(ours, host, mask, rounded) or 0.0
 
 
-def require_head(deviation: float, model: str) -> None:
-    """Raise unless the head gives the log-probs that TRL computed itself: a model may do more than its head shows.
+def require_agreement(deviation: Deviation, model: str) -> None:
+    """Raise unless the log-probs that were computed for exact terms are those that TRL computed itself.
+
+    A model may do more than its head shows. And what ``top:`` keeps of the reference may belong to other tokens.
 
     Args:
         deviation: what :func:`deviation_of` gave, on any rank.
@@ -166,9 +239,17 @@ def require_head(deviation: float, model: str) -> None:
     Raises:
         RuntimeError: they differ.
     """
-    if deviation != 0:
+    # First, because numbers of other tokens can spoil the log-probs of the policy as well.
+    if deviation.kept != 0:
         raise RuntimeError(
-            f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {deviation:.2g} "
+            f"kl-plugins: log-probs of the reference's most probable tokens differ from TRL's own by "
+            f"{deviation.kept:.2g} nats on average. Either they belong to other tokens, because something reordered "
+            "TRL's batch in part, or the reference's logits are more than its output head shows. Use a sampled spec, "
+            "such as k2@loss/is:token"
+        )
+    if deviation.head != 0:
+        raise RuntimeError(
+            f"kl-plugins: log-probs from the output head of {model} differ from TRL's own by {deviation.head:.2g} "
             "nats on average, so its logits are more than its head shows and an exact KL would be wrong. Use a sampled "
             "spec, such as k2@loss/is:token"
         )

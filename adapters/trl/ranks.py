@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.metrics import joined
 from kl_plugins.adapters.receipts import timeout
+from kl_plugins.adapters.trl.exact import AGREED, Deviation
 from kl_plugins.receipts import Receipt, check_receipts
 
 DEFAULT_TIMEOUT = 120.0
@@ -37,14 +38,14 @@ class Found:
     Attributes:
         not_finite: (5,) counts of :func:`kl_plugins.adapters.log_probs.count_not_finite`.
         forbidden_beta: the host's coefficient, where it was changed against the spec's own schedule; else NaN.
-        deviation: how far log-probs computed for exact terms are from the host's, nats; 0 where they agree.
+        deviation: how far log-probs computed for exact terms are from the host's.
         sums: 0-d tensors to add up over ranks, the same keys on every rank.
         maxima: 0-d tensors of which the largest counts, the same keys on every rank.
     """
 
     not_finite: Tensor
     forbidden_beta: float = math.nan
-    deviation: float = 0.0
+    deviation: Deviation = AGREED
     sums: Mapping[str, Tensor] = field(default_factory=dict)
     maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -56,14 +57,14 @@ class Together:
     Attributes:
         not_finite: five counts.
         forbidden_betas: what the coefficient was changed to, of the ranks where it was.
-        deviation: the first that is not 0, else 0.
+        deviation: of each kind the first that is not 0, else 0.
         sums: totals by key.
         maxima: the largest by key.
     """
 
     not_finite: list[float]
     forbidden_betas: list[float]
-    deviation: float
+    deviation: Deviation
     sums: dict[str, float]
     maxima: dict[str, float]
 
@@ -77,18 +78,19 @@ def together(found: Found, accelerator: Any) -> Together:
     """
     counts = found.not_finite
     dtype = torch.float32 if counts.device.type == "mps" else torch.float64  # MPS has no float64
-    own = torch.tensor([found.forbidden_beta, found.deviation], dtype=dtype, device=counts.device)
+    own = torch.tensor([found.forbidden_beta, *found.deviation], dtype=dtype, device=counts.device)
     measured = [value.to(counts.device, dtype) for value in (*found.sums.values(), *found.maxima.values())]
     row = torch.cat([counts.to(dtype), own, *(value.reshape(1) for value in measured)])
     rows: list[list[float]] = accelerator.gather(row.unsqueeze(0)).tolist()
     columns = [list(column) for column in zip(*rows, strict=True)]
     first = counts.numel()
-    betas, deviations = columns[first : first + 2]
-    sums, maxima = columns[first + 2 : first + 2 + len(found.sums)], columns[first + 2 + len(found.sums) :]
+    betas, *deviations = columns[first : first + len(own)]
+    rest = columns[first + len(own) :]
+    sums, maxima = rest[: len(found.sums)], rest[len(found.sums) :]
     return Together(
         not_finite=[sum(column) for column in columns[:first]],
         forbidden_betas=[beta for beta in betas if not math.isnan(beta)],
-        deviation=next((value for value in deviations if value != 0), 0.0),
+        deviation=Deviation(*(next((value for value in column if value != 0), 0.0) for column in deviations)),
         sums={key: sum(column) for key, column in zip(found.sums, sums, strict=True)},
         maxima={key: max(column) for key, column in zip(found.maxima, maxima, strict=True)},
     )

@@ -29,6 +29,9 @@ LUSPO_MASKS_PADDING = Version("1.10")
 PLACEMENTS = {"_generate_and_score_completions": ("reward", "advantage"), "_calculate_rewards": ("reward",)}
 """Methods of TRL's trainers that only some placements work through."""
 
+RECORDED = ("_generate_and_score_completions",)
+"""Methods that specs with ``top:`` work through as well, because the reference is recorded there."""
+
 
 def problems(spec: KLSpec, run: Run) -> Iterator[str]:
     """Give each contradiction between the spec and a run; runs before any model is loaded.
@@ -70,8 +73,6 @@ def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> I
             "exact terms multiply with the output heads of policy and reference, which ZeRO-3 keeps in pieces; use "
             "ZeRO-2 or FSDP, or a sampled spec, such as k2@loss/is:token"
         )
-    if spec.top is not None:
-        yield "TRL's exact terms sum the whole vocabulary; there are no logits that top: could pick from; drop top:"
     if algorithm == "RLOO" and spec.placement == "loss":
         yield (
             "RLOO has no KL term in its loss and one importance ratio per sequence; use k1@reward (RLOO's own site) or "
@@ -156,7 +157,8 @@ def overridden(spec: KLSpec, run: Run) -> Iterator[str]:
     """
     assert run.trainer is not None
     for name, hook in run.methods.items():
-        if spec.placement not in PLACEMENTS.get(name, (spec.placement,)):
+        recorded = spec.top is not None and name in RECORDED
+        if not recorded and spec.placement not in PLACEMENTS.get(name, (spec.placement,)):
             continue
         function = inspect.unwrap(inspect.getattr_static(run.trainer, name))
         if function is inspect.unwrap(hook):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import count_not_finite, used
-from kl_plugins.adapters.trl.batch import ADVANTAGE_PENALTY, BETA, OLD, PENALTY, REFERENCE, Calls, Scored
+from kl_plugins.adapters.trl.batch import ADVANTAGE_PENALTY, BETA, OLD, PENALTY, REFERENCE, RolloutCalls, Scored
 from kl_plugins.adapters.trl.session import Session
 from kl_plugins.penalty import kl_penalty
 
@@ -19,7 +19,7 @@ COLUMN = "kl_penalty"
 
 
 @dataclass
-class Rollout(Calls):
+class Rollout(RolloutCalls):
     """A rollout of a score spec, from its generation to the micro-batches that TRL makes of it.
 
     Attributes:
@@ -49,9 +49,10 @@ class Rollout(Calls):
             LogProbError: a log-prob of policy or reference is not finite, on any rank.
             BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
         """
-        session, exact, score_policy = self.session, None, self.session.score_policy
+        session, exact, remainder, score_policy = self.session, None, None, self.session.score_policy
         if session.states is not None:
-            exact, session.deviation, scored = session.states.of_rollout(self.calls[-1], score_policy)
+            states, scored = session.states.of_rollout(self.calls[-1], score_policy, self.kept())
+            exact, remainder, session.deviation = states
             policy, reference, attended = policy_and_reference(self.calls, lambda _: scored)
         else:
             policy, reference, attended = policy_and_reference(self.calls, score_policy)
@@ -59,7 +60,7 @@ class Rollout(Calls):
         entering = used(session.spec, session.behaviour, policy=policy, reference=reference, old=None, sampler=None)
         session.agree(count_not_finite(entering, mask))
         session.passed.add("rollout")
-        self.penalty = kl_penalty(session.spec, policy, reference, mask, exact=exact)
+        self.penalty = kl_penalty(session.spec, policy, reference, mask, exact=exact, remainder=remainder)
         return self.penalty
 
     def gathered(self) -> Tensor:

@@ -15,7 +15,7 @@ from kl_plugins.adapters.checkpoints import record, resumed
 from kl_plugins.adapters.log_probs import require_finite
 from kl_plugins.adapters.metrics import sums_and_maxima, warn_if_floored
 from kl_plugins.adapters.receipts import announce
-from kl_plugins.adapters.trl.exact import StateKL, require_head
+from kl_plugins.adapters.trl.exact import AGREED, Deviation, StateKL, require_agreement
 from kl_plugins.adapters.trl.ranks import Found, Together, Window, exchange, together
 from kl_plugins.receipts import Receipt
 
@@ -37,10 +37,10 @@ class Session(shared.Session):
         accelerator: the trainer's.
         receipt: makes this process's receipt.
         score_policy: scores the tokens of a recorded call under the policy: one forward pass without gradient.
-        states: source of full-vocabulary KLs, where the spec needs them.
+        states: source of the KLs of states, where the spec needs them.
         training: False in evaluation, which moves no controller.
         passed: our code that TRL has gone through since the last optimizer step (``loss``) or ever (``rollout``).
-        deviation: how far log-probs computed for exact terms are from TRL's own, nats; 0 where they agree.
+        deviation: how far log-probs computed for exact terms are from TRL's own.
         windows: metrics since TRL last logged, in training and in evaluation.
     """
 
@@ -50,7 +50,7 @@ class Session(shared.Session):
     states: StateKL | None = None
     training: bool = True
     passed: set[str] = field(default_factory=set)
-    deviation: float = 0.0
+    deviation: Deviation = AGREED
     windows: dict[bool, Window] = field(default_factory=lambda: {True: Window(), False: Window()})
     _host_beta: float = math.nan
     _shown: tuple[Tensor, ...] = ()
@@ -113,13 +113,13 @@ class Session(shared.Session):
         """
         forbidden = math.nan if self._changed is None else self._host_beta
         found = Found(not_finite, forbidden, self.deviation, sums or {}, maxima or {})
-        self._counts, self._changed, self.deviation = None, None, 0.0
+        self._counts, self._changed, self.deviation = None, None, AGREED
         agreed = together(found, self.accelerator)
         require_finite(agreed.not_finite, self.spec)
         for beta in agreed.forbidden_betas:
             self.controller.beta(beta)
         if self.states is not None:
-            require_head(agreed.deviation, self.states.model)
+            require_agreement(agreed.deviation, self.states.model)
         return agreed
 
 

@@ -1,7 +1,8 @@
-"""Where exact terms read TRL's models: inside the policy's own forward pass, between its backbone and its head.
+"""Where exact terms read TRL's models: inside a model's own forward pass, between its backbone and its head.
 
-There a sharded head is whole (FSDP), and neither side's logits are ever made here. The reference runs on the arguments
-that the policy's backbone was called with.
+There a sharded head is whole (FSDP), and the logits of neither side are ever made here. With ``top:``, what is needed
+of the reference is recorded in the pass in which TRL scores it. Without ``top:``, the reference runs inside the
+policy's pass, on the arguments that the policy's backbone was called with.
 """
 
 from __future__ import annotations
@@ -15,23 +16,36 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.trl.batch import Scored
-from kl_plugins.adapters.trl.exact import deviation_of, head_of, in_16_bits, kl_of_states
-from kl_plugins.exact import ExactKL
+from kl_plugins.adapters.trl.exact import (
+    Deviation,
+    States,
+    StepKL,
+    deviation_of,
+    head_of,
+    in_16_bits,
+    kl_of_states,
+)
+from kl_plugins.adapters.trl.top_k import Kept, top_k_of_states
+from kl_plugins.exact import ExactKL, TopKKL
 
 
 class TrainerStates:
     """A :class:`~kl_plugins.adapters.trl.exact.StateKL` for one trainer."""
 
-    def __init__(self, trainer: Any, no_checkpointing: Callable[..., AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, trainer: Any, no_checkpointing: Callable[..., AbstractContextManager[None]], top: int | None = None
+    ) -> None:
         """Find policy and reference.
 
         Args:
             trainer: the trainer, built.
             no_checkpointing: TRL's context manager that switches gradient checkpointing off.
+            top: how many of the reference's tokens are recorded; None: the whole vocabulary is summed.
         """
         self._trainer = trainer
         self._no_checkpointing = no_checkpointing
-        self._rounded = False
+        self._top = top
+        self._rounded = self._ref_rounded = False
 
     @property
     def model(self) -> str:
@@ -39,39 +53,82 @@ class TrainerStates:
         return type(self._bare(self._trainer.model)).__name__
 
     @contextmanager
-    def watching(self, positions: int, differentiable: bool) -> Iterator[list[ExactKL]]:
+    def recording(self, model: Any, positions: int) -> Iterator[list[Tensor]]:
+        """Within the block, every forward pass of the reference appends its packed numbers of ``positions`` states.
+
+        Args:
+            model: what TRL scores. If it is the policy, or if nothing is to be recorded, nothing is appended.
+            positions: T, the length of the completions.
+        """
+        results: list[Tensor] = []
+        top = self._top
+        if top is None or not self._is_reference(model):
+            yield results
+            return
+        reference = self._bare(model)
+
+        def after_backbone(backbone: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = output.last_hidden_state
+            self._ref_rounded = in_16_bits(hidden)
+            attended = kwargs["attention_mask"][:, -positions:].bool()
+            results.append(top_k_of_states(hidden, head_of(reference), attended, top, self._trainer.temperature))
+
+        with _hook(reference.base_model, after_backbone):
+            yield results
+
+    @contextmanager
+    def watching(self, positions: int, differentiable: bool, kept: Kept | None = None) -> Iterator[list[StepKL]]:
         """Within the block, every forward pass of the policy appends the KL of its last ``positions`` states.
 
         Args:
             positions: T, the length of the completions.
             differentiable: keep the graph of the KL.
+            kept: what was recorded of the reference at all rows together; None: the reference runs as well.
         """
-        results: list[ExactKL] = []
+        results: list[StepKL] = []
         policy = self._bare(self._trainer.model)
 
         def after_backbone(backbone: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = output.last_hidden_state
             grad = torch.enable_grad() if differentiable and torch.is_grad_enabled() else torch.no_grad()
             with grad:
-                results.append(self._kl(policy, output.last_hidden_state, args, kwargs, positions))
+                if kept is None:
+                    results.append(self._kl(policy, hidden, args, kwargs, positions))
+                    return
+                # TRL passes its rows through the model in order, all at once or batch by batch.
+                first = sum(len(result.kl) for result in results)
+                attended = kwargs["attention_mask"][:, -positions:].bool()
+                self._rounded = in_16_bits(hidden)
+                sides = hidden, head_of(policy), kwargs["input_ids"], attended
+                results.append(kept.kl_of_states(first, *sides, self._trainer.temperature))
 
         with _hook(policy.base_model, after_backbone):
             yield results
 
-    def of_rollout(self, call: Scored, score_policy: Callable[[Scored], Tensor]) -> tuple[Tensor, float, Tensor]:
-        """(B, T) KL of a rollout's states, without graph: one forward pass of the policy and one of the reference.
+    def of_rollout(
+        self, call: Scored, score_policy: Callable[[Scored], Tensor], kept: Kept | None = None
+    ) -> tuple[States, Tensor]:
+        """KL of a rollout's states, without graph, and the policy's log-probs of its tokens.
 
-        The head's deviation and the policy's log-probs of the rollout's tokens come with it.
+        It takes one forward pass of the policy, and without ``kept`` one of the reference.
 
         Args:
             call: the host's call that scored the rollout.
             score_policy: scores the same tokens under the policy.
+            kept: what was recorded of the reference.
         """
-        with self.watching(call.response_mask().shape[1], differentiable=False) as results:
+        with self.watching(call.response_mask().shape[1], differentiable=False, kept=kept) as results:
             logp = score_policy(call)
-        return *self.joined(results, logp, call.response_mask()), logp
+        return self.joined(results, logp, call.response_mask(), kept), logp
 
-    def joined(self, results: list[ExactKL], logp: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-        """(B, T) KL of the batches of one call, and how far the head's log-probs are from the host's; 0: they agree.
+    def joined(self, results: list[StepKL], logp: Tensor, mask: Tensor, kept: Kept | None = None) -> States:
+        """Join the batches of one call, and compare their log-probs with the host's.
+
+        Args:
+            results: what :meth:`watching` gave.
+            logp: (B, T) the host's log-probs under the policy, nats.
+            mask: (B, T) bool.
+            kept: what :meth:`watching` was given.
 
         Raises:
             RuntimeError: the policy's forward pass was not seen.
@@ -81,8 +138,12 @@ class TrainerStates:
                 f"kl-plugins: the backbone of {self.model} was not called where TRL scored the policy, so no exact KL "
                 "could be computed; use a sampled spec, such as k2@loss/is:token"
             )
-        merged = ExactKL(*(torch.cat(parts) for parts in zip(*results, strict=True)))
-        return merged.kl, deviation_of(merged, logp, mask, self._rounded)
+        merged = type(results[0])(*(torch.cat(parts) for parts in zip(*results, strict=True)))
+        head = deviation_of(merged.logp, logp, mask, self._rounded)
+        if kept is None:
+            return States(merged.kl, None, Deviation(head))
+        of_kept = deviation_of(merged.ref_logp, kept.ref_logp, mask, self._ref_rounded)
+        return States(merged.kl, merged.remainder if isinstance(merged, TopKKL) else None, Deviation(head, of_kept))
 
     def _kl(self, policy: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any], positions: int) -> ExactKL:
         self._rounded = in_16_bits(hidden)
@@ -110,6 +171,16 @@ class TrainerStates:
 
         model = trainer.accelerator.unwrap_model(trainer.model)
         return model, self._as_reference(use_adapter(model, "ref" if "ref" in model.peft_config else None))
+
+    def _is_reference(self, model: Any) -> bool:
+        trainer = self._trainer
+        if trainer.ref_model is not None:
+            return model is trainer.ref_model
+        # One model is both: TRL has switched to the reference's adapter, or all adapters off.
+        peft_model = trainer.accelerator.unwrap_model(model)
+        if "ref" in peft_model.peft_config:
+            return bool(peft_model.active_adapter == "ref")
+        return any(getattr(module, "disable_adapters", False) for module in peft_model.modules())
 
     @contextmanager
     def _as_reference(self, adapter: AbstractContextManager[Any]) -> Iterator[None]:

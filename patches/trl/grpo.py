@@ -13,6 +13,7 @@ from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_col
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,
+    recording,
     reference_scored,
     rolling_out,
     session_of,
@@ -35,13 +36,20 @@ def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hook around ``_generate_and_score_completions``: a reward's penalty enters inside it, an advantage's after it."""
+    """Hook around ``_generate_and_score_completions``: a reward's penalty enters inside it, an advantage's after it.
+
+    Under a ``@loss`` spec with ``top:``, the pass of the reference is recorded here for the updates.
+    """
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
-    if not session.is_score:
-        with reference_scored(trainer):
-            return wrapped(*args, **kwargs)
+    if session.spec.placement == "loss":
+        if session.spec.top is None:
+            with reference_scored(trainer):
+                return wrapped(*args, **kwargs)
+        with recording(session) as recorded, reference_scored(trainer):
+            output = wrapped(*args, **kwargs)
+        return recorded.keep(output)
     with rolling_out(trainer, session) as rollout, reference_scored(trainer):
         if session.spec.placement == "reward":
             with _reward_column(trainer, rollout):

@@ -15,7 +15,7 @@ from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import current, entered
 from kl_plugins.adapters.receipts import made
 from kl_plugins.adapters.trl import ADAPTER, HOST
-from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Scored
+from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Recording, Scored
 from kl_plugins.adapters.trl.config import TAKEN, Run, statement_of
 from kl_plugins.adapters.trl.score import Rollout
 from kl_plugins.adapters.trl.session import KLCallback, Session
@@ -78,7 +78,7 @@ def init(algorithm: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
         accelerator=trainer.accelerator,
         receipt=receipt,
         score_policy=_policy_scorer(trainer, no_checkpointing),
-        states=TrainerStates(trainer, no_checkpointing) if spec.needs_exact else None,
+        states=TrainerStates(trainer, no_checkpointing, spec.top) if spec.needs_exact else None,
     )
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(KLCallback(session))
@@ -99,11 +99,21 @@ def _policy_scorer(
 
 def record_log_probs(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hook around the host's log-prob function: its results are noted, never changed."""
-    result = wrapped(*args, **kwargs)
     calls = current(Calls)
-    if calls is not None and calls.session is session_of(trainer):
-        calls.note(Scored(result[0], args, kwargs))
+    if calls is None or calls.session is not session_of(trainer):
+        return wrapped(*args, **kwargs)
+    with calls.scoring(args, kwargs):
+        result = wrapped(*args, **kwargs)
+    calls.note(Scored(result[0], args, kwargs))
     return result
+
+
+@contextmanager
+def recording(session: Session) -> Iterator[Recording]:
+    """Within the block, TRL generates and scores completions under a ``@loss`` spec with ``top:``."""
+    recorded = Recording(session)
+    with entered(recorded):
+        yield recorded
 
 
 @contextmanager

@@ -10,45 +10,7 @@ from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl import exact as adapter
 from tests.support.trl import trainers
-
-TEMPERATURE = 0.7
-
-
-def moved_on(model: str, folder: Path, spec: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
-    """A trainer and a rollout, after which its policy moved on; no task reward, so that all there is is the KL."""
-    settings = {"loss_type": "dapo", "num_iterations": 2, "scale_rewards": "none", "temperature": TEMPERATURE}
-    settings |= {"max_completion_length": 14}  # long enough for some completions to end earlier
-    built = trainers.build(
-        GRPOTrainer, GRPOConfig, model, folder, reward=trainers.zero_reward, kl=spec, **{**settings, **changes}
-    )
-    trainers.shift(built, 0.05)
-    inputs, _, _ = trainers.rollout_and_gradient(built)
-    trainers.shift(built, 0.03, seed=9)
-    built.model.zero_grad()
-    return built, inputs
-
-
-def log_softmax(built: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """(B, T, V) from the logits that the model itself gives."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    length = inputs["completion_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1]
-    return torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
-
-
-def by_hand(built: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) KL of the states and log-probs of the labels under the policy, with their graphs."""
-    policy = log_softmax(built, built.model, inputs)
-    with torch.no_grad():
-        if built.ref_model is None:
-            with built.accelerator.unwrap_model(built.model).disable_adapter():
-                reference = log_softmax(built, built.model, inputs)
-        else:
-            reference = log_softmax(built, built.ref_model, inputs)
-    labels = inputs["completion_ids"].unsqueeze(-1)
-    return (policy.exp() * (policy - reference)).sum(-1), policy.gather(-1, labels).squeeze(-1)
-
+from tests.support.trl.states import TEMPERATURE, by_hand, moved_on
 
 SPECS = [
     "exact@loss",
@@ -65,8 +27,8 @@ def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
     ours = trainers.gradient(built)
     mask = inputs["completion_mask"].bool()
     assert 0 < mask.sum() < mask.numel(), "completions should end at different lengths"
-    kl, logp = by_hand(built, inputs)
-    kl, old = kl.masked_fill(~mask, 0.0), inputs["old_per_token_logps"]
+    kl, logp, *_ = by_hand(built, inputs)
+    old = inputs["old_per_token_logps"]
     term = kl_term(KLSpec.parse(spec), logp, inputs["ref_per_token_logps"], mask, old_logp=old, exact=kl)
     built.model.zero_grad()
     (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
@@ -165,10 +127,9 @@ def test_future_of_an_advantage_is_exact(spec, trainer, config, lora, model, tmp
     trainers.shift(built, 0.05)
     inputs, _, _ = trainers.rollout_and_gradient(built)
     with torch.no_grad():
-        kl, logp = by_hand(built, inputs)
+        kl, logp, *_ = by_hand(built, inputs)
     mask = inputs["completion_mask"].bool()
-    kl = kl.masked_fill(~mask, 0.0).float()
-    expected = kl_penalty(KLSpec.parse(spec), logp.float(), inputs["ref_per_token_logps"], mask, exact=kl)
+    expected = kl_penalty(KLSpec.parse(spec), logp.float(), inputs["ref_per_token_logps"], mask, exact=kl.float())
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(inputs["kl_plugins_penalty"], expected, rtol=1e-3, atol=1e-4)
 

@@ -14,7 +14,6 @@ from tests.support.trl import trainers
 @pytest.mark.parametrize(
     ("cls", "changes", "reason"),
     [
-        (GRPOConfig, {"kl": "exact@loss/top:8"}, "drop top:"),
         (GRPOConfig, {"kl": "k2@loss", "beta": 0.0}, "no reference model"),
         (GRPOConfig, {"kl": "k2@loss/beta:dual-0.1-0.1", "beta": 0.0}, "no reference model"),
         (RLOOConfig, {"kl": "k1@reward", "beta": 0.0}, "no reference model"),
@@ -132,19 +131,25 @@ class OwnRewards(GRPOTrainer):
 
 
 class OwnRollout(GRPOTrainer):
-    """Replaces what only scores work through."""
+    """Replaces what only scores and specs with ``top:`` work through."""
 
     def _generate_and_score_completions(self, inputs):
         return trl.GRPOTrainer._generate_and_score_completions(self, inputs)
 
 
 def test_a_subclass_is_refused_only_over_what_the_spec_works_through(model, tmp_path):
-    for cls, spec in ((OwnRewards, "k2@loss"), (OwnRewards, "k1@advantage"), (OwnRollout, "k2@loss")):
+    for cls, spec in (
+        (OwnRewards, "k2@loss"),
+        (OwnRewards, "k1@advantage"),
+        (OwnRollout, "k2@loss"),
+        (OwnRollout, "exact@loss"),
+    ):
         built = trainers.build(cls, GRPOConfig, model, tmp_path, kl=spec, max_steps=1)
         built.train()
         assert trainers.log_of(built, "kl/active") == [1.0]
     for cls, spec, method in (
         (OwnRewards, "k1@reward", "_calculate_rewards"),
+        (OwnRollout, "exact@loss/top:8", "_generate_and_score_completions"),
         (OwnRollout, "k1@advantage", "_generate_and_score_completions"),
     ):
         with pytest.raises(ValueError, match=f"own {method} never calls"):

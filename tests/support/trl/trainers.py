@@ -83,11 +83,12 @@ def settings(output: Path, **changes: Any) -> dict[str, Any]:
 def build(
     trainer: type,
     config: type,
-    model: str,
+    model: Any,
     output: Path,
     *,
     reward: Any = even_reward,
     lora: bool = False,
+    tokenizer: Any = None,
     **changes: Any,
 ) -> Any:
     """A trainer on the tiny model."""
@@ -101,6 +102,7 @@ def build(
         reward_funcs=reward,
         args=config(**settings(output, **changes)),
         train_dataset=prompts(),
+        processing_class=tokenizer,
         peft_config=peft_config,
     )
 
