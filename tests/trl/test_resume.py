@@ -10,6 +10,7 @@ from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from tests.support.trl import trainers
 
 SPEC = "k2@loss/is:token/beta:adaptive-0.001-64"
+TOP = "exact@loss/top:4/beta:cosine-0.3-0.01-5"
 SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "max_steps": 5, "num_iterations": 1}
 
 
@@ -23,7 +24,7 @@ def after(built, key, step):
     return [entry[key] for entry in built.state.log_history if key in entry and entry["step"] > step]
 
 
-@pytest.mark.parametrize("spec", [SPEC, "k1@advantage/beta:dual-0.001-5", "k2@loss/beta:cosine-0.3-0.01-5"])
+@pytest.mark.parametrize("spec", [SPEC, "k1@advantage/beta:dual-0.001-5", "k2@loss/beta:cosine-0.3-0.01-5", TOP])
 def test_resumed_equals_uninterrupted(spec, model, tmp_path):
     whole = finished(model, tmp_path / "whole", spec=spec)
     betas = after(whole, "kl/beta", 0)

@@ -5,11 +5,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import trl
 
 from kl_plugins.adapters import trl as adapter
+from kl_plugins.adapters.top_k import KEY
 from tests.support.trl import trainers
 
 RANK = int(os.environ["RANK"])
@@ -42,7 +44,15 @@ def stock(model: str, folder: Path) -> dict[str, object]:
 
 def train(model: str, folder: Path) -> dict[str, object]:
     """Every placement, with a controller."""
-    specs = ("k2@loss/is:token/beta:adaptive-0.001-64", "k1@reward", "k1@advantage", "exact@loss", "exact@advantage")
+    specs = (
+        "k2@loss/is:token/beta:adaptive-0.001-64",
+        "k1@reward",
+        "k1@advantage",
+        "exact@loss",
+        "exact@advantage",
+        "exact@loss/top:4/is:token",
+        "exact@advantage/top:4",
+    )
     found: dict[str, object] = {
         spec: outcome(adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl=spec, num_iterations=2)
         for spec in specs
@@ -55,7 +65,25 @@ def train(model: str, folder: Path) -> dict[str, object]:
         ("RLOO", adapter.RLOOTrainer, adapter.RLOOConfig, {"kl": "k1@reward"}),
     ):
         found[name] = outcome(cls, config, model, folder, **extra)
+    found["reordered"] = reordered(model, folder)
     return found
+
+
+class Reordered(adapter.GRPOTrainer):
+    """On rank 1, what the reference's pass gave belongs to other rows than TRL's log-probs."""
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        return inputs if RANK == 0 else {**inputs, KEY: inputs[KEY].roll(1, 0)}
+
+
+def reordered(model: str, folder: Path) -> dict[str, object]:
+    """The text of the error that stops the update."""
+    try:
+        outcome(Reordered, adapter.GRPOConfig, model, folder, kl="exact@loss/top:4")
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {}
 
 
 def missing(model: str, folder: Path) -> dict[str, object]:
