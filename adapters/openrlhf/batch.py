@@ -16,6 +16,7 @@ from torch import Tensor
 from kl_plugins.adapters.log_probs import POLICY, count_not_finite, require_finite, used
 from kl_plugins.adapters.micro_batch import LossBatch
 from kl_plugins.adapters.openrlhf.config import behaviour_source
+from kl_plugins.adapters.openrlhf.top_k import arrived
 from kl_plugins.spec import KLSpec
 
 if TYPE_CHECKING:
@@ -27,11 +28,18 @@ MISSING = 2.0**-100
 
 @dataclass
 class MicroBatch(LossBatch):
-    """What one training step of OpenRLHF's actor holds."""
+    """What one training step of OpenRLHF's actor holds.
+
+    Attributes:
+        numbers: (n, 2 k + 1) what ``top:`` keeps of the reference for the n response tokens, or None.
+        fits: whether each sequence has as many of them as response tokens.
+    """
 
     loss = "training step"
 
     session: WorkerSession
+    numbers: Tensor | None = None
+    fits: bool = True
 
     @classmethod
     def read(cls, session: WorkerSession, experience: Any) -> MicroBatch:
@@ -40,12 +48,18 @@ class MicroBatch(LossBatch):
         Args:
             session: of the worker.
             experience: one micro-batch.
+
+        Raises:
+            RuntimeError: it lacks what ``top:`` needs of the reference.
         """
         source, old = session.behaviour, experience.action_log_probs
         # An agent may return log-probs that were not requested: the receipt says what the weight divides by.
         given = None if source == "old" else experience.rollout_log_probs
         sampler = unmarked(given, old, source == "sampler")
-        return cls(session, experience.action_mask.bool(), old, sampler, source)
+        batch = cls(session, experience.action_mask.bool(), old, sampler, source)
+        if session.spec.top is not None:
+            batch.numbers, batch.fits = arrived(session.spec, experience)
+        return batch
 
 
 def check_rollout(spec: KLSpec, args: Any, samples: Sequence[Any]) -> None:

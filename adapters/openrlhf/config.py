@@ -147,14 +147,17 @@ def statement_of(spec: KLSpec, args: Any) -> Statement:
         sampling=sampling_of(args),
         caveats=tuple(caveats),
         reward_site="" if spec.placement == "loss" else reward_site(spec, args),
-        cost=exact_cost(args) if spec.needs_exact else "",
+        cost=exact_cost(spec, args) if spec.needs_exact else "",
     )
 
 
-def exact_cost(args: Any) -> str:
+def exact_cost(spec: KLSpec, args: Any) -> str:
     """Describe what exact terms add to OpenRLHF's own work."""
+    if spec.top is not None:
+        return f"2 k + 1 = {2 * spec.top + 1} numbers per response token from the reference actor's own forward pass"
     copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
-    return f"{copy}a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
+    each = "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
+    return f"{copy}{each}; top: in the spec needs none of this"
 
 
 def reward_site(spec: KLSpec, args: Any) -> str:

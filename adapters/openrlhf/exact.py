@@ -1,74 +1,107 @@
-"""Full-vocabulary KL from the logits of OpenRLHF's training step and those of a reference in the same process."""
+"""Exact KL of the states of a training step of OpenRLHF: from its logits, and the reference's logits or top-k numbers.
+
+OpenRLHF can pack the sequences of a micro-batch one after the other. Its logits then are (1, N, V) for the N tokens of
+all sequences, while everything else stays (B, A).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
-from kl_plugins.adapters.micro_batch import divisor_of_remainder
-from kl_plugins.adapters.openrlhf.batch import MicroBatch
-from kl_plugins.exact import ExactKL, exact_kl
+from kl_plugins.adapters.top_k import label_log_probs, unpacked
+from kl_plugins.exact import exact_kl
+
+if TYPE_CHECKING:
+    from kl_plugins.adapters.openrlhf.batch import MicroBatch
 
 
-def states_kl(batch: MicroBatch, logits: Tensor, reference: Callable[[], Tensor], experience: Any) -> ExactKL:
-    """Compute KL(policy || reference) in the states that the response tokens were drawn in.
+def response_rows(mask: Tensor, attention_mask: Tensor, shape: torch.Size) -> Tensor:
+    """Find the rows of OpenRLHF's logits that are the states in which the response tokens were drawn.
 
     Args:
-        batch: a micro-batch of a spec with exact terms.
-        logits: (B, L, V) of the policy, scaled by the temperature, with their graph.
-        reference: gives the same of the reference.
+        mask: (B, A) bool, response tokens among the last A tokens of each sequence.
+        attention_mask: (B, L) tokens that are no padding.
+        shape: of the logits without the vocabulary: (B, L), or (1, N) where OpenRLHF packs the sequences.
+
+    Returns:
+        (B L,) or (N,) bool; the order of the rows is that of the response tokens in ``mask``.
+    """
+    rows = torch.zeros(attention_mask.shape, dtype=torch.bool, device=mask.device)
+    rows[:, -mask.shape[1] - 1 : -1] = mask
+    return (rows if shape == rows.shape else rows[attention_mask.bool()]).flatten()
+
+
+def states_kl(batch: MicroBatch, logits: Tensor, experience: Any, reference: Callable[[], Tensor] | None) -> Tensor:
+    """Compute KL(policy || reference) in the states that the response tokens were drawn in, and give it to the batch.
+
+    Args:
+        batch: a micro-batch of a spec with exact terms; gets its ``exact``, and under ``top:`` its ``remainder``.
+        logits: (B, L, V) of the policy, scaled by the temperature, with their graph; (1, N, V) if they are packed.
         experience: OpenRLHF's micro-batch; its ``sequences`` are (B, L).
+        reference: gives the same logits of the reference; None under ``top:``.
 
     Returns:
-        (B, T) each, nats, float32.
+        0-d float32, nats: the sum over response tokens of |difference| between the reference's log-probs here and those
+        of OpenRLHF's reference actor; infinite if the numbers of ``top:`` do not fit the response tokens.
     """
-    spec, mask, sequences = batch.session.spec, batch.mask, experience.sequences
-    states = slice(-mask.shape[1] - 1, -1)
-    # Labels for whole rows, and most of them -100, which is left out. A slice of the logits would be a copy.
-    labels = torch.full_like(sequences, -100)
-    labels[:, states] = sequences[:, -mask.shape[1] :].masked_fill(~mask, -100)
-    behaviour = None
-    chosen = divisor_of_remainder(spec, batch.old_logp, batch.sampler_logp)
-    if chosen is not None:
-        behaviour = torch.zeros(sequences.shape, dtype=chosen.dtype, device=chosen.device)
-        behaviour[:, states] = chosen
+    spec, mask, shape = batch.session.spec, batch.mask, logits.shape[:-1]
+    rows = response_rows(mask, experience.attention_mask, shape)
+    tokens = experience.sequences[:, -mask.shape[1] :][mask]
+    host_ref_logp = experience.base_action_log_probs[mask].float()
+
+    def by_row(values: Tensor, elsewhere: float) -> Tensor:
+        # Whole rows, most of them left out. A selection of the logits would be a copy.
+        found = values.new_full((len(rows), *values.shape[1:]), elsewhere)
+        found[rows] = values
+        return found.view(*shape, *values.shape[1:])
+
+    def by_token(values: Tensor) -> Tensor:
+        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
+            mask, values.flatten()[rows]
+        )
+
+    labels = by_row(tokens, -100)
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.estimator == "exact"):
-        found = exact_kl(logits, reference(), labels, top=spec.top, behaviour_logp=behaviour)
-    return ExactKL(*(part[:, states] for part in found))
+        if reference is not None:
+            whole = exact_kl(logits, reference(), labels)
+            batch.exact, ref_logp = by_token(whole.kl), whole.ref_logp.flatten()[rows]
+        else:
+            assert batch.numbers is not None
+            kept = unpacked(by_row(batch.numbers, 0.0))
+            found = exact_kl(logits, None, labels, reference=kept, ref_logp=by_row(host_ref_logp, 0.0))
+            batch.exact, batch.remainder = by_token(found.kl), by_token(found.remainder)
+            ref_logp = label_log_probs(unpacked(batch.numbers), tokens, host_ref_logp)
+    difference = (ref_logp.detach().float() - host_ref_logp).abs().sum()
+    return difference if batch.fits else torch.full_like(difference, torch.inf)
 
 
-def reference_difference(found: ExactKL, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """Sum |difference| between the log-probs of the reference here and of OpenRLHF's reference actor.
-
-    Args:
-        found: per-token results.
-        ref_logp: (B, T) log-probs that OpenRLHF's reference actor gave the same tokens, nats.
-        mask: (B, T) response tokens.
-
-    Returns:
-        0-d, nats, float32; it stays on the device.
-    """
-    difference = (found.ref_logp.detach().float() - ref_logp.detach().float()).abs()
-    return difference.masked_fill(~mask.bool(), 0.0).sum()
-
-
-def require_same_reference(deviation: float, rounded: bool) -> None:
-    """Raise unless the reference here is OpenRLHF's own; all ranks call it with the same number.
+def require_same_reference(deviation: float, rounded: bool, top: int | None) -> None:
+    """Raise unless the reference of the exact terms is OpenRLHF's own; all ranks call it with the same number.
 
     Args:
         deviation: mean |difference| of the log-probs, over the response tokens of all ranks, nats.
-        rounded: the models compute in 16 bits.
+        rounded: the models compute in 16 bits. Log-probs and numbers of ``top:`` come from one forward pass, whose
+            logits are float32, so rounding explains no difference between them.
+        top: of the spec.
 
     Raises:
         RuntimeError: rounding does not explain it.
     """
-    if deviation > (MEAN_DEVIATION_16_BIT if rounded else MEAN_DEVIATION):
+    if deviation <= (MEAN_DEVIATION_16_BIT if rounded and top is None else MEAN_DEVIATION):
+        return
+    if top is not None:
         raise RuntimeError(
-            "kl-plugins: the reference model in this worker gives log-probs that differ from those of OpenRLHF's "
-            f"reference actor by {deviation:.2g} nats on average, so an exact KL would be to another model. Use "
-            "a sampled spec, such as k2@loss/is:token"
+            "kl-plugins: the reference's most probable tokens do not fit the log-probs of OpenRLHF's reference actor "
+            f"(they differ by {deviation:.2g} nats on average), so they belong to other response tokens or to another "
+            "model; this experience maker or replay buffer is not known"
         )
+    raise RuntimeError(
+        "kl-plugins: the reference model in this worker gives log-probs that differ from those of OpenRLHF's "
+        f"reference actor by {deviation:.2g} nats on average, so an exact KL would be to another model. Use "
+        "top: in the spec, which needs no reference model here, or a sampled spec, such as k2@loss/is:token"
+    )

@@ -48,13 +48,15 @@ def contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
 def _exact_problems(spec: KLSpec, args: Any) -> Iterator[str]:
     if spec.placement != "loss":
         yield "exact terms need the logits, which OpenRLHF has only while it trains; use an exact @loss spec"
-    for flag, on in (
-        ("--ds.packing_samples", args.ds.packing_samples),
-        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size > 1),
-        ("--ds.ring_attn_size", args.ds.ring_attn_size > 1),
+    for flag, size in (
+        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size),
+        ("--ds.ring_attn_size", args.ds.ring_attn_size),
     ):
-        if on:
-            yield f"exact terms were not tested with {flag}, under which logits are packed or sharded; drop it"
+        if size > 1:
+            yield (
+                f"exact terms need all logits of a micro-batch in one process, and {flag} {size} spreads them over "
+                "several; set it to 1"
+            )
 
 
 def _advantage_problems(args: Any) -> Iterator[str]:

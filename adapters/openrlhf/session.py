@@ -44,7 +44,7 @@ class WorkerSession(Session):
         """Keep how far the reference here is from OpenRLHF's own in a micro-batch, for the next check.
 
         Args:
-            difference: what :func:`~kl_plugins.adapters.openrlhf.exact.reference_difference` gave.
+            difference: what :func:`~kl_plugins.adapters.openrlhf.exact.states_kl` gave.
         """
         difference = difference.double()[None]
         self._difference = difference if self._difference is None else self._difference + difference
@@ -68,7 +68,7 @@ class WorkerSession(Session):
         difference, self._difference = self._difference, None
         *differences, tokens = self.check(total, difference)
         for summed in differences:
-            require_same_reference(summed / max(tokens, 1.0), self.rounded)
+            require_same_reference(summed / max(tokens, 1.0), self.rounded, self.spec.top)
 
     def report(self) -> dict[str, float]:
         """Join what OpenRLHF logs of everything since the last report; a collective over all ranks.

@@ -16,7 +16,7 @@ from kl_plugins.adapters.openrlhf.refusals import require_processed
 from kl_plugins.adapters.openrlhf.score import ScoreController, shaping
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import Hook
-from kl_plugins.patches.openrlhf import HOOKS, MAKER, worker
+from kl_plugins.patches.openrlhf import HOOKS, MAKER, reference, worker
 from kl_plugins.spec import KLSpec
 
 ATTRIBUTE = "_kl_plugins"
@@ -67,6 +67,7 @@ def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...
     if run.spec.placement == "loss":
         require_processed(trainer.vllm_engines, run.spec, trainer.args)
         require_receipts(trainer.actor_model_group, trainer.args)
+        reference.require_recorders(trainer.experience_maker, run.spec)
     run.confirmed = True
     states = wrapped(*args, **kwargs)
     if states.get("global_step"):
@@ -116,13 +117,15 @@ def init_maker(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dic
 
 
 def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Around the forward passes over a rollout batch, which end in the KL of each batch of samples."""
+    """Around the forward passes over a rollout batch, which end in the KL or in the numbers of ``top:``."""
     spec = spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)
     if spec.placement == "loss":
+        reference.begin(maker, spec)
         made = wrapped(*args, **kwargs)
         check_rollout(spec, maker.args, made)
+        reference.finish(maker, spec, made)
         return made
     control = maker.kl_ctl
     if not isinstance(control, ScoreController):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from kl_plugins.adapters.micro_batch import KLSource, carried, current, unknown_
 from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, HOST
 from kl_plugins.adapters.openrlhf.batch import MicroBatch
 from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
-from kl_plugins.adapters.openrlhf.exact import reference_difference, states_kl
+from kl_plugins.adapters.openrlhf.exact import states_kl
 from kl_plugins.adapters.openrlhf.session import WorkerSession
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import hooked
-from kl_plugins.patches.openrlhf import ACTOR, HOOKS, STRATEGY
+from kl_plugins.patches.openrlhf import ACTOR, HOOKS, STRATEGY, reference
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import looks_like_spec
 
@@ -33,7 +34,7 @@ PLACES = (
 """Where OpenRLHF may ask for the KL of a spec."""
 
 Forward = Callable[[Any], Tensor]
-"""Reference logits (B, L, V) of OpenRLHF's micro-batch, scaled by the temperature."""
+"""Reference logits (B, L, V), packed (1, N, V), of OpenRLHF's micro-batch, scaled by the temperature."""
 
 
 def session_of(trainer: Any) -> WorkerSession | None:
@@ -107,10 +108,10 @@ def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: di
 
 
 def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
-    """Make the receipt of a policy worker, and with it let the worker train.
+    """Make the receipt of a worker, and with it let a policy worker train.
 
     Args:
-        process: the Ray actor's object, a ``PolicyModelActor``.
+        process: the Ray actor's object, a ``PolicyModelActor``; under ``top:`` also a ``ReferenceModelActor``.
         spec: the canonical spec that the trainer expects.
         behaviour: where the trainer says that the behaviour policy's log-probs come from.
 
@@ -119,6 +120,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         UnsupportedHostError: this OpenRLHF is not one that was checked.
     """
     HOOKS.check_process()
+    if not hasattr(process, "trainer"):
+        return reference.receipt(process, spec, behaviour)
     trainer = process.trainer
     if not hooked(type(trainer), "training_step"):
         raise RuntimeError(f"its {type(trainer).__qualname__} overrides the training step that has the hook")
@@ -127,7 +130,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         raise RuntimeError(f"it was started with {trainer.args.algo.kl.estimator}, not with {spec}")
     if session.behaviour != behaviour:
         raise RuntimeError(f"it takes the behaviour policy's log-probs from {session.behaviour}, not from {behaviour}")
-    if session.spec.needs_exact and session.reference is None:
+    if session.spec.needs_exact and session.spec.top is None and session.reference is None:
         session.reference = reference_of(trainer)
     statement = statement_of(session.spec, trainer.args)
     wrapped = HOOKS.summary([ACTOR, STRATEGY])
@@ -156,20 +159,19 @@ def logits_watched(trainer: Any, session: WorkerSession, batch: MicroBatch, expe
 
     Args:
         trainer: an ``ActorPPOTrainer``.
-        session: of the worker; without exact terms it has no reference, and nothing is done.
+        session: of the worker; nothing is done without exact terms.
         batch: gets the KL.
         experience: OpenRLHF's micro-batch.
     """
-    reference: Forward | None = session.reference
-    if reference is None:
+    if not session.spec.needs_exact:
         yield
         return
+    forward: Forward | None = session.reference
 
     def after_actor(actor: Any, given: Any, output: Any) -> None:
         handle.remove()  # under LoRA the reference's pass is one of the same module
-        found = states_kl(batch, output[1]["logits"], lambda: reference(experience), experience)
-        session.keep_difference(reference_difference(found, experience.base_action_log_probs, batch.mask))
-        batch.exact = found.kl
+        ref_logits = None if forward is None else partial(forward, experience)
+        session.keep_difference(states_kl(batch, output[1]["logits"], experience, ref_logits))
 
     handle = trainer.actor.register_forward_hook(after_actor)
     try:

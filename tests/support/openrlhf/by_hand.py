@@ -135,6 +135,113 @@ def exact_losses(actor, cases, experience, beta, path):
     return found
 
 
+def top_losses(actor, cases, experience, beta, path, key):
+    """Gradients of OpenRLHF's training step under ``top:`` with respect to the logits, and those by hand.
+
+    By hand is plain torch in float64, from the logits of policy and reference: the sum over the kept tokens and the
+    bucket, and the remainder, which is a coefficient on the log-prob of the drawn token.
+
+    Args:
+        actor: a ``PolicyModelActor``.
+        cases: specs; the weights of ``exact@`` with ``is:token`` or without a weight are computed by hand as well.
+        experience: one micro-batch; its advantages are put to zero, so that all there is is the KL.
+        beta: the host's coefficient.
+        path: of the reference model.
+        key: name of the numbers in the micro-batch's ``info``.
+
+    Returns:
+        Per case: relative distance of the two gradients, the size of the hand's, the mean of sum and bucket, the share
+        of drawn tokens in the bucket, how far their importance weights are from 1, and by how much the reference's mass
+        on the kept tokens is below that of its most probable ones.
+    """
+    import torch
+    from openrlhf.models import aggregate_loss
+    from openrlhf.utils.loss_utils import get_loss_batch_info
+    from transformers import AutoModelForCausalLM
+
+    from kl_plugins import KLSpec, kl_term
+    from kl_plugins.patches.openrlhf.worker import receipt
+
+    trainer, strategy, mask, found = actor.trainer, actor.trainer.strategy, experience.action_mask.bool(), []
+    experience.advantages = torch.zeros_like(experience.advantages)
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.bfloat16)
+    position = (experience.attention_mask.long().cumsum(-1) - 1).masked_fill(experience.attention_mask == 0, 1)
+    given = {"attention_mask": experience.attention_mask, "position_ids": position}
+    with torch.no_grad():
+        ref_logits = reference(experience.sequences, **given).logits.float()
+    info, numbers = get_loss_batch_info(strategy, experience.action_mask), experience.info[key]
+    states, labels = slice(-mask.shape[1] - 1, -1), experience.sequences[:, -mask.shape[1] :].unsqueeze(-1)
+    taken, outputs = [], []
+    watch = trainer.actor.register_forward_hook(lambda module, given, output: outputs.append(output[1]["logits"]))
+    strategy.backward = lambda loss, *_: taken.append(loss)
+    strategy.optimizer_step = lambda *_, **__: None
+    try:
+        for text in cases:
+            spec = KLSpec.parse(text)
+            trainer.args.algo.kl.estimator = text
+            vars(trainer).pop("_kl_plugins", None)
+            receipt(actor, str(spec), "old" if spec.needs_behaviour else "unused")
+            experience.info = {**experience.info, key: numbers}
+            trainer.training_step(experience, beta, 0, info)
+            (logits,) = outputs
+            outputs.clear()
+            (hooked,) = torch.autograd.grad(taken.pop(), logits, retain_graph=True)
+            logp, ref_logp = (part[:, states].double().log_softmax(-1) for part in (logits, ref_logits))
+            ids = torch.zeros(*mask.shape, spec.top, dtype=torch.long)
+            ids[mask] = torch.cat(list(numbers))[:, : spec.top].long()
+            kept = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, True)
+            tail, ref_tail = (part.masked_fill(kept, -torch.inf).logsumexp(-1) for part in (logp, ref_logp))
+            within = (logp.exp() * (logp - ref_logp)).masked_fill(~kept, 0.0).sum(-1)
+            kl = (within + tail.exp() * (tail - ref_tail)).masked_fill(~mask, 0.0)
+            drawn, ref_drawn = (part.gather(-1, labels).squeeze(-1) for part in (logp, ref_logp))
+            outside = ~kept.gather(-1, labels).squeeze(-1) & mask
+            remainder = (drawn - ref_drawn - (tail - ref_tail)).detach().masked_fill(~outside, 0.0)
+            old = experience.action_log_probs.double()
+            weight = (drawn - old).detach().exp().masked_fill(~mask, 1.0)
+            if text.startswith("exact@") and text.count("/") + ("/is:token" not in text) == 2:
+                loss = kl + (weight if "is:token" in text else 1.0) * remainder * drawn
+            else:
+                carried = experience.base_action_log_probs.double()
+                states_kl = {"exact": kl, "remainder": remainder}
+                loss = kl_term(spec, drawn, carried, mask, old_logp=old, **states_kl).loss
+            (expected,) = torch.autograd.grad(aggregate_loss(loss, mask.double(), **info) * beta, logits)
+            best = ref_logp.topk(spec.top, -1).values.exp().sum(-1) - ref_logp.exp().masked_fill(~kept, 0.0).sum(-1)
+            gap, size = float((hooked - expected).norm() / expected.norm()), float(expected.norm())
+            shares = float(kl.sum() / mask.sum()), float(outside.sum() / mask.sum())
+            found.append((gap, size, *shares, float((weight - 1).abs().max()), float(best[mask].max())))
+    finally:
+        watch.remove()
+        del strategy.backward, strategy.optimizer_step
+    return found
+
+
+def count_passes(actor):
+    """Start to count the forward passes of the actor's model, policy or reference."""
+    model = actor.actor if hasattr(actor, "actor") else actor.model
+    actor.passes = []
+    model.register_forward_pre_hook(lambda module, given: actor.passes.append(tuple(given[0].shape)))
+
+
+def passes(actor):
+    """The shapes (B, L) of the passes that were counted, and whether a policy worker holds a reference."""
+    session = vars(actor.trainer).get("_kl_plugins") if hasattr(actor, "trainer") else None
+    return actor.passes, session is not None and session.reference is not None
+
+
+def detach_plugin(actor):
+    """Take kl-plugins out of the process."""
+    from kl_plugins.adapters.openrlhf import detach
+
+    detach()
+
+
+def attach_plugin(actor):
+    """Put kl-plugins into the process."""
+    from kl_plugins.adapters.openrlhf import attach
+
+    attach()
+
+
 def controller(actor):
     """State of a worker's beta controller."""
     return dict(actor.trainer._kl_plugins.controller.state)

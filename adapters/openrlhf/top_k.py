@@ -1,0 +1,91 @@
+"""What ``top:`` keeps of the reference, on its way through OpenRLHF: from the reference actor to the training step.
+
+The numbers of a sequence are one tensor, with one row per response token. OpenRLHF pads the fields of an ``Experience``
+along their last dimension, which would mix up the numbers of a token. So they travel in ``info``, as a list with one
+tensor per sequence. OpenRLHF splits and merges such a list together with the sequences, and changes nothing inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.adapters.openrlhf.exact import response_rows
+from kl_plugins.adapters.top_k import KEY, packed
+from kl_plugins.reference import reference_top_k
+from kl_plugins.spec import KLSpec
+
+COPY_BYTES = 2**28
+"""Limit of the memory for the logits that are copied at a time, in bytes."""
+
+
+def reference_numbers(logits: Tensor, action_mask: Tensor, attention_mask: Tensor, k: int) -> Tensor:
+    """Compute what ``top:`` keeps of the reference in the states that the response tokens were drawn in.
+
+    Args:
+        logits: (B, L, V) of the reference, scaled by the temperature; (1, N, V) where OpenRLHF packs the sequences.
+        action_mask: (B, A) response tokens.
+        attention_mask: (B, L) tokens that are no padding.
+        k: number of tokens to keep.
+
+    Returns:
+        (n, 2 k + 1) float32 for the n response tokens of all sequences, as ``adapters.top_k.packed`` packs them.
+    """
+    rows = response_rows(action_mask.bool(), attention_mask, logits.shape[:-1]).nonzero()[:, 0]
+    flat, size = logits.flatten(0, -2), max(1, COPY_BYTES // (logits.element_size() * logits.shape[-1]))
+    parts: list[Tensor] = list(torch.split(rows, size))
+    return torch.cat([packed(reference_top_k(flat[part], k)) for part in parts])
+
+
+def carry(spec: KLSpec, samples: Sequence[Any], found: Sequence[Tensor]) -> None:
+    """Put the reference's numbers into OpenRLHF's experiences, beside the log-probs from the same forward passes.
+
+    Args:
+        spec: a spec with ``top:``.
+        samples: OpenRLHF's batches of samples.
+        found: what the reference actors gave for each batch, see :func:`reference_numbers`.
+
+    Raises:
+        RuntimeError: a batch has no numbers, or those of other samples.
+    """
+    counts = [batch.action_mask.bool().sum(-1).tolist() for batch in samples]
+    if [sum(tokens) for tokens in counts] != [len(numbers) for numbers in found]:
+        raise RuntimeError(
+            f"kl-plugins: OpenRLHF's reference actors gave the most probable tokens for {len(found)} batches with "
+            f"{sum(map(len, found))} response tokens, but the rollout has {len(samples)} batches with "
+            f"{sum(map(sum, counts))}, so {spec} has no reference there; this experience maker or reference actor is "
+            "not known"
+        )
+    for batch, numbers, tokens in zip(samples, found, counts, strict=True):
+        # Copies, because a part of a tensor is sent to another process together with the whole tensor.
+        batch.info[KEY] = [part.clone() for part in torch.split(numbers, tokens)]
+
+
+def arrived(spec: KLSpec, experience: Any) -> tuple[Tensor, bool]:
+    """Take the numbers out of a micro-batch. OpenRLHF would read them as a metric.
+
+    Args:
+        spec: a spec with ``top:``.
+        experience: OpenRLHF's micro-batch; its ``info`` does not hold the numbers afterwards.
+
+    Returns:
+        (n, 2 k + 1) for the n response tokens, in their order, and whether each sequence has as many as tokens; zeros
+        if not.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    numbers = experience.info.pop(KEY, None)
+    if numbers is None:
+        raise RuntimeError(
+            f"kl-plugins: a micro-batch arrived without the reference's most probable tokens, so {spec} has no "
+            "reference there; OpenRLHF's RemoteExperienceMaker collects them, and this experience maker is not known"
+        )
+    mask = experience.action_mask
+    tokens = mask.bool().sum(-1).tolist()
+    if [len(part) for part in numbers] == tokens:
+        return torch.cat(list(numbers)).to(mask.device), True
+    return numbers[0].new_zeros(sum(tokens), numbers[0].shape[-1], device=mask.device), False

@@ -1,0 +1,156 @@
+"""What OpenRLHF's reference actors do under ``top:``: their forward passes also give the k most probable tokens.
+
+Nothing of OpenRLHF is wrapped here. The trainer process asks each actor by remote call to watch its model during the
+forward passes of a rollout batch, and then for the numbers. So no pass is added, and the actor returns the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kl_plugins.adapters import receipts
+from kl_plugins.adapters.openrlhf import HOST, REMEDY
+from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
+from kl_plugins.adapters.openrlhf.top_k import carry, reference_numbers
+from kl_plugins.patches.engine.arguments import arguments
+from kl_plugins.receipts import MissingReceiptError, Receipt
+from kl_plugins.spec import KLSpec
+
+ATTRIBUTE = "_kl_plugins"
+"""Attribute of a reference actor that holds its recorder, and of an experience maker whose actors gave receipts."""
+
+
+class Recorder:
+    """Watches the model of a reference actor, and keeps what ``top:`` needs of each forward pass.
+
+    Attributes:
+        numbers: of each pass since the start, see :func:`~kl_plugins.adapters.openrlhf.top_k.reference_numbers`.
+    """
+
+    def __init__(self, model: Any, k: int) -> None:
+        """Begin to watch.
+
+        Args:
+            model: OpenRLHF's ``Actor`` of the reference.
+            k: number of tokens to keep.
+        """
+        self.model, self.k, self.numbers = model, k, list[Tensor]()
+        self._handles = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        )
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "return_output": True}  # the pass has the logits anyway
+
+    def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        log_probs, found = output
+        given = arguments(self.model.forward, args, kwargs)
+        numbers = reference_numbers(found["logits"], given["action_mask"], given["attention_mask"], self.k)
+        self.numbers.append(numbers.cpu())
+        return log_probs
+
+    def stop(self) -> list[Tensor]:
+        """Stop watching, and return the numbers."""
+        for handle in self._handles:
+            handle.remove()
+        return self.numbers
+
+
+def start(process: Any, k: int) -> None:
+    """Let a reference actor keep numbers from now on; runs there.
+
+    Args:
+        process: the Ray actor's object, a ``ReferenceModelActor``.
+        k: number of tokens to keep.
+    """
+    stop(process)  # a rollout batch that was broken off leaves its recorder behind
+    setattr(process, ATTRIBUTE, Recorder(process.model, k))
+
+
+def stop(process: Any) -> list[Tensor]:
+    """Take the numbers of a reference actor's forward passes since the start; runs there."""
+    recorder: Recorder | None = vars(process).pop(ATTRIBUTE, None)
+    return [] if recorder is None else recorder.stop()
+
+
+def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
+    """Make the receipt of a reference actor; runs there.
+
+    Args:
+        process: the Ray actor's object, a ``ReferenceModelActor`` that has its model.
+        spec: the canonical spec that the trainer expects.
+        behaviour: where the trainer says that the behaviour policy's log-probs come from.
+
+    Raises:
+        RuntimeError: the actor was started with another spec.
+    """
+    args = process.strategy.args
+    found = spec_of(args)
+    if found is None or str(found) != spec:
+        raise RuntimeError(f"it was started with {args.algo.kl.estimator}, not with {spec}")
+    return receipts.made(HOST, found, statement_of(found, args), ((), ""), int(process._rank), int(process._world_size))
+
+
+def require_recorders(maker: Any, spec: KLSpec) -> None:
+    """Raise unless every reference actor can keep the numbers. Asks once for each experience maker.
+
+    Args:
+        maker: OpenRLHF's ``RemoteExperienceMaker``.
+        spec: the ``@loss`` spec of the run.
+
+    Raises:
+        MissingReceiptError: an actor lacks kl-plugins, or has another version or spec; rank, pid and node are named.
+    """
+    group = maker.initial_model_group
+    if spec.top is None or group is None or hasattr(maker, ATTRIBUTE):
+        return
+    import ray
+
+    behaviour = behaviour_source(spec, maker.args)
+    try:
+        setattr(maker, ATTRIBUTE, receipts.collect(ray, group._actor_handlers, HOST, spec, behaviour, REMEDY))
+    except MissingReceiptError as error:
+        raise MissingReceiptError(
+            f"{error} These are the workers of OpenRLHF's reference model, whose forward passes have to give its "
+            f"{spec.top} most probable tokens"
+        ) from None
+
+
+def begin(maker: Any, spec: KLSpec) -> None:
+    """Let the reference actors keep numbers, before the forward passes of a rollout batch.
+
+    Args:
+        maker: OpenRLHF's ``RemoteExperienceMaker``.
+        spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
+    """
+    require_recorders(maker, spec)
+    _ask(maker, spec, start, spec.top)
+
+
+def finish(maker: Any, spec: KLSpec, samples: list[Any]) -> None:
+    """Put the numbers into the experiences, after the forward passes of a rollout batch.
+
+    Args:
+        maker: OpenRLHF's ``RemoteExperienceMaker``.
+        spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
+        samples: the batches that the passes were made for, in that order.
+
+    Raises:
+        RuntimeError: a batch has no numbers.
+    """
+    answers = _ask(maker, spec, stop)
+    if answers is not None:
+        carry(spec, samples, [numbers for answer in answers for numbers in answer])
+
+
+def _ask(maker: Any, spec: KLSpec, function: Any, *args: Any) -> list[Any] | None:
+    group = maker.initial_model_group
+    if spec.top is None or group is None:  # the check of the rollout batch names a missing reference
+        return None
+    import ray
+
+    found: list[Any] = ray.get([actor.__ray_call__.remote(function, *args) for actor in group._actor_handlers])
+    return found
