@@ -1,0 +1,62 @@
+"""Names, meanings and reductions of the ``kl/`` metrics.
+
+They are apart from :mod:`kl_plugins.metrics`, so that a reader of logs does not have to import torch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+REDUCTIONS: dict[str, Literal["mean", "max", "pooled"]] = {
+    "kl/value": "mean",
+    "kl/exact": "mean",
+    "kl/reverse_k1": "mean",
+    "kl/reverse_k1_is": "mean",
+    "kl/log_ratio/mean": "mean",
+    "kl/log_ratio/max": "max",
+    "kl/coef/mean": "mean",
+    "kl/coef/std": "pooled",
+    "kl/coef/max": "max",
+    "kl/ess": "pooled",
+    "kl/weight/mean": "mean",
+    "kl/weight/max": "max",
+    "kl/cap_frac": "mean",
+    "kl/floor_frac": "mean",
+    "kl/dead_frac": "mean",
+    "kl/disagree": "pooled",
+    "kl/trust_region": "mean",
+    "kl/active": "mean",
+}
+"""Every key, and how a host combines it over micro-batches, ranks and the logging window.
+
+``mean``: mean weighted by response tokens. ``max``: the largest value. ``pooled``: a ratio or a standard deviation;
+``adapters/metrics.py`` computes it again from combined sums, so that it does not depend on how tokens were split into
+micro-batches. ``kl/exact`` exists only if exact values are given.
+"""
+
+MEANINGS: dict[str, str] = {
+    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative; under top: the "
+    "same number as kl/exact",
+    "kl/exact": "mean of the full-vocabulary KL, nats; under top: mean of the KL over set and bucket, which is a lower "
+    "bound; only under a spec with exact terms",
+    "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",
+    "kl/reverse_k1_is": "mean of k1 times the weight, nats",
+    "kl/log_ratio/mean": "mean of |u|, nats",
+    "kl/log_ratio/max": "largest |u|, nats",
+    "kl/coef/mean": "mean coefficient: what multiplies the gradient of a token's log-prob, or the penalty",
+    "kl/coef/std": "standard deviation of the coefficient",
+    "kl/coef/max": "largest absolute coefficient",
+    "kl/ess": "effective share of samples under the weight before a floor: 1 is fresh, near 0 is far from the policy",
+    "kl/weight/mean": "mean weight before a floor; 1 in expectation for an exact weight",
+    "kl/weight/max": "largest weight before a floor",
+    "kl/cap_frac": "share of tokens whose weight or coefficient cap, band or clip changed",
+    "kl/floor_frac": "share of tokens whose weight the floor raised",
+    "kl/dead_frac": "share of tokens without a gradient although policy and reference differ",
+    "kl/disagree": "|mean k1 - kl/value| over kl/value; 0 where that is below 1e-4 nats",
+    "kl/trust_region": "mean of rho - 1 - log rho, an estimate of KL(behaviour policy || policy), nats",
+    "kl/active": "1 where a term was computed",
+}
+"""Meaning of each metric, for the documentation and for readers of a log."""
+
+LEAST_KL = 1e-4
+"""``kl/disagree`` is 0 if ``kl/value`` is below this (nats), because it would then only compare noise with noise."""
