@@ -106,7 +106,7 @@ class Environment:
         session.run(self.python, *(session.posargs or default), external=True, env=RUN_ENV)
 
 
-CORE = Environment("core", "test,lint,bench,triton", ROOT / "constraints.txt")
+CORE = Environment("core", "test,lint,bench,report,triton", ROOT / "constraints.txt")
 TRL = Environment("trl-1.16", "trl,test,bench", CONSTRAINTS / "trl-1.16.txt", ("peft",))
 TRL_OLDER = [
     # TRL 1.0 imports requests but does not declare it as a requirement.
