@@ -12,7 +12,10 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from kl_plugins.settings import Settings
+from kl_plugins.settings import read_text as read_settings
 from kl_plugins.spec import KLSpec
 
 ALLOW_VARIABLE = "KL_PLUGINS_ALLOW_TRUNCATED_WEIGHTS"
@@ -126,26 +129,38 @@ class Sampling:
         return (f"{text} ({EFFECTS})",)
 
 
-def read_text(text: str) -> Sampling:
+def read_text(text: str, suffix: str = "") -> Sampling:
     """Find the generation settings in a config or command line of any host, by their names.
 
-    The forms ``top_p: 0.9`` (YAML), ``actor_rollout_ref.rollout.top_p=0.9`` (an override) and ``--rollout.top_p 0.9``
-    (a flag) are recognised. A key that contains ``val`` is skipped, because validation gives no training data. If a
-    setting occurs several times, the last value is used. The receipt of a run shows the settings that the run uses.
+    Every format of :mod:`kl_plugins.settings` is read: YAML, a shell script or command line with flags or overrides,
+    Python. A key that contains ``val`` is skipped, because validation gives no training data. If a setting occurs
+    several times, the last value is used. The receipt of a run shows the settings that the run uses.
 
     Args:
         text: the content of a file, or a command line.
+        suffix: the suffix of the file; without a known one the format is guessed.
 
     Returns:
         The settings; those that the text does not contain have their default values.
+
+    Raises:
+        UnreadableError: the text is not what the suffix says.
     """
-    found: dict[str, str] = {}
-    for key, value in _SETTING.findall(text):
-        if "val" not in key.lower():
-            found[re.split(r"[.\-]", key)[-1]] = value.strip("'\"")
-    number = {
-        name: float(found[name]) for name in ("temperature", "top_p", "top_k", "min_p") if _is_number(found, name)
-    }
+    return sampling_in(read_settings(text, "the text", suffix=suffix))
+
+
+def sampling_in(settings: Settings) -> Sampling:
+    """Return the generation settings among the settings of any host; see :func:`read_text`.
+
+    Args:
+        settings: settings with dotted keys.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name = re.split(r"[.\-]", setting.key)[-1]
+        if name in _NAMES and "val" not in setting.key.lower():
+            found[name] = setting.value
+    number = {name: float(value) for name, value in found.items() if _is_number(value)}
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
     neutral = {"repetition_penalty": 1.0}
     return Sampling(
@@ -153,18 +168,16 @@ def read_text(text: str) -> Sampling:
         top_p=number.get("top_p", 1.0),
         top_k=int(number.get("top_k", 0)),
         min_p=number.get("min_p", 0.0),
-        penalised=any(_is_number(found, name) and float(found[name]) != neutral.get(name, 0.0) for name in penalties),
-        raw=found.get("logprobs_mode", "").startswith("raw"),
+        penalised=any(name in number and number[name] != neutral.get(name, 0.0) for name in penalties),
+        raw=str(found.get("logprobs_mode", "")).startswith("raw"),
     )
 
 
-_NAMES = "temperature|top_p|top_k|min_p|repetition_penalty|presence_penalty|frequency_penalty|logprobs_mode"
-_SETTING = re.compile(rf"(?m)(?<![\w.])([\w.\-]*?(?:{_NAMES}))[\"']?(?:[ \t]*[:=][ \t]*|[ \t]+)([\w.'\"+\-]+)")
+_NAMES = (
+    *("temperature", "top_p", "top_k", "min_p", "logprobs_mode"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
-def _is_number(found: dict[str, str], name: str) -> bool:
-    try:
-        float(found.get(name, ""))
-    except ValueError:
-        return False
-    return True
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,6 +14,7 @@ from kl_plugins.cli.backends import backend_findings
 from kl_plugins.cli.output import Page, fail, print_json
 from kl_plugins.cli.running import install_remedy
 from kl_plugins.hosts import Finding, Host, HostModule, discover_hosts
+from kl_plugins.settings import UnreadableError
 
 OLDEST_TORCH = "2.6"
 _STYLES = {"ok": "green", "absent": "dim", "warning": "yellow", "fault": "bold red"}
@@ -34,11 +35,15 @@ def doctor_command(as_json: bool, config: str | None = None) -> int:
         text = None if config is None else sys.stdin.read() if config == "-" else Path(config).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return fail(f"kl-plugins: cannot read {config}: {error}", as_json, 2)
+    try:
+        sampling = [] if text is None else list(_sampling_findings(text, Path(config or "").suffix.lower()))
+    except UnreadableError as error:
+        return fail(f"kl-plugins: {config}: {error}", as_json, 2)
     sections = {
         "environment": [*_package_findings(), *_estimator_findings()],
         "backends": list(backend_findings()),
         "hosts": list(_host_findings()),
-        **({} if text is None else {"sampling": list(_sampling_findings(text))}),
+        **({} if text is None else {"sampling": sampling}),
     }
     found = [finding for findings in sections.values() for finding in findings]
     faults = sum(finding.level == "fault" for finding in found)
@@ -127,10 +132,10 @@ def _host_findings() -> Iterator[Finding]:
             yield from own if any(finding.subject == general.subject for finding in own) else [general, *own]
 
 
-def _sampling_findings(text: str) -> Iterator[Finding]:
+def _sampling_findings(text: str, suffix: str) -> Iterator[Finding]:
     from kl_plugins.sampling import EFFECTS, PRODUCTS, read_text
 
-    sampling = read_text(text)
+    sampling = read_text(text, suffix)
     if sampling.truncated:
         yield Finding(
             "warning",
