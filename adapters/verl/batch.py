@@ -85,11 +85,22 @@ def response_rows(data: Any) -> Rows:
         data: veRL's micro-batch; its ``input_ids`` are prompts and responses, packed; its ``responses`` are nested, or
             (B, T) padded on the right, as the older trainer has them.
     """
-    ends, responses = data["input_ids"].offsets()[1:], data["responses"]
-    if responses.is_nested:
-        lengths = responses.offsets().diff()
-    else:
-        lengths = data["attention_mask"][:, -responses.shape[1] :].sum(-1)
+    ends, lengths = data["input_ids"].offsets()[1:], _response_lengths(data)
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     step = torch.arange(len(sequence), device=lengths.device) - (lengths.cumsum(0) - lengths)[sequence]
     return Rows((ends - lengths - 1)[sequence] + step, sequence, step)
+
+
+def response_spans(data: Any) -> list[tuple[int, int]]:
+    """Give the same positions as :func:`response_rows`, as the first and the end of each sequence."""
+    ends, lengths = data["input_ids"].offsets()[1:], _response_lengths(data)
+    stops = ends - 1
+    return list(zip((stops - lengths).tolist(), stops.tolist(), strict=True))
+
+
+def _response_lengths(data: Any) -> Tensor:
+    responses: Tensor = data["responses"]
+    if responses.is_nested:
+        return responses.offsets().diff()
+    attended: Tensor = data["attention_mask"][:, -responses.shape[1] :]
+    return attended.sum(-1)

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from kl_plugins.adapters import receipts, session
 from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.session import Total
 from kl_plugins.adapters.verl import HOST, LOSS_BETA, LOSS_KEY, REMEDY
+from kl_plugins.adapters.verl.batch import REFERENCE
 from kl_plugins.adapters.verl.config import spec_in
 from kl_plugins.adapters.verl.metrics import worker_metrics
 from kl_plugins.receipts import Receipt
@@ -27,10 +31,39 @@ class Session(session.Session):
 
     Attributes:
         loss_fn: veRL's loss function that it belongs to.
+        misplaced: by how much the reference's top-k numbers of the current step are off those of their tokens, nats.
     """
 
     behaviour: str = "automatic"
     loss_fn: Any = None
+    misplaced: float = 0.0
+
+    def start_step(self) -> None:
+        """Drop what an optimizer step that was broken off has left."""
+        super().start_step()
+        self.misplaced = 0.0
+
+    def check_step(self, total: Total) -> None:
+        """Look at everything that an optimizer step is made of, just before the step, and advance beta.
+
+        Args:
+            total: sums a vector over the ranks.
+
+        Raises:
+            RuntimeError: on all ranks; the reference's top-k numbers are not those of their tokens on one of them.
+            LogProbError, BetaChangedError: see :meth:`check`.
+        """
+        if self.spec.top is None:
+            self.check(total)
+            return
+        ranks, *_ = self.check(total, torch.tensor([float(self.misplaced > 0)]))
+        if ranks:
+            own = f"; on this rank by {self.misplaced:.3g} nats on average" if self.misplaced else ""
+            raise RuntimeError(
+                f"kl-plugins: on {int(ranks)} ranks the reference's top-k numbers do not belong to the tokens that "
+                f"they came with: their log-probs differ from {REFERENCE}{own}. Between the reference's pass and the "
+                "update something has moved rows or tokens, or changed the reference"
+            )
 
     def config_with_beta(self, config: Any) -> Any:
         """Return veRL's actor config with the current beta as its coefficient; without a schedule, the same object.
@@ -76,7 +109,7 @@ def session_of(worker: Any) -> Session | None:
 def collect(
     worker_group: Any, spec: KLSpec, behaviour: str = "automatic", sampling: Sampling | None = None
 ) -> list[Receipt]:
-    """Ask every worker for its receipt, check them, log them.
+    """Ask every worker of the actor for its receipt, check them, log them.
 
     Args:
         worker_group: veRL's ``RayWorkerGroup``; its world size is the number of receipts expected.
@@ -96,3 +129,19 @@ def collect(
     for receipt in found:
         receipts.announce(receipt)
     return found
+
+
+def require_reference(worker_group: Any, spec: KLSpec, behaviour: str) -> None:
+    """Ask every worker of the reference for its receipt, where other workers than the actor's hold the reference.
+
+    Args:
+        worker_group: veRL's ``RayWorkerGroup`` of the reference.
+        spec: a ``@loss`` spec with ``top:``.
+        behaviour: where the behaviour policy's log-probs come from.
+
+    Raises:
+        MissingReceiptError: a worker gave none; rank, pid and node are named.
+    """
+    import ray
+
+    receipts.collect(ray, worker_group.workers, HOST, spec, behaviour, REMEDY)

@@ -6,7 +6,7 @@ from functools import partial
 
 from kl_plugins.adapters.verl import HOST
 from kl_plugins.patches.engine.patch import PatchSet, checked_patch
-from kl_plugins.patches.verl import HOOKS, trainer, worker
+from kl_plugins.patches.verl import HOOKS, reference, trainer, worker
 
 ALGORITHMS = "verl.trainer.ppo.core_algos"
 LOSSES = "verl.workers.utils.losses"
@@ -25,6 +25,7 @@ PATCHES = PatchSet(
         _patch(LOSSES, "ppo_loss", worker.ppo_loss),
         _patch(LOSSES, "ppo_loss", worker.ppo_loss, used_in=WORKERS),
         _patch(WORKERS, "TrainingWorker.train_batch", worker.train_batch),
+        _patch(WORKERS, "TrainingWorker.infer_batch", reference.infer_batch),
         _patch(WORKERS, "TrainingWorker.save_checkpoint", worker.save_checkpoint),
         _patch(WORKERS, "TrainingWorker.load_checkpoint", worker.load_checkpoint),
         _patch(TRAINER, "apply_kl_penalty", trainer.apply_kl_penalty),
@@ -35,11 +36,13 @@ PATCHES = PatchSet(
         _patch(V1_UTILS, "compute_advantage_for_multi_trajectories", trainer.compute_advantage, used_in=TRAINER_V1),
         _patch(TRAINER, "RayPPOTrainer.__init__", trainer.init),
         _patch(TRAINER, "RayPPOTrainer.init_workers", trainer.init_workers),
+        _patch(TRAINER, "RayPPOTrainer._compute_ref_log_prob", reference.compute_ref_log_prob),
         _patch(TRAINER, "RayPPOTrainer._update_actor", trainer.update_actor),
         _patch(TRAINER, "RayPPOTrainer._save_checkpoint", trainer.save_checkpoint),
         _patch(TRAINER, "RayPPOTrainer._load_checkpoint", trainer.load_checkpoint),
         _patch(TRAINER_V1, "PPOTrainer.__init__", trainer.init),
         _patch(TRAINER_V1, "PPOTrainer.init", trainer.init_workers),
+        _patch(TRAINER_V1, "PPOTrainer._compute_ref_log_prob", reference.compute_ref_log_prob),
         _patch(TRAINER_V1, "PPOTrainer._update_actor", trainer.update_actor),
         _patch(TRAINER_V1, "PPOTrainer._save_checkpoint", trainer.save_checkpoint),
         _patch(TRAINER_V1, "PPOTrainer._load_checkpoint", trainer.load_checkpoint),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, metrics, score
 from kl_plugins.adapters.verl.config import Specs, behaviour_source, sampling_of, spec_in, statement_of
 from kl_plugins.adapters.verl.refusals import check_sessions, check_trainer
 from kl_plugins.adapters.verl.score import ScoreController, Shaping
-from kl_plugins.adapters.verl.session import collect
+from kl_plugins.adapters.verl.session import collect, require_reference
+from kl_plugins.adapters.verl.top_k import KEY, put_back
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.verl import HOOKS
 
@@ -31,10 +33,17 @@ SCORE_FUNCTIONS = ("kl_penalty", "apply_kl_penalty", "compute_advantage", "compu
 
 @dataclass
 class TrainerSession:
-    """Specs and score controller of one trainer."""
+    """What one trainer carries.
+
+    Attributes:
+        specs: of its config.
+        score: the controller of a score spec.
+        kept: under ``top:``, the reference's numbers of the present batch in the older trainer, (B, j) nested.
+    """
 
     specs: Specs
     score: ScoreController | None = None
+    kept: Any = None
 
 
 def session_of(trainer: Any) -> TrainerSession | None:
@@ -67,6 +76,8 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     if session.specs.loss is not None:
         source = behaviour_source(session.specs.loss, config)
         collect(trainer.actor_rollout_wg, session.specs.loss, source, sampling_of(config))
+        if session.specs.loss.top is not None and trainer.ref_policy_wg is not trainer.actor_rollout_wg:
+            require_reference(trainer.ref_policy_wg, session.specs.loss, source)
     spec = session.specs.score
     if spec is not None:
         statement = statement_of(spec, actor, sampling=sampling_of(config), reward_site=score.site(spec, config))
@@ -113,7 +124,8 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
             f"kl-plugins: the penalty of {session.specs.score} was computed, but never reached the advantages; this "
             "trainer takes a path that kl-plugins does not know, and would train without the regulariser"
         )
-    output = wrapped(*args, **kwargs)
+    with _carrying(session, named["batch"]):
+        output = wrapped(*args, **kwargs)
     if session.specs.loss is not None:
         # v1 fills a dict that it was given, v0 returns one with its output.
         given = named.get("metrics")
@@ -125,6 +137,20 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
             )
         warn_if_floored(session.specs.loss, found)
     return output
+
+
+@contextmanager
+def _carrying(session: TrainerSession, batch: Any) -> Iterator[None]:
+    """Within the block, the older trainer's batch holds the reference's top-k numbers; only the actor gets them."""
+    kept, session.kept = session.kept, None
+    if kept is None:
+        yield
+        return
+    put_back(batch, kept)
+    try:
+        yield
+    finally:
+        batch.batch.pop(KEY)
 
 
 def _keys(batch: Any) -> list[str]:

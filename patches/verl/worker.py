@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kl_plugins.adapters import receipts
+from kl_plugins.adapters.base import parse
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, unknown_place
 from kl_plugins.adapters.session import Total
 from kl_plugins.adapters.verl import HOST, batch
 from kl_plugins.adapters.verl.config import statement_of
-from kl_plugins.adapters.verl.exact import KEY, LOGITS, cost, packed_kl
+from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, cost, packed_kl, packed_top_k
 from kl_plugins.adapters.verl.session import Session, session_of
+from kl_plugins.adapters.verl.top_k import KEY, LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.verl import HOOKS
@@ -61,7 +63,9 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
         )
     micro_batch = batch.read(session, named["data"])
     if session.spec.needs_exact:
-        micro_batch.exact = _of_model_output(session.spec, named["model_output"], named["data"])
+        shown = partial(_of_model_output, session.spec, named["model_output"], named["data"])
+        micro_batch.exact = shown(EXACT)
+        micro_batch.remainder = None if session.spec.top is None else shown(REMAINDER)
     named["config"] = session.config_with_beta(config)
     with carried(micro_batch):
         loss, metrics = wrapped(**named)
@@ -105,7 +109,7 @@ def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
-        session.check(total)
+        session.check_step(total)
         steps += 1
         return step(*args, **kwargs)
 
@@ -153,13 +157,17 @@ def _state_file(folder: str, worker: Any) -> Path:
 
 @contextmanager
 def _showing_logits(session: Session, data: Any) -> Iterator[None]:
-    """Within the block, the engine shows the logits of each micro-batch, and the reference model is ready.
+    """Within the block, the engine shows the logits of each micro-batch, and what they are compared with is ready.
 
-    veRL has this seam for a distillation loss.
+    That is the reference model, or under ``top:`` what the batch carries of it. veRL has this seam for a distillation
+    loss.
 
     Args:
         session: the worker's; does nothing unless its spec has exact terms.
         data: the mini-batch that the engine is going to train on.
+
+    Raises:
+        RuntimeError: the batch carries nothing of the reference.
     """
     if not session.spec.needs_exact:
         yield
@@ -167,8 +175,13 @@ def _showing_logits(session: Session, data: Any) -> Iterator[None]:
     from verl.utils import tensordict_utils
 
     tensordict_utils.assign_non_tensor(data, **{SHOW: True})
-    with session.reference.engine.eval_mode():
+    if session.spec.top is None:
+        with session.reference.engine.eval_mode():
+            yield
+    elif KEY in data.keys():  # noqa: SIM118  TensorDict has no plain `in`
         yield
+    else:
+        raise missing(session.spec)
 
 
 def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tensor) -> dict[str, Tensor]:
@@ -179,27 +192,27 @@ def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tens
     """
     if session is None or not session.spec.needs_exact:
         raise RuntimeError("kl-plugins: veRL's engine showed its logits to a PPO loss that did not ask for them")
-    overwritten = _backward_overwrites(data)
-    found = packed_kl(
-        session.spec, shown[LOGITS], lambda: _reference_logits(session, data), data, session.behaviour, overwritten
-    )
-    return {KEY: found}
+    spec, logits, overwritten = session.spec, shown[LOGITS], _backward_overwrites(data)
+    if spec.top is None:
+        return packed_kl(spec, logits, lambda: _reference_logits(session, data), data, overwritten)
+    found, misplaced = packed_top_k(spec, logits, data, overwritten)
+    session.misplaced = max(session.misplaced, misplaced)
+    return found
 
 
-def _of_model_output(spec: KLSpec, model_output: Any, data: Any) -> Tensor:
-    """Return the (B, T) KL of the states, from what :func:`_on_logits` gave the engine.
+def _of_model_output(spec: KLSpec, model_output: Any, data: Any, key: str) -> Tensor:
+    """Return as (B, T) what :func:`_on_logits` gave the engine under a key.
 
     Raises:
         RuntimeError: the engine never showed its logits.
     """
     from verl.workers.utils.padding import no_padding_2_padding
 
-    if KEY not in model_output:
+    if key not in model_output:
         raise RuntimeError(
-            f"kl-plugins: veRL's engine never showed its logits, so {spec} could not be computed; this engine or its "
-            "settings (fused kernels) are not ones that exact terms know"
+            f"kl-plugins: veRL's engine never showed its logits, so {spec} could not be computed; {NEVER_SHOWN}"
         )
-    padded: Tensor = no_padding_2_padding(model_output[KEY], data)
+    padded: Tensor = no_padding_2_padding(model_output[key], data)
     return padded
 
 
@@ -234,7 +247,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     """Make the receipt of a Ray worker, and allow it to train.
 
     Args:
-        process: the Ray actor's object: a training worker, or one that holds training workers.
+        process: the Ray actor's object: a training worker, or one that holds training workers, or one that holds the
+            reference alone.
         spec: the canonical spec that the trainer expects.
         behaviour: where the trainer says that the behaviour policy's log-probs come from.
 
@@ -246,18 +260,30 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     # A role that has an inner actor trains through that one.
     sessions = [session_of(getattr(role, "actor", None) or role) for role in _roles(process)]
     session = next((found for found in sessions if found is not None), None)
+    if session is None and (scoring := _scoring(process)) is not None:
+        return _made(process, parse(spec), scoring.config.actor, behaviour)
     if session is None:
         raise RuntimeError("its loss function holds no KL spec; was it started with another config?")
     if not isinstance(getattr(session.loss_fn, "func", None), Hook):
         raise RuntimeError(f"its loss function {session.loss_fn} is not veRL's hooked ppo_loss")
     if str(session.spec) != spec:
         raise RuntimeError(f"its loss function holds {session.spec}, not {spec}")
-    if session.spec.needs_exact:
+    if session.spec.needs_exact and session.spec.top is None:
         session.reference = _reference(process)
     session.confirmed, session.behaviour = True, behaviour
-    statement = statement_of(session.spec, session.loss_fn.keywords["config"], behaviour, cost=cost(session.spec))
+    return _made(process, session.spec, session.loss_fn.keywords["config"], behaviour)
+
+
+def _made(process: Any, spec: KLSpec, actor: Any, behaviour: str) -> Receipt:
+    statement = statement_of(spec, actor, behaviour, cost=cost(spec))
     wrapped = HOOKS.summary(modules=[name for name in HOOKS.modules if name.startswith("verl.workers")])
-    return receipts.made(HOST, session.spec, statement, wrapped, int(process.rank), int(process.world_size))
+    return receipts.made(HOST, spec, statement, wrapped, int(process.rank), int(process.world_size))
+
+
+def _scoring(process: Any) -> Any:
+    """Find the role of this process that holds the reference and nothing else; None if it has another role."""
+    roles = [role for role in _roles(process) if getattr(role, "role", None) is not None]
+    return roles[0] if roles and all(role.role == "ref" for role in roles) else None
 
 
 def _reference(process: Any) -> Any:
@@ -271,8 +297,8 @@ def _reference(process: Any) -> Any:
         if reference is not None:
             return reference
     raise RuntimeError(
-        "it has no reference model beside the actor, and exact terms need its logits; use a sampled spec, such as "
-        "k2@loss/is:token"
+        "it has no reference model beside the actor, and exact terms need its logits; add /top to the spec, as in "
+        "exact@loss/top, which takes what it needs from the reference's own pass, wherever that runs"
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support.verl import ray_support
 from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, SINCE_0_9, WITHOUT_PLUGIN
@@ -59,6 +61,25 @@ def model(assets: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(assets / "model", attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="session")
+def models(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str]:
+    """Policy and reference, and the folder of the reference. The policy is a copy, for gradients of its own."""
+    from transformers import AutoModelForCausalLM
+
+    def load(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+
+    folder = tmp_path_factory.mktemp("reference")
+    shutil.copytree(assets / "model", folder, dirs_exist_ok=True)
+    reference = load(folder)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    reference.save_pretrained(folder)
+    return load(assets / "model"), reference, str(folder)
 
 
 @pytest.fixture(scope="session")

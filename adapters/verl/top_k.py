@@ -1,0 +1,142 @@
+"""The reference's top-k numbers in veRL: from its forward pass through the trainer to the actor's micro-batches.
+
+veRL splits, shuffles and joins batches row by row, and knows rows of numbers of any length best. So the 2 k + 1 numbers
+of each response token lie one after the other in one flat row per sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kl_plugins.adapters.top_k import KEY, packed
+from kl_plugins.adapters.verl.batch import response_spans
+from kl_plugins.reference import reference_top_k
+from kl_plugins.spec import KLSpec
+
+LOGITS = "student_logits"
+"""Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
+
+ASKED = "kl_plugins_top_k"
+"""Note in a batch of the reference's pass: the k of the spec, if the pass has to give the top-k numbers."""
+
+ROW = "kl_plugins_row"
+"""Key in the older trainer's batch: the row that a sequence had when the reference scored it."""
+
+NEVER_SHOWN = (
+    "this engine or its settings (fused kernels compute log-probs without logits) are not ones that exact terms know"
+)
+
+
+class Recorder:
+    """Takes the place of the loss function in a forward pass of the reference, and adds the numbers to its output."""
+
+    def __init__(self, k: int) -> None:
+        """Ask for k tokens.
+
+        Args:
+            k: number of tokens per state; the whole vocabulary if it has fewer.
+        """
+        self._k = k
+        self._numbers: Tensor | None = None
+
+    def __call__(self, model_output: Any = None, data: Any = None, dp_group: Any = None, **shown: Tensor) -> Any:
+        """Take the numbers from the logits, then put them beside the log-probs of the same micro-batch.
+
+        Raises:
+            RuntimeError: veRL's engine showed no logits.
+        """
+        if LOGITS in shown:
+            self._numbers = recorded(shown[LOGITS], data, self._k)
+            return {}
+        if self._numbers is None:
+            raise RuntimeError(
+                "kl-plugins: the engine of veRL's reference never showed its logits, so its most probable tokens are "
+                f"not known; {NEVER_SHOWN}"
+            )
+        model_output[KEY], self._numbers = self._numbers, None
+        return torch.ones(()), {}  # what veRL itself reports of a pass without a loss
+
+
+def recorded(logits: Tensor, data: Any, k: int) -> Tensor:
+    """Take the reference's top-k numbers of all states in which a response token was drawn.
+
+    Args:
+        logits: (1, N, V) of the reference, scaled by the temperature.
+        data: veRL's micro-batch.
+        k: number of tokens per state.
+
+    Returns:
+        (B, j) nested float32: the 2 k + 1 numbers of each response token of a sequence, one after the other.
+    """
+    # Parts of the logits are views; to select all states at once would copy them.
+    found = [packed(reference_top_k(logits[0, start:stop], k)).flatten() for start, stop in response_spans(data)]
+    return torch.nested.as_nested_tensor(found, layout=torch.jagged)
+
+
+def carried(data: Any, k: int, tokens: int) -> Tensor:
+    """Read the numbers out of a micro-batch.
+
+    Args:
+        data: veRL's micro-batch.
+        k: as it was recorded.
+        tokens: number of response tokens in the micro-batch, padding left out.
+
+    Returns:
+        (tokens, 2 k + 1) float32, sequence by sequence.
+
+    Raises:
+        RuntimeError: they are not those of as many tokens.
+    """
+    field: Tensor = data[KEY]
+    numbers = (field.values() if field.is_nested else field).reshape(-1)
+    if numbers.numel() != tokens * (2 * k + 1):
+        raise RuntimeError(
+            f"kl-plugins: the reference's top-k numbers arrived as {numbers.numel()} numbers, which is not {2 * k + 1} "
+            f"for each of {tokens} response tokens; veRL changed the batch between the reference's pass and the update"
+        )
+    return numbers.view(tokens, 2 * k + 1)
+
+
+def missing(spec: KLSpec) -> RuntimeError:
+    """Make the error for a reference that gave log-probs and no top-k numbers."""
+    return RuntimeError(
+        f"kl-plugins: {spec} needs the reference's {spec.top} most probable tokens of each state, but the pass that "
+        "computed ref_log_prob gave none. Either kl-plugins is missing or switched off in the processes of the "
+        "reference (install it on every node, and leave VERL_USE_EXTERNAL_PLUGINS unset), or the trainer is not one "
+        f"of veRL's own: it then has to put the note {ASKED}={spec.top} into the batch of the reference's pass, and "
+        f"{KEY} of the result into the batch of the update"
+    )
+
+
+def keep(output: Any, result: Any) -> Tensor:
+    """Take the numbers out of the reference's output, before the older trainer pads log-probs to full width.
+
+    Its batch gets the numbers of the rows instead, because the critic needs nothing more.
+
+    Args:
+        output: what the reference's workers returned.
+        result: veRL's ``DataProto`` that becomes part of the batch; changed in place.
+
+    Returns:
+        (B, j) nested float32.
+    """
+    numbers: Tensor = output[KEY]
+    result.batch[ROW] = torch.arange(len(result.batch))
+    return numbers
+
+
+def put_back(data: Any, kept: Tensor) -> None:
+    """Put the numbers into the older trainer's batch, in its present order of rows; in place.
+
+    Args:
+        data: veRL's ``DataProto``; its rows may have been moved, left out or repeated.
+        kept: what :func:`keep` gave.
+    """
+    rows = data.batch.pop(ROW).tolist()
+    if rows != list(range(kept.size(0))):
+        parts = kept.unbind()
+        kept = torch.nested.as_nested_tensor([parts[row] for row in rows], layout=torch.jagged)
+    data.batch[KEY] = kept

@@ -1,0 +1,81 @@
+"""Hooks for specs with ``top:``: the pass that scores a batch under the reference also gives its most probable tokens.
+
+The trainer's hook puts a note into the batch that it sends to the reference's workers, whichever these are. The
+workers' hook reads the note, and veRL carries what it adds to their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from kl_plugins.adapters.verl.top_k import ASKED, KEY, Recorder, keep, missing
+from kl_plugins.patches.engine.arguments import Function, arguments
+from kl_plugins.patches.verl.trainer import session_of
+from kl_plugins.patches.verl.worker import SHOW
+
+
+def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around a worker's pass without gradients: where the batch asks for them, its top-k numbers come with it."""
+    from verl.utils import tensordict_utils
+
+    data = arguments(wrapped, args, kwargs)["data"]
+    k = tensordict_utils.pop(data, ASKED)
+    if k is None:
+        return wrapped(*args, **kwargs)
+    tensordict_utils.assign_non_tensor(data, **{SHOW: True})
+    infer = worker.engine.infer_batch
+
+    def recording(data: Any, loss_function: Any = None) -> Any:
+        return infer(data, loss_function=Recorder(k))
+
+    with _instead(worker.engine, "infer_batch", recording):
+        return wrapped(*args, **kwargs)
+
+
+def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the trainer's call of the reference's workers: under ``top:`` they are asked for more than log-probs."""
+    session = session_of(trainer)
+    spec = None if session is None else session.specs.loss
+    if session is None or spec is None or spec.top is None:
+        return wrapped(*args, **kwargs)
+    batch = arguments(wrapped, args, kwargs)["batch"]
+    # The older trainer's batch is a DataProto, the v1 trainers' names rows of veRL's TransferQueue.
+    older = hasattr(batch, "meta_info")
+    notes = batch.meta_info if older else batch.extra_info
+    group, method = trainer.ref_policy_wg, "compute_ref_log_prob"
+    if trainer.ref_in_actor:
+        group, method = trainer.actor_rollout_wg, "compute_log_prob"
+    outputs: list[Any] = []
+
+    def called(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        outputs.append(call(*given, **named))
+        return outputs[-1]
+
+    notes[ASKED] = spec.top
+    try:
+        with _instead(group, method, partial(called, getattr(group, method))):
+            result = wrapped(*args, **kwargs)
+    finally:
+        notes.pop(ASKED, None)
+    if len(outputs) != 1 or KEY not in (outputs[0].keys() if older else outputs[0].fields):
+        raise missing(spec)
+    if older:
+        session.kept = keep(outputs[0], result)
+    return result
+
+
+@contextmanager
+def _instead(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, an object calls another function by one of its names."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
