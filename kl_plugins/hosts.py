@@ -70,6 +70,8 @@ class Host:
         aggregation: one sentence on how this host turns per-token terms into one loss, and on the setting that
             determines it.
         title: how the host spells its own name, for example ``TRL``.
+        explainer: dotted path of the module that explains this host's configs, a
+            :class:`~kl_plugins.explain.config.ConfigExplainer`; empty if there is none.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Host:
     module: str
     aggregation: str = ""
     title: str = ""
+    explainer: str = ""
 
     def installed_version(self) -> str | None:
         """Return the installed version, or None if the host is not installed, without importing the host."""

@@ -44,6 +44,7 @@ HOST = Host(
         "advantage": "kl in GRPOConfig or RLOOConfig; with beta > 0",
     },
     module="kl_plugins.adapters.trl",
+    explainer="kl_plugins.adapters.trl.explained",
     aggregation=(
         "GRPO by loss_type: dapo (the default), bnpo, cispo, vespo: token mean; grpo, sapo: sequence mean; "
         "dr_grpo: constant; luspo: token sum. RLOO: token sum"

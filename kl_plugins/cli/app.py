@@ -14,7 +14,8 @@ from kl_plugins import __version__
 
 DESCRIPTION = "KL regularisers with the right gradient, for the RLHF framework you already run."
 EXPLAIN = """Say what a KL spec computes, which gradient it estimates on-policy and off-policy, which caveats it has,
-and which setting of your framework takes it. A spec that needs /allow:biased is explained without that option, too."""
+and which setting of your framework takes it. A spec that needs /allow:biased is explained without that option, too.
+With --host, say what a config of your framework optimises, as it is: kl-plugins explain --host trl grpo.yaml"""
 LIST = "List estimators, placements, presets, corrections, options, beta schedules and hosts."
 DOCTOR = """Check this installation: versions, backends, hosts and their sources, with a remedy for each problem.
 The exit status is 1 if there is a fault. A host that is not installed is not a fault."""
@@ -33,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     explain = add("explain", "say which gradient a KL spec estimates, and why", EXPLAIN)
     explain.add_argument("spec", metavar="SPEC", help="a KL spec or preset, for example k2@loss/is:token")
+    explain.add_argument(
+        "--host",
+        metavar="HOST",
+        help="explain a config of this framework instead: kl-plugins explain --host trl CONFIG..., where CONFIG is a "
+        "file, or an argument of the program; with --suggest, --version X and --length N (tokens of a response)",
+    )
     others = [add("list", "list the words of a spec, the presets and the hosts", LIST)]
     others.append(add("doctor", "check this installation, with a remedy for each problem", DOCTOR))
     others[-1].add_argument(
@@ -68,6 +75,11 @@ def _dispatch(arguments: list[str]) -> int:
         from kl_plugins.cli.running import run_command
 
         return run_command(arguments[1], arguments[2:])
+    if arguments[:1] == ["explain"] and any(word.partition("=")[0] == "--host" for word in arguments):
+        # The parser must not see these words either: flags of the framework are among them.
+        from kl_plugins.cli.explaining_config import explain_config_command
+
+        return explain_config_command(arguments[1:])
     parser = build_parser()
     if not arguments:
         parser.print_help(sys.stderr)

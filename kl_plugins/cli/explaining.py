@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kl_plugins.cli.output import Page, Row, fail, fail_spec, print_json
@@ -28,6 +29,9 @@ def explain_command(text: str, as_json: bool) -> int:
     try:
         explanation = explain(text, registry.hosts.values())
     except KLSpecError as error:
+        if Path(text).is_file():
+            hosts = "|".join(name for name, host in registry.hosts.items() if host.explainer)
+            return fail(f"kl-plugins: {text} is a file; for a config add --host {hosts}", as_json, 2)
         return fail_spec(error, as_json)
     except RuntimeError as error:
         return fail(f"kl-plugins: {error}", as_json, 1)

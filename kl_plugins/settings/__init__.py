@@ -8,4 +8,4 @@ found. What a setting means belongs to the adapter of the host. ``kl-plugins exp
 from kl_plugins.settings.reading import Format, UnreadableError, read_text, read_words
 from kl_plugins.settings.values import Setting, Settings, Unknown
 
-__all__ = ["Format", "Setting", "Settings", "UnreadableError", "Unknown", "read_text", "read_words"]
+__all__ = ["Format", "Setting", "Settings", "Unknown", "UnreadableError", "read_text", "read_words"]

@@ -152,7 +152,7 @@ def _with_configs(found: Settings, form: Format, folder: Path) -> Settings:
         path = next((path for path in (Path(named.value), folder / named.value) if path.is_file()), None)
         if path is None:
             whole.notes.append(
-                f"the file that --{flag} names, {named.value}, was not found, so its settings are unknown"
+                f"--{flag} names {named.value}, which was not found, so its settings are unknown"
             )
         else:
             whole.update(_read_file(path, form))

@@ -67,7 +67,7 @@ def commands(text: str, place: str) -> tuple[list[list[Word]], list[Word]]:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of the first line and the lines of each command, joined over continuations, quotes and arrays."""
+    """Yield each command's first line number and its lines, joined over continuations, quotes and arrays."""
     lines = text.splitlines()
     index = 0
     while index < len(lines):

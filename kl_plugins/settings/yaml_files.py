@@ -1,4 +1,4 @@
-"""Settings in YAML (and so in JSON): flat keys with the line of each value. It needs PyYAML, which every host brings."""
+"""Settings in YAML, and so in JSON, with the line of each value. It needs PyYAML, which every host brings."""
 
 from __future__ import annotations
 

@@ -1,0 +1,198 @@
+"""A run as its config describes it: settings with defaults, and the KL terms that follow from them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from packaging.version import Version
+
+from kl_plugins.adapters.aggregations import RULES, Rule
+from kl_plugins.aggregation import Aggregation
+from kl_plugins.hosts import Host
+from kl_plugins.sampling import Sampling
+from kl_plugins.settings import Settings, Unknown
+from kl_plugins.spec import KLSpec
+
+
+@dataclass(frozen=True)
+class Term:
+    """A KL term of a run.
+
+    Attributes:
+        spec: the spec that the user wrote, or the one whose gradient the host's own setting has.
+        written: what the user wrote, or the host's words for its own setting.
+        keys: the settings that select it.
+        beta_key: the setting that holds beta.
+        beta: beta.
+        weight: against which policy the term is weighted, in words.
+        rule: how much each token counts; None for a KL in the reward.
+        rule_setting: the setting that selects the rule, with its value.
+        rule_key: the key of that setting; empty if the host has none.
+        native: whether it is the host's own, and not a spec of kl-plugins.
+        equal: whether the gradient is that of ``spec``; otherwise ``spec`` is only the nearest one.
+        clamp: where the host's clamps take the gradient away, in words; empty if there are none.
+        site: what the host does with a KL in the reward; empty for a loss.
+    """
+
+    spec: KLSpec
+    written: str
+    keys: tuple[str, ...]
+    beta_key: str
+    beta: float
+    weight: str
+    rule: Rule | None
+    rule_setting: str
+    rule_key: str = ""
+    native: bool = True
+    equal: bool = True
+    clamp: str = ""
+    site: str = ""
+
+    @property
+    def aggregation(self) -> Aggregation | None:
+        """How the host aggregates the term; None for a KL in the reward."""
+        return None if self.rule is None else Aggregation(RULES[self.rule].kind, self.rule_setting)
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether the term stands beside the policy loss."""
+        return self.spec.placement == "loss"
+
+
+@dataclass(frozen=True)
+class Staleness:
+    """How far the policy is ahead of the data.
+
+    Attributes:
+        updates: optimizer steps per rollout; None if the settings do not say it.
+        text: the settings behind it, in words.
+        asynchronous: whether rollouts are generated while the policy is trained.
+        engine: whether another program than the trainer generates the responses.
+    """
+
+    updates: float | None
+    text: str
+    asynchronous: bool = False
+    engine: bool = False
+
+    @property
+    def stale(self) -> bool:
+        """Whether some updates use data that an older policy drew."""
+        return self.asynchronous or (self.updates is not None and self.updates > 1)
+
+
+class ConfiguredRun(ABC):
+    """A run as the settings of a config describe it. No host is imported.
+
+    Args:
+        host: the descriptor of the host.
+        version: the version of the host that is assumed.
+        settings: what was read.
+    """
+
+    def __init__(self, host: Host, version: Version, settings: Settings) -> None:
+        self.host = host
+        self.version = version
+        self.settings = settings
+        self.problems: list[tuple[str, str]] = []
+        """Specs that cannot be read or used: the key, and what is wrong."""
+
+    # What each host fills in.
+
+    @property
+    @abstractmethod
+    def defaults(self) -> Mapping[str, Any]:
+        """The host's defaults of all settings that matter here, for the assumed version."""
+
+    @property
+    @abstractmethod
+    def kl_keys(self) -> frozenset[str]:
+        """All settings of the host whose name contains ``kl``."""
+
+    @property
+    @abstractmethod
+    def sampling_keys(self) -> tuple[str, ...]:
+        """The settings that decide how responses are sampled for training."""
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> str:
+        """The trainer or estimator of advantages."""
+
+    @property
+    @abstractmethod
+    def terms(self) -> tuple[Term, ...]:
+        """The KL terms that the run trains with."""
+
+    @property
+    @abstractmethod
+    def sampling(self) -> Sampling:
+        """How responses are sampled for training."""
+
+    @property
+    @abstractmethod
+    def staleness(self) -> Staleness:
+        """How far the policy is ahead of the data."""
+
+    @property
+    @abstractmethod
+    def reference(self) -> str:
+        """Which policy is the reference, and whether it changes."""
+
+    @property
+    @abstractmethod
+    def length_limit(self) -> float | None:
+        """The largest number of tokens of a response; None if the settings do not say it."""
+
+    @abstractmethod
+    def paste(self, spec: str, beta: float, placement: str) -> tuple[str, ...]:
+        """Return the lines that select a spec and a beta, in the host's own form."""
+
+    # What all hosts have in common.
+
+    @cached_property
+    def name(self) -> str:
+        """The host and its version."""
+        return f"{self.host.title} {self.version}"
+
+    def given(self, key: str) -> bool:
+        """Whether the config sets a key."""
+        return key in self.settings
+
+    def value(self, key: str) -> Any:
+        """Return the value of a setting, or the host's default if it is not given or not known."""
+        found = self.settings.get(key)
+        if found is None or isinstance(found.value, Unknown):
+            return self.defaults.get(key)
+        return found.value
+
+    def number(self, key: str) -> float:
+        """Return a setting as a number; 0 if it is empty."""
+        found: tuple[Any, ...] = (self.value(key), self.defaults.get(key))
+        for value in found:
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        return 0.0
+
+    def text(self, key: str) -> str:
+        """Return a setting as text; empty if it is None."""
+        value = self.value(key)
+        return "" if value is None else str(value)
+
+    def flag(self, key: str) -> bool:
+        """Return a setting as a truth value."""
+        value = self.value(key)
+        return value.lower() not in ("", "false", "0", "no", "none") if isinstance(value, str) else bool(value)
+
+    def shown(self, key: str) -> str:
+        """Return a setting with its value and the place where it was found."""
+        found = self.settings.get(key)
+        if found is not None:
+            return str(found)
+        return f"{key}={self.defaults.get(key)} (default of {self.name})"
