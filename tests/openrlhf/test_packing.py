@@ -1,37 +1,16 @@
 """Packed and dynamic batches: the same regulariser, and one controller step per optimizer step.
 
-flash-attn, which OpenRLHF packs with, needs a GPU; here its helpers are transformers' own in plain torch, and attention
-is eager. Everything else is OpenRLHF's packing.
+The fixture ``packing`` says what of OpenRLHF's packing is not its own here.
 """
 
 import pytest
-import ray
 
 from tests.support.openrlhf import by_hand
-from tests.support.openrlhf import harness as module
-from tests.support.openrlhf.command_line import ONE_STEP, SPEC, parse
+from tests.support.openrlhf.command_line import DYNAMIC, ONE_STEP, PACKED, SPEC
 
 USE = ("--algo.kl.use_loss", SPEC)
-PACKED = ("--ds.packing_samples", "--vllm.num_engines", "1")
-DYNAMIC = ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "24", "--vllm.num_engines", "1")
 
 pytestmark = pytest.mark.full
-
-
-@pytest.fixture
-def packing(harness, monkeypatch):
-    """The harness with packing that runs on a CPU."""
-    ray.cloudpickle.register_pickle_by_value(by_hand)
-    for group in (harness.policy, harness.reference):
-        ray.get([actor.__ray_call__.remote(by_hand.pack_without_flash_attention) for actor in group._actor_handlers])
-
-    def eager(*args, **kwargs):
-        args = parse(*args, **kwargs)
-        args.ds.attn_implementation = "eager"
-        return args
-
-    monkeypatch.setattr(module, "parse", eager)
-    return harness
 
 
 def test_packing_changes_neither_gradient_nor_metrics(packing, rollouts):

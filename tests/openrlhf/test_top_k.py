@@ -3,13 +3,20 @@
 Policy and reference are Ray actors of their own, so the numbers travel through the trainer process.
 """
 
+import math
+
 import pytest
 import ray
 
+from kl_plugins.adapters.openrlhf.top_k import arrived
 from kl_plugins.adapters.top_k import KEY
-from tests.support.openrlhf import by_hand
+from kl_plugins.patches.openrlhf import reference
+from kl_plugins.receipts import MissingReceiptError
+from kl_plugins.spec import KLSpec
+from tests.support.openrlhf import by_hand, remote
 from tests.support.openrlhf.assets import VOCABULARY
-from tests.support.openrlhf.command_line import ONE_STEP
+from tests.support.openrlhf.command_line import DYNAMIC, ONE_STEP, PACKED
+from tests.support.openrlhf.contract_driver import by_rank, recorded
 
 USE = ("--algo.kl.use_loss", "--algo.kl.estimator")
 SPECS = (
@@ -22,10 +29,9 @@ SPECS = (
 MOVED = "after the policy has moved"
 
 
-def ask_reference(harness, function, *arguments):
-    """Call a function inside every reference actor."""
-    workers = harness.reference._actor_handlers
-    return ray.get([actor.__ray_call__.remote(function, *arguments) for actor in workers])
+LORA = ("--ds.lora.rank", "4")
+SPEC = "exact@loss/top:64/is:token"
+EACH = ("--train.batch_size", "8", "--train.micro_batch_size", "2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,16 +39,20 @@ def by_value():
     ray.cloudpickle.register_pickle_by_value(by_hand)
 
 
-@pytest.fixture(scope="module")
-def computed(harness, rollouts, assets):
+def losses(harness, rollouts, assets, *flags):
     """What :func:`tests.support.openrlhf.by_hand.top_losses` finds in the worker, by spec, before and after a move."""
-    trainer = harness.start((*USE, SPECS[0], *ONE_STEP, "--rollout.micro_batch_size", "8"))
+    trainer = harness.start((*USE, SPECS[0], *ONE_STEP, "--rollout.micro_batch_size", "8", *flags))
     (experience,) = trainer.experience_maker.make_experience_batch(rollouts.experiences())
     arguments = (experience, 0.5, str(assets / "reference"), KEY)
     (fresh,) = harness.ask(by_hand.top_losses, SPECS[:2], *arguments)
     harness.ask(by_hand.move, 0.004)
     (moved,) = harness.ask(by_hand.top_losses, SPECS, *arguments)
-    return {**dict(zip(SPECS[:2], fresh, strict=True)), **{(text, MOVED): found for text, found in zip(SPECS, moved)}}
+    return dict(zip([*SPECS[:2], *((text, MOVED) for text in SPECS)], [*fresh, *moved], strict=True))
+
+
+@pytest.fixture(scope="module")
+def computed(harness, rollouts, assets):
+    return losses(harness, rollouts, assets)
 
 
 @pytest.mark.parametrize("case", [*SPECS[:2], *((text, MOVED) for text in SPECS)], ids=str)
@@ -54,3 +64,162 @@ def test_the_gradient_is_that_of_set_bucket_and_remainder(computed, case):
     assert 0.2 < in_bucket < 1
     assert (weight > 0.05) == (MOVED in case)
     assert abs(missed) < 1e-6
+
+
+def test_under_lora_it_is_the_same(harness, rollouts, assets):
+    # OpenRLHF's reference actor has no adapter.
+    for gap, size, *_ in losses(harness, rollouts, assets, *LORA).values():
+        assert gap < 1e-5
+        assert size > 1e-3
+
+
+def update(harness, rollouts, text, *flags):
+    """One optimizer step under an exact spec, where policy workers with a copy take the reference actor's weights."""
+    trainer = harness.start((*USE, text, *EACH, "--train.max_epochs", "1", *flags))
+    harness.ask(by_hand.name_reference, str(harness.assets / "reference"))
+    harness.receipts(trainer)
+    (metrics,), _ = harness.train(trainer, rollouts)
+    return harness.ask(remote.state)[0][1], metrics
+
+
+def distance(found, expected):
+    """Of two gradients, relative."""
+    gap = sum((found[name] - values).square().sum() for name, values in expected.items())
+    return float((gap / sum(values.square().sum() for values in expected.values())).sqrt())
+
+
+@pytest.fixture(scope="module")
+def whole(harness, rollouts):
+    """The gradient under ``exact@loss``, and what OpenRLHF logs."""
+    return update(harness, rollouts, "exact@loss")
+
+
+WHOLE = f"exact@loss/top:{VOCABULARY}"
+
+
+def test_with_the_whole_vocabulary_kept_it_is_exact(harness, rollouts, whole):
+    gradient, metrics = update(harness, rollouts, WHOLE)
+    assert distance(gradient, whole[0]) < 1e-3
+    assert metrics["kl/exact"] == pytest.approx(whole[1]["kl/exact"], rel=1e-4)
+    assert metrics["kl/value"] == metrics["kl/exact"] > 0.01
+
+
+@pytest.mark.parametrize("text", ["exact@loss", WHOLE])
+def test_packing_changes_nothing(packing, rollouts, whole, text):
+    gradient, metrics = update(packing, rollouts, text, *PACKED)
+    assert distance(gradient, whole[0]) < 0.05  # bfloat16, added up in another order
+    assert metrics["kl/exact"] == pytest.approx(whole[1]["kl/exact"], rel=0.02)
+
+
+def test_packed_micro_batches_of_any_size_are_the_same_with_and_without_a_copy(packing, rollouts, whole):
+    (copy, metrics), (top, _) = (update(packing, rollouts, text, *PACKED, *DYNAMIC) for text in ("exact@loss", WHOLE))
+    assert distance(top, copy) < 1e-3
+    assert metrics["kl/exact"] == pytest.approx(whole[1]["kl/exact"], rel=0.02)
+
+
+def test_the_numbers_stay_with_their_tokens_when_batches_are_shuffled(harness, rollouts):
+    # Two epochs of four micro-batches each. Numbers of other tokens would stop the run, as the next test shows.
+    (metrics,) = harness.run((*USE, SPEC), rollouts).metrics
+    assert metrics["kl/active"] == 1
+    assert metrics["kl/value"] > 0.01
+    assert KEY not in metrics
+
+
+def moved_by_one(parts):
+    return [*parts[:-1], parts[-1].roll(1, 0)]
+
+
+def swapped(parts):
+    return parts[::-1]
+
+
+@pytest.mark.parametrize("change", [moved_by_one, swapped])
+def test_numbers_of_other_tokens_stop_both_ranks(pair, rollouts, change):
+    trainer = pair.start((*USE, SPEC, *EACH))
+    pair.receipts(trainer)
+    make = trainer.experience_maker.make_experience_batch
+
+    def spoilt(samples):
+        made = make(samples)
+        made[-1].info[KEY] = change(made[-1].info[KEY])
+        return made
+
+    trainer.experience_maker.make_experience_batch = spoilt
+    with recorded(pair) as fits, pytest.raises(ray.exceptions.RayTaskError):
+        trainer.train_step(rollouts.experiences(), 0)
+    first, second = by_rank(fits)
+    assert first == second
+    assert "most probable tokens do not fit the log-probs of OpenRLHF's reference actor" in first
+
+
+def test_two_ranks_train_as_one(pair, harness, rollouts):
+    flags = (*USE, SPEC, *EACH, "--train.max_epochs", "1")
+    one, two = (where.run(flags, rollouts) for where in (harness, pair))
+    assert distance(two.gradient, one.gradient) < 0.02
+    assert two.metrics[-1]["kl/value"] == pytest.approx(one.metrics[-1]["kl/value"], rel=0.02)
+
+
+def counted(harness, rollouts, text):
+    """Shapes of the forward passes of reference and policy in one training step, and whether a copy was loaded."""
+    trainer = harness.start((*USE, text, *ONE_STEP))
+    harness.receipts(trainer)
+    for ask in (harness.ask, harness.ask_reference):
+        ask(by_hand.count_passes)
+    harness.train(trainer, rollouts)
+    return harness.ask_reference(by_hand.passes), harness.ask(by_hand.passes)
+
+
+def test_no_pass_and_no_copy_of_the_reference_is_added(harness, rollouts):
+    sampled, top = (counted(harness, rollouts, text) for text in ("k2@loss", SPEC))
+    assert top[0] == sampled[0]
+    assert len(top[0][0][0]) == 4
+    ((policy, copy),) = top[1]
+    assert sorted(policy) == sorted(sampled[1][0][0])
+    assert not copy
+
+
+def test_a_run_resumes(harness, rollouts, tmp_path):
+    flags = (*USE, SPEC, "--ckpt.path", str(tmp_path), "--ckpt.save_steps", "1")
+    trainer = harness.start(flags)
+    harness.train(trainer, rollouts)
+    trainer.save_logs_and_checkpoints(1, {}, {"episode": 0, "global_step": 1})
+    resumed = harness.start((*flags, "--ckpt.load_enable"))
+    assert resumed.init_checkpoint_states()["global_step"] == 1
+    (metrics,), _ = harness.train(resumed, rollouts)
+    assert metrics["kl/active"] == 1
+    assert math.isfinite(metrics["kl/value"])
+
+
+def test_the_receipt_says_what_it_costs(harness):
+    (receipt,) = harness.receipts(harness.start((*USE, SPEC)))
+    assert receipt.cost == "2 k + 1 = 129 numbers per response token from the reference actor's own forward pass"
+
+
+def test_a_reference_actor_without_kl_plugins_stops_the_run(harness, rollouts):
+    trainer = harness.start((*USE, SPEC))
+    harness.ask_reference(by_hand.detach_plugin)
+    try:
+        with pytest.raises(
+            MissingReceiptError, match=r"(?s)rank 0 \(pid \d+ on .*OpenRLHF's reference model.* 64 most"
+        ):
+            harness.train(trainer, rollouts)
+    finally:
+        harness.ask_reference(by_hand.attach_plugin)
+
+
+def test_a_reference_actor_with_another_spec_is_named(harness, rollouts):
+    trainer = harness.start((*USE, "k2@loss"))
+    trainer.args.algo.kl.estimator = SPEC
+    with pytest.raises(MissingReceiptError, match=rf"it was started with k2@loss, not with {SPEC}"):
+        reference.require_recorders(trainer.experience_maker, KLSpec.parse(SPEC))
+
+
+def test_passes_without_numbers_stop_the_run(harness, rollouts):
+    trainer = harness.start((*USE, SPEC))
+    samples = rollouts.experiences()
+    with pytest.raises(
+        RuntimeError, match="for 0 batches with 0 response tokens, but the rollout has 8 batches with 43"
+    ):
+        reference.finish(trainer.experience_maker, KLSpec.parse(SPEC), samples)
+    with pytest.raises(RuntimeError, match="a micro-batch arrived without the reference's most probable tokens"):
+        arrived(KLSpec.parse(SPEC), samples[0])

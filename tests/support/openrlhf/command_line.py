@@ -35,6 +35,10 @@ DEFAULTS = {
 ONE_STEP = ("--train.batch_size", "8", "--train.max_epochs", "1")
 """One optimizer step on all rollouts: ``Result.gradient`` is then known."""
 
+PACKED = ("--ds.packing_samples", "--vllm.num_engines", "1")
+DYNAMIC = ("--train.dynamic_batch_enable", "--train.max_tokens_per_gpu", "24", "--vllm.num_engines", "1")
+"""Packed sequences, and micro-batches by number of tokens; both need a rollout engine in the arguments."""
+
 SPEC = "--algo.kl.estimator"
 LOSS = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token")
 SAMPLER = ("--algo.kl.use_loss", SPEC, "k2@loss/is:token/behaviour:sampler")

@@ -86,6 +86,32 @@ def pair(make_pair):
     return make_pair()
 
 
+@pytest.fixture
+def packing(harness, monkeypatch: pytest.MonkeyPatch):
+    """The harness with packing that runs on a CPU.
+
+    flash-attn, which OpenRLHF packs with, needs a GPU. Here its helpers are transformers' own in plain torch, and
+    attention is eager. Everything else is OpenRLHF's packing.
+    """
+    import ray
+
+    from tests.support.openrlhf import by_hand
+    from tests.support.openrlhf import harness as module
+    from tests.support.openrlhf.command_line import parse
+
+    ray.cloudpickle.register_pickle_by_value(by_hand)
+    for ask in (harness.ask, harness.ask_reference):
+        ask(by_hand.pack_without_flash_attention)
+
+    def eager(*args, **kwargs):
+        args = parse(*args, **kwargs)
+        args.ds.attn_implementation = "eager"
+        return args
+
+    monkeypatch.setattr(module, "parse", eager)
+    return harness
+
+
 @pytest.fixture(scope="session")
 def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.

@@ -111,6 +111,12 @@ class Harness:
 
         return ray.get([actor.__ray_call__.remote(function, *arguments) for actor in self.policy._actor_handlers])
 
+    def ask_reference(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call ``function(actor, *arguments)`` inside every reference actor; its answers by rank."""
+        import ray
+
+        return ray.get([actor.__ray_call__.remote(function, *arguments) for actor in self.reference._actor_handlers])
+
     def start(self, flags: Sequence[str], schedule: int = 50) -> Any:
         """Parse `flags`, initialise every model again, and return the host's trainer of them (in this process).
 
