@@ -19,6 +19,9 @@ With --host, say what a config of your framework optimises, as it is: kl-plugins
 LIST = "List estimators, placements, presets, corrections, options, beta schedules and hosts."
 DOCTOR = """Check this installation: versions, backends, hosts and their sources, with a remedy for each problem.
 The exit status is 1 if there is a fault. A host that is not installed is not a fault."""
+REPORT = """Read the logs of one or more runs, say in words what they show about the KL, and write one HTML page with
+plots that needs no other file. A log is a JSON-lines file with one object per step (also that of veRL's logger file),
+trainer_state.json of TRL or the folder with it, or a folder of TensorBoard's event files."""
 RUN = """Run a program of your framework under the plugin, for example: kl-plugins run trl grpo --config x.yaml
 --kl default. With several processes: torchrun --nproc_per_node 8 -m kl_plugins run trl grpo ..."""
 
@@ -47,6 +50,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also explain the sampling settings in this config, script or command line (- reads standard input)",
     )
+    report = add("report", "make one HTML page from the logs of runs", REPORT)
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a log file or folder, or NAME=PATH")
+    report.add_argument("--out", metavar="FILE", help="the page to write (default: report.html; with --json: none)")
+    others.append(report)
     for command in (explain, *others):
         command.add_argument("--json", action="store_true", help="print one JSON document, also for an invalid spec")
     run = add("run", "run a program of a framework under the plugin", RUN)
@@ -95,6 +102,10 @@ def _dispatch(arguments: list[str]) -> int:
         from kl_plugins.cli.listing import list_command
 
         return list_command(chosen.json)
+    if chosen.command == "report":
+        from kl_plugins.cli.reporting import report_command
+
+        return report_command(chosen.runs, chosen.out, chosen.json)
     from kl_plugins.cli.doctor import doctor_command
 
     return doctor_command(chosen.json, chosen.config)
