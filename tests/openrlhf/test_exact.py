@@ -13,7 +13,6 @@ SPECS = (
     "exact@loss/horizon:sequence/is:decision",
     "k2@loss/horizon:sequence/future:exact/is:sequence",
 )
-LORA = ("--ds.lora.rank", "4")
 
 
 def start(harness, rollouts, *flags):

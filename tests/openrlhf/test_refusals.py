@@ -22,7 +22,17 @@ from kl_plugins.adapters.openrlhf.config import (
 from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
 from tests.support.openrlhf import remote
-from tests.support.openrlhf.command_line import ADVANTAGE, CORRECTED, LOSS, ONE_STEP, REWARD, SAMPLER, SPEC, parse
+from tests.support.openrlhf.command_line import (
+    ADVANTAGE,
+    CORRECTED,
+    LOSS,
+    ONE_STEP,
+    PACKED,
+    REWARD,
+    SAMPLER,
+    SPEC,
+    parse,
+)
 from tests.support.openrlhf.ray_support import ENVIRONMENT
 
 
@@ -54,7 +64,15 @@ def test_openrlhfs_own_estimators_are_no_specs(assets, flags):
         ((*REWARD, "--algo.kl.unbiased_gradient"), "unbiased_gradient"),
         (("--algo.kl.use_loss", SPEC, "k2@loss/beta:dual-0.1-0.01", "--algo.kl.target", "6"), "both control beta"),
         ((SPEC, "k1@advantage/future:exact"), "use an exact @loss spec"),
-        (("--algo.kl.use_loss", SPEC, "exact@loss", "--ds.tensor_parallel_size", "2"), "tensor_parallel_size"),
+        ((SPEC, "exact@advantage/top"), "use an exact @loss spec"),
+        (
+            (*LOSS[:2], "exact@loss", "--ds.tensor_parallel_size", "2"),
+            "in one process, and --ds.tensor_parallel_size 2",
+        ),
+        (
+            (*LOSS[:2], "exact@loss/top", "--ds.ring_attn_size", "2", *PACKED),
+            "in one process, and --ds.ring_attn_size 2",
+        ),
         ((*ADVANTAGE, "--actor.policy_loss_type", "gspo"), "ratio of the whole sequence"),
     ],
 )
