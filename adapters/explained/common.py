@@ -34,8 +34,13 @@ def first(run: ConfiguredRun, holds: Holds) -> Term:
 
 
 def k1_in_loss(term: Term) -> bool:
-    """Whether it is k1 as a loss."""
-    return term.in_loss and term.spec.estimator == "k1" and term.spec.horizon == "token"
+    """Whether it is a host's own k1 as a loss."""
+    return term.native and term.in_loss and term.spec.estimator == "k1" and term.spec.horizon == "token"
+
+
+def without_target(term: Term) -> bool:
+    """Whether it is a spec that has the gradient of no divergence."""
+    return not term.native and term.spec.target == "none"
 
 
 def plain_k3(term: Term) -> bool:
@@ -87,6 +92,16 @@ COMMON: tuple[Rule[ConfiguredRun], ...] = (
         lambda run: f"k1 as a loss does not regularise. {why_none(first(run, k1_in_loss).spec)}",
         "arXiv 2510.01555; arXiv 2512.21852",
         "use k2 as the loss, or the spec `default`",
+    ),
+    Rule(
+        "spec-without-divergence",
+        ALL_HOSTS,
+        "warning",
+        keys_of(without_target),
+        some(without_target),
+        lambda run: f"the spec is allowed to be biased, and it is. {why_none(first(run, without_target).spec)}",
+        "arXiv 2510.01555; arXiv 2512.21852",
+        "keep it for comparisons alone; the spec `default` regularises",
     ),
     Rule(
         "score-of-another-estimator",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from kl_plugins.settings.values import Settings, Unknown
+
+_COMMAND = re.compile(r"^(\s*)[!%].*")
+"""A line of a notebook that is not Python."""
 
 
 def read_python(text: str, place: str, calls: Sequence[str] = ()) -> Settings:
@@ -67,7 +71,7 @@ def notebook_source(text: str) -> str:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a notebook: {error!r}") from error
     lines = [line for source in sources for line in source.splitlines()]
-    return "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in lines)
+    return "\n".join(_COMMAND.sub(r"\1pass", line) for line in lines)
 
 
 def _name(function: ast.expr) -> str:

@@ -17,6 +17,9 @@ from kl_plugins.settings.yaml_files import read_yaml
 YAML, PYTHON, NOTEBOOK, SHELL = (".yaml", ".yml", ".json"), (".py",), (".ipynb",), (".sh", ".bash", ".slurm", ".sbatch")
 """Suffixes of files, by format."""
 
+_TEXT = re.compile(r"""[\w.]+\(|(?!--)(?![+~]*[\w.\-/@]+=['"\[{]).*\s""", re.DOTALL)
+"""A word that is a whole text: a call, or words with blanks between them and not one quoted value."""
+
 NO_YAML = "reading YAML needs PyYAML, which every framework brings and kl-plugins alone does not: pip install pyyaml"
 
 
@@ -61,7 +64,7 @@ def read_words(words: Sequence[str], form: Format) -> Settings:
             found.update(read_text(sys.stdin.read(), "standard input", form))
         elif not is_value and _is_file(word):
             found.update(_read_file(Path(word), form))
-        elif not is_value and any(space in word for space in " \n\t") and not is_flag(word):
+        elif not is_value and _TEXT.match(word):
             found.update(read_text(word, "command line", form))
         else:
             arguments.append((word, "command line"))
@@ -151,9 +154,7 @@ def _with_configs(found: Settings, form: Format, folder: Path) -> Settings:
             continue
         path = next((path for path in (Path(named.value), folder / named.value) if path.is_file()), None)
         if path is None:
-            whole.notes.append(
-                f"--{flag} names {named.value}, which was not found, so its settings are unknown"
-            )
+            whole.notes.append(f"--{flag} names {named.value}, which was not found, so its settings are unknown")
         else:
             whole.update(_read_file(path, form))
     whole.update(found)

@@ -20,6 +20,7 @@ _ARRAY = re.compile(
 _EXPANSION = re.compile(r"\$\{([A-Za-z_]\w*)(?:\[[@*]\])?(?:(:?[-=])([^${}]*))?\}|\$([A-Za-z_]\w*)")
 _QUOTED_ARRAY = re.compile(r'"\$\{([A-Za-z_]\w*)\[@\]\}"')
 _DECLARATIONS = ("export", "local", "declare", "readonly")
+_PASSED_ON = re.compile(r"\$[@*\d]|\$\{[@*\d][^}]*\}")
 _SEPARATOR = re.compile(r"[;&|]+")
 
 
@@ -57,6 +58,8 @@ def commands(text: str, place: str) -> tuple[list[list[Word]], list[Word]]:
         places = _places(words, lines, start, place)
         command: list[Word] = []
         for word in places:
+            if _PASSED_ON.fullmatch(word[0]):
+                continue
             if _SEPARATOR.fullmatch(word[0]):
                 found.append(command)
                 command = []

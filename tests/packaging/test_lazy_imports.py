@@ -43,6 +43,8 @@ def test_tensor_functions_load_torch(tmp_path: Path) -> None:
         (["list", "--json"], False),
         (["explain", "k2@loss/is:token"], False),
         (["explain", "k2@los"], True),
+        (["explain", "--host", "trl", "beta=0.1"], False),
+        (["explain", "--host", "trl", "beta=0.1", "kl=exact@loss", "--suggest"], False),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,0 +1,222 @@
+"""Every rule about configs: one config that it is about, and the nearest ones that it is not about."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import pytest
+
+from kl_plugins.adapters.explained.common import COMMON
+from kl_plugins.adapters.explained.rules import ALL_HOSTS
+from kl_plugins.explain.config import ConfigFinding
+from kl_plugins.hosts import Host, discover_hosts
+
+
+class Row(NamedTuple):
+    """A rule, words of a config that it is about, and words of configs that it is not about."""
+
+    rule: str
+    host: str
+    hit: str
+    misses: tuple[str, ...]
+    version: str = ""
+
+
+V = "actor_rollout_ref.actor."
+LOSS = f"{V}use_kl_loss=True {V}kl_loss_coef=0.1 "
+REWARD = "algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef=0.1 "
+
+ROWS = [
+    # All hosts.
+    Row("k3-is-forward-kl", "trl", "beta=0.1 use_bias_correction_kl=False", ("beta=0.1", "beta=0.1 kl=k3@loss")),
+    Row(
+        "no-weight-on-stale-data",
+        "trl",
+        "beta=0.1 num_iterations=2 use_bias_correction_kl=False",
+        (
+            "beta=0.1 num_iterations=2",
+            "beta=0.1 use_bias_correction_kl=False",
+            "beta=0.1 kl=exact@loss num_iterations=2",
+        ),
+    ),
+    Row(
+        "no-weight-on-stale-data",
+        "trl",
+        "beta=0.1 steps_per_generation=8 kl=k2@loss",
+        ("beta=0.1 steps_per_generation=8 gradient_accumulation_steps=8 kl=k2@loss",),
+    ),
+    Row(
+        "weight-without-floor-on-stale-data",
+        "trl",
+        "beta=0.1 num_iterations=2",
+        ("beta=0.1", "beta=0.1 num_iterations=2 kl=default"),
+    ),
+    Row("mean-per-response", "trl", "beta=0.1 loss_type=grpo", ("beta=0.1 loss_type=dapo", "loss_type=grpo")),
+    Row("truncated-sampling", "trl", "beta=0.1 top_p=0.9", ("beta=0.1 top_p=1.0 top_k=0", "top_p=0.9")),
+    Row("negative-beta", "trl", "beta=-0.1", ("beta=0.1",)),
+    Row("foreign-setting", "trl", "beta=0.1 kl_coef=0.1", ("beta=0.1 use_bias_correction_kl=True",)),
+    Row("unknown-value", "trl", "beta=$BETA", ("beta=0.1", "beta=0.1 output_dir=$HOME")),
+    Row("reading", "trl", "trl grpo --config none-such", ("beta=0.1",)),
+    Row("refused", "trl", "beta=0 kl=k2@loss", ("beta=0.1 kl=k2@loss",)),
+    Row("refused", "trl", "beta=0.1 kl=k2@los", ("beta=0.1 kl=default",)),
+    Row("refused", "trl", "beta=0.1 kl=k1@loss", ("beta=0.1 kl=k1@loss/allow:biased",)),
+    Row("refused", "trl", "beta=0.1 kl=exact@advantage loss_type=vespo", ("beta=0.1 kl=exact@advantage",)),
+    Row(
+        "refused",
+        "trl",
+        "beta=0.1 kl=k2@loss/is:prefix/behaviour:sampler use_vllm=True top_p=0.9",
+        ("beta=0.1 kl=k2@loss/is:prefix use_vllm=True",),
+    ),
+    Row("spec-without-divergence", "trl", "beta=0.1 kl=k1@loss/allow:biased", ("beta=0.1 kl=k1@advantage", "beta=0.1")),
+    # TRL.
+    Row("trl-beta-is-zero", "trl", "loss_type=dapo", ("beta=0.1", "rloo", "kl=k2@loss")),
+    Row(
+        "trl-ignored-without-beta",
+        "trl",
+        "use_bias_correction_kl=True",
+        ("beta=0.1 use_bias_correction_kl=True", "beta=0"),
+    ),
+    Row(
+        "trl-sync-without-reference",
+        "trl",
+        "sync_ref_model=True",
+        ("beta=0.1 sync_ref_model=True", "sync_ref_model=False"),
+    ),
+    Row(
+        "trl-sync-with-peft",
+        "trl",
+        "beta=0.1 sync_ref_model=True use_peft=True",
+        ("beta=0.1 sync_ref_model=True", "beta=0.1 use_peft=True"),
+    ),
+    Row(
+        "trl-sync-with-peft",
+        "trl",
+        "GRPOTrainer(args=GRPOConfig(beta=0.1, sync_ref_model=True), peft_config=LoraConfig())",
+        ("GRPOTrainer(args=GRPOConfig(beta=0.1, sync_ref_model=True))",),
+    ),
+    Row(
+        "trl-sequence-ratio-on-tokens",
+        "trl",
+        "beta=0.1 importance_sampling_level=sequence",
+        (
+            "beta=0.1",
+            "beta=0.1 importance_sampling_level=sequence use_bias_correction_kl=False",
+            "beta=0.1 importance_sampling_level=sequence kl=default",
+            "importance_sampling_level=sequence",
+        ),
+    ),
+    Row(
+        "trl-default-flipped",
+        "trl",
+        "beta=0.1",
+        ("beta=0.1 use_bias_correction_kl=True", "beta=0", "rloo beta=0.1"),
+        "1.10.0",
+    ),
+    Row("trl-default-will-flip", "trl", "beta=0.1", ("beta=0.1 use_bias_correction_kl=False",), "1.9.0"),
+    Row("trl-engine-mismatch", "trl", "beta=0.1 use_vllm=True", ("beta=0.1", "beta=0.1 use_vllm=True kl=default")),
+    Row("trl-k3-overflow", "trl", "beta=0.1", ("beta=0.1 kl=k3@loss", "rloo beta=0.1")),
+    Row(
+        "trl-masks-spare-the-kl",
+        "trl",
+        "beta=0.1 off_policy_mask_threshold=0.5",
+        ("beta=0.1", "off_policy_mask_threshold=0.5"),
+    ),
+    Row("trl-masks-spare-the-kl", "trl", "beta=0.1 top_entropy_quantile=0.2", ("beta=0.1 top_entropy_quantile=1.0",)),
+    Row("trl-groups-without-signal", "trl", "beta=0.1", ("beta=0", "rloo beta=0.1")),
+    Row("trl-luspo-sums", "trl", "beta=0.1 loss_type=luspo", ("beta=0.1 loss_type=dapo",)),
+    Row("trl-luspo-padding", "trl", "beta=0.1 loss_type=luspo", ("beta=0.1 loss_type=dapo",), "1.9.0"),
+    Row(
+        "trl-normaliser-changed",
+        "trl",
+        "beta=0.1 steps_per_generation=8",
+        (
+            "beta=0.1 steps_per_generation=8 gradient_accumulation_steps=8",
+            "beta=0.1 loss_type=grpo steps_per_generation=8",
+        ),
+    ),
+    Row(
+        "trl-temperatures-differ",
+        "trl",
+        "beta=0.1 generation_kwargs.temperature=0.7",
+        ("beta=0.1 generation_kwargs.temperature=0.7 temperature=0.7",),
+    ),
+    Row("trl-lora-reference", "trl", "beta=0.1 use_peft=True", ("beta=0.1", "use_peft=True")),
+    Row("trl-dropout", "trl", "beta=0.1 use_peft=True", ("beta=0.1 use_peft=True disable_dropout=True", "beta=0.1")),
+    Row("trl-liger-loss", "trl", "beta=0.1 use_liger_kernel=True", ("beta=0.1 use_liger_kernel=False",), "1.13.0"),
+    Row("trl-rloo-standardised", "trl", "rloo normalize_advantages=True", ("rloo normalize_advantages=False",)),
+    Row("trl-rloo-has-no-k3", "trl", "rloo", ("rloo beta=0", "beta=0.1")),
+    Row(
+        "trl-async-has-no-kl",
+        "trl",
+        "AsyncGRPOConfig(beta=0.1)",
+        ("AsyncGRPOConfig(max_steps=2)", "GRPOConfig(beta=0.1)"),
+    ),
+    Row(
+        "trl-server-logprobs",
+        "trl",
+        "beta=0.1 use_vllm=True vllm_mode=server",
+        ("beta=0.1 use_vllm=True", "beta=0.1 vllm_mode=server"),
+    ),
+    Row(
+        "trl-unsloth",
+        "trl",
+        "import unsloth\nfrom trl import GRPOConfig\nGRPOConfig(beta=0.1)",
+        ("from trl import GRPOConfig\nGRPOConfig(beta=0.1)",),
+    ),
+    Row("trl-unknown-loss-type", "trl", "beta=0.1 loss_type=ppo", ("beta=0.1 loss_type=bnpo",)),
+]
+
+# Findings that come from the reading and from refusals, and have no row in a table of rules.
+WITHOUT_A_TABLE = {"reading", "refused"}
+
+
+def hosts() -> dict[str, Host]:
+    return {name: host for name, host in discover_hosts().hosts.items() if host.explainer}
+
+
+def explained(host: str, words: str, version: str = "") -> Any:
+    """Explain a config that is given as one text."""
+    descriptor = hosts()[host]
+    module = importlib.import_module(descriptor.explainer)
+    given = [words] if "(" in words else words.split()
+    return module.explain_config(given, version or descriptor.tested[-1], "given")
+
+
+def found(host: str, words: str, version: str = "") -> dict[str, ConfigFinding]:
+    return {finding.rule: finding for finding in explained(host, words, version).findings}
+
+
+def rules(host: str) -> list[Any]:
+    return list(importlib.import_module(f"{hosts()[host].explainer}.rules").RULES)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.rule}-{row.host}")
+def test_a_rule_finds_its_configs_and_no_others(row: Row) -> None:
+    finding = found(row.host, row.hit, row.version).get(row.rule)
+    assert finding is not None, f"{row.rule} does not find: {row.hit}"
+    assert finding.statement
+    assert finding.source
+    for words in row.misses:
+        assert row.rule not in found(row.host, words, row.version), words
+
+
+def test_every_rule_has_a_row() -> None:
+    wanted = {rule.id for host in hosts() for rule in [*rules(host), *COMMON]}
+    assert {row.rule for row in ROWS} == wanted | WITHOUT_A_TABLE
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.version], ids=lambda row: row.rule)
+def test_a_rule_about_some_versions_says_nothing_about_others(row: Row) -> None:
+    (rule,) = [rule for rule in [*rules(row.host), *COMMON] if rule.id == row.rule]
+    assert rule.versions
+    outside = "0.1" if "<" not in rule.versions else "99.0"
+    assert row.rule not in found(row.host, row.hit, outside)
+
+
+def test_rules_are_named_once_and_say_where_they_can_be_checked() -> None:
+    for host in hosts():
+        every = [*rules(host), *COMMON]
+        assert len({rule.id for rule in every}) == len(every)
+        assert all(set(rule.hosts) <= set(ALL_HOSTS) and rule.source for rule in every)
+        assert all(rule.remedy or rule.severity == "note" for rule in every)
