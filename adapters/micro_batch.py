@@ -16,8 +16,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.log_probs import OLD, SAMPLER, count_not_finite, finite_or, used
 from kl_plugins.adapters.session import Session
-from kl_plugins.spec import KLSpec
-from kl_plugins.term import behaviour_log_probs, kl_term
+from kl_plugins.term import kl_term
 
 Kind = TypeVar("Kind")
 
@@ -51,25 +50,6 @@ class KLSource:
             ref_logp: (B, T) log-probs of the reference, nats.
         """
         raise NotImplementedError
-
-
-def divisor_of_remainder(spec: KLSpec, old_logp: Tensor | None, sampler_logp: Tensor | None) -> Tensor | None:
-    """Return the log-probs by which the sampled part of a top-k KL is weighted before it reaches the term.
-
-    A weight of the whole response multiplies the term once, and so the sampled part with it. Only weights that end at
-    the token or before it are left to ``exact_kl``, because the sampled part takes one factor more than the sum.
-
-    Args:
-        spec: a spec with exact terms.
-        old_logp: (B, T) the trainer's log-probs at rollout time, nats, or None.
-        sampler_logp: (B, T) the sampler's, nats, or None.
-
-    Returns:
-        (B, T) nats; None if the sampled part is not weighted on its own.
-    """
-    if spec.top is None or spec.correction not in ("token", "prefix", "decision"):
-        return None
-    return behaviour_log_probs(spec, old_logp, sampler_logp)
 
 
 def unknown_place(text: str, host_title: str, places: str) -> RuntimeError:

@@ -21,9 +21,8 @@ from kl_plugins.kernels.exact.linear import Gradients, LinearInputs, default_til
 from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, wanted_gradients
 from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
-from kl_plugins.kernels.exact.reference import RefTopK, label_log_probs, reference_rows
-from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Upstream
-from kl_plugins.numerics import Limits, masked_difference
+from kl_plugins.kernels.exact.reference import RefTopK
+from kl_plugins.kernels.exact.statistics import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +37,6 @@ def _opaque(function: _F) -> _F:
     # torch.compile of a caller skips these functions, because they choose and compile their kernels themselves.
     disabled: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
-
-
-DEFAULT_BOUND = 30.0
-"""Largest log-weight of the sampled remainder of ``top``, nats; equal to the default ``bound`` of a spec."""
 
 
 class ExactKL(NamedTuple):
@@ -89,8 +84,6 @@ def exact_kl(
     temperature: float = ...,
     softcap: float | None = ...,
     ref_softcap: float | None = ...,
-    top: int | None = ...,
-    behaviour_logp: Tensor | None = ...,
     backend: str = ...,
     max_tile_bytes: int | None = ...,
 ) -> ExactKL: ...
@@ -124,8 +117,6 @@ def exact_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
     ref_softcap: float | None = None,
-    top: int | None = None,
-    behaviour_logp: Tensor | None = None,
     backend: str = "auto",
     max_tile_bytes: int | None = None,
 ) -> ExactKL | TopKKL:
@@ -145,11 +136,6 @@ def exact_kl(
         temperature: divides the logits of both models, as in sampling.
         softcap, ref_softcap: final logit soft-caps, for logits that were taken before the model's own capping.
             ``reference`` already includes its soft-cap.
-        top: with ``ref_logits``, take the KL over set and bucket as with ``reference_top_k(ref_logits, top)``, and add
-            the sampled remainder to it, for callers that do not need it separately. None for the whole vocabulary.
-        behaviour_logp: (...) log-probs of the policy that drew the labels, nats, for ``top`` on off-policy data. They
-            give the remainder its importance weight. Leave them out under ``is:sequence``, whose weight already
-            includes the label.
         backend: ``auto``, ``eager``, ``compiled`` or ``triton``; ``auto`` reads ``KL_PLUGINS_EXACT_BACKEND``.
         max_tile_bytes: upper limit of temporary memory in bytes. Arguments, results and the gradient are not counted,
             and the temporaries of at least one row are allocated.
@@ -169,8 +155,8 @@ def exact_kl(
     options = row_options(temperature, softcap, ref_softcap, backend, max_tile_bytes)
     labels = checked_labels(labels, mask, shape).reshape(-1)
     if reference is not None:
-        if ref_logits is not None or ref_softcap is not None or top is not None or behaviour_logp is not None:
-            raise ValueError("reference= takes the place of ref_logits, ref_softcap, top and behaviour_logp")
+        if ref_logits is not None or ref_softcap is not None:
+            raise ValueError("reference= takes the place of ref_logits and ref_softcap")
         check_floats(logits=logits)
         given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
         found, *_ = named(top_k_rows(flat_rows(logits), labels, *given, options), TopKStatistics)
@@ -180,24 +166,8 @@ def exact_kl(
     check_floats(logits=logits, ref_logits=ref_logits)
     if logits.shape != ref_logits.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and ref_logits {tuple(ref_logits.shape)} must be one (..., V)")
-    ref_rows = flat_rows(ref_logits.detach())
-    if top is None:
-        if behaviour_logp is not None:
-            raise ValueError("behaviour_logp weights the sampled remainder of top=; without top nothing is sampled")
-        kl, logp, ref_label, *_ = logits_kl(flat_rows(logits), ref_rows, labels, options)
-        return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_label.reshape(shape))
-    if top < 1:
-        raise ValueError(f"top={top}: must be at least 1")
-    if behaviour_logp is not None and behaviour_logp.numel() != labels.numel():
-        raise ValueError(f"behaviour_logp {tuple(behaviour_logp.shape)}: must be one per position")
-    ref_options = options._replace(softcap=ref_softcap)
-    kept = reference_rows(ref_rows, top, ref_options)
-    label_logp = label_log_probs(ref_rows, labels, kept, ref_options)
-    given = TopKReference(kept.ids, kept.logp, kept.log_tail, label_logp)
-    found, *_ = named(top_k_rows(flat_rows(logits), labels, *given, options), TopKStatistics)
-    whole = found.kl + _weighted_remainder(found, labels, behaviour_logp)
-    result = _top_k_result(found, given, shape)
-    return ExactKL(whole.reshape(shape), result.logp, result.ref_logp.masked_fill(labels.reshape(shape) < 0, 0.0))
+    kl, logp, ref_label, *_ = logits_kl(flat_rows(logits), flat_rows(ref_logits.detach()), labels, options)
+    return ExactKL(kl.reshape(shape), logp.reshape(shape), ref_label.reshape(shape))
 
 
 @overload
@@ -374,13 +344,3 @@ def linear_kl(
 def _top_k_result(found: TopKStatistics, reference: TopKReference, shape: torch.Size) -> TopKKL:
     parts = (found.kl, found.logp, reference.label_logp, found.remainder.detach())
     return TopKKL(*(part.reshape(shape) for part in parts))
-
-
-def _weighted_remainder(found: TopKStatistics, labels: Tensor, behaviour_logp: Tensor | None) -> Tensor:
-    """Return the remainder (N,) with its importance weight. Its gradient is that of a coefficient on the log-prob."""
-    logp, remainder = found.logp.detach(), found.remainder.detach()
-    if behaviour_logp is not None:
-        kept = (labels != IGNORE_INDEX)[None]
-        log_weight = masked_difference(logp[None], behaviour_logp.detach().reshape(1, -1), kept, logp.dtype)
-        remainder = remainder * Limits.of(logp.dtype, DEFAULT_BOUND).exponent(log_weight)[0].exp()
-    return remainder * (1.0 + found.logp - logp)

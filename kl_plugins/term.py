@@ -63,7 +63,7 @@ def kl_term(
         exact: (B, T) KL(policy || reference) per state, nats, with its graph, for specs with exact terms. It is taken
             over the whole vocabulary, or with ``top:`` over a set of tokens and one bucket for all others.
         remainder: (B, T) contribution of the sampled token that a set and bucket leave out, nats, as ``exact_kl`` and
-            ``linear_kl`` return it. Leave it out if ``exact`` already includes it (``exact_kl(..., top=)``).
+            ``linear_kl`` return it with ``reference=``. A spec with ``top:`` needs it.
 
     Returns:
         The term; see :class:`KLTerm`.
@@ -149,6 +149,5 @@ def require_exact(spec: KLSpec, exact: Tensor | None, remainder: Tensor | None) 
         raise ValueError(f"{spec} needs the full-vocabulary KL of every state: pass exact=(B, T)")
     if remainder is not None and spec.top is None:
         raise ValueError(f"{spec} sums over the whole vocabulary, which leaves no remainder: drop remainder=")
-    treated = any((spec.floor, spec.cap, spec.band, spec.norm))
-    if remainder is None and spec.top is not None and spec.correction == "token" and treated:
-        raise ValueError(f"{spec} treats the weight of the sampled remainder: pass it as remainder=(B, T)")
+    if remainder is None and spec.needs_exact and spec.top is not None:
+        raise ValueError(f"{spec} needs the contribution of the sampled token: pass remainder=(B, T)")

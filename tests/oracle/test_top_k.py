@@ -6,9 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch import Tensor
 
-from kl_plugins import KLSpec, exact_kl, kl_term
+from kl_plugins import KLSpec, kl_penalty, kl_term
 from tests.support.oracle.enumeration import Problem
 from tests.support.oracle.expectation import (
     exact_for,
@@ -97,7 +96,8 @@ def test_without_the_remainder_something_is_missing() -> None:
     """The control of the tests above: sum and bucket alone are not the KL."""
     spec = parse("exact@loss/top:1")
     for problem in WIDE:
-        bucket = {"exact": exact_for(spec, problem, "current")["exact"]}
+        given = exact_for(spec, problem, "current")
+        bucket = {"exact": given["exact"], "remainder": torch.zeros_like(given["remainder"])}
         gradient = loss_gradient(spec, problem, "current", given=(), exact=bucket)
         assert relative_error(gradient, target_gradient(problem, spec.target, "", "current")) > MARGIN
 
@@ -179,33 +179,6 @@ def test_the_metrics_report_set_and_bucket(problem: Problem) -> None:
     assert term.metrics["kl/dead_frac"] == 0
 
 
-def embedded(spec: KLSpec, problem: Problem, data: str) -> dict[str, Tensor]:
-    """The remainder inside of the KL, with its weight where the spec's own ends one token earlier."""
-    earlier = spec.correction in ("token", "prefix", "decision")
-    return {"exact": full_vocabulary_kl(problem, top=spec.top, behaviour=data if earlier else None)}
-
-
-@pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("text", OFF_POLICY)
-def test_with_the_remainder_inside_of_the_kl(text: str, top: int) -> None:
-    spec = parse(f"{text}/top:{top}")
-    for problem in problems():
-        for data in ("old", "sampler"):
-            wanted = target_gradient(problem, spec.target, "", data)
-            exact = embedded(spec, problem, data)
-            assert relative_error(loss_gradient(spec, problem, data, exact=exact), wanted) < TOLERANCE
-
-
-@pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("text", ON_POLICY)
-def test_with_the_remainder_inside_of_the_kl_on_policy(text: str, top: int) -> None:
-    spec = parse(f"{text}/top:{top}")
-    for problem in problems():
-        wanted = target_gradient(problem, spec.target, "", "current")
-        exact = embedded(spec, problem, "current")
-        assert relative_error(loss_gradient(spec, problem, "current", given=(), exact=exact), wanted) < TOLERANCE
-
-
 def test_the_published_tail_is_biased() -> None:
     for problem in problems():
         wanted = target_gradient(problem, "reverse_kl_token", "", "current")
@@ -213,16 +186,12 @@ def test_the_published_tail_is_biased() -> None:
 
 
 def test_mistakes() -> None:
-    rows = torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="top=0"):
-        exact_kl(*rows, top=0)
-    with pytest.raises(ValueError, match="without top nothing is sampled"):
-        exact_kl(*rows, behaviour_logp=torch.zeros(2))
-    with pytest.raises(ValueError, match="one per position"):
-        exact_kl(*rows, top=1, behaviour_logp=torch.zeros(3))
     one = torch.zeros(1, 2)
     mask = one.bool()
     with pytest.raises(ValueError, match="leaves no remainder"):
         kl_term(KLSpec.parse("exact@loss"), one, one, mask, exact=one, remainder=one)
-    with pytest.raises(ValueError, match="pass it as remainder"):
-        kl_term(KLSpec.parse("exact@loss/top/is:token/floor:0.5"), one, one, mask, exact=one, old_logp=one)
+    for text in ("exact@loss/top", "exact@loss/top/is:token/floor:0.5", "k2@loss/horizon:sequence/future:exact/top"):
+        with pytest.raises(ValueError, match="pass remainder"):
+            kl_term(KLSpec.parse(text), one, one, mask, exact=one, old_logp=one)
+    with pytest.raises(ValueError, match="pass remainder"):
+        kl_penalty(KLSpec.parse("exact@advantage/top"), one, one, mask, exact=one)

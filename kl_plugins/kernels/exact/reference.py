@@ -74,17 +74,3 @@ def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
             parts.append((empty.long(), empty, empty.sum(-1)))
         ids, logp, log_tail = (torch.cat(part) for part in zip(*parts, strict=True))
     return RefTopK(ids, logp, log_tail, 1.0 / options.scale)
-
-
-def label_log_probs(logits: Tensor, labels: Tensor, reference: RefTopK, options: Options) -> Tensor:
-    """Return the labels' log-probs (N,) under the reference, nats.
-
-    Args:
-        logits: (N, V) logits of the reference.
-        labels: (N,) int64; negative labels give the log-prob of token 0.
-        reference: result of :func:`reference_rows` for these logits.
-        options: options for all rows.
-    """
-    index = torch.cat([labels.clamp_min(0)[:, None], reference.ids[:, :1]], -1)
-    label, first = scaled(logits.gather(-1, index).double(), options.scale, options.softcap).unbind(-1)
-    return (label - first + reference.logp[:, 0].double()).to(reference.logp.dtype)

@@ -21,26 +21,14 @@ def logits(problem: Problem, policy: str) -> Tensor:
     return torch.stack(columns, 1).masked_fill(~problem.mask[..., None], float("nan"))
 
 
-def full_vocabulary_kl(
-    problem: Problem, policy: str = "current", *, top: int | None = None, behaviour: str | None = None
-) -> Tensor:
+def full_vocabulary_kl(problem: Problem, policy: str = "current") -> Tensor:
     """(N, T) KL to the reference of every state passed through, as the exact kernels return it to a host.
 
     Args:
         problem: policies and sequences.
         policy: whose KL; differentiable for `current`.
-        top: tokens summed one by one, None for all; the sampled remainder is then in the KL.
-        behaviour: the policy that drew the tokens, where `top` has to weight the remainder.
     """
-    drawn = None if behaviour is None else padded(problem, problem.log_probs(behaviour).detach())
-    found = exact_kl(
-        logits(problem, policy),
-        logits(problem, "reference"),
-        problem.tokens,
-        mask=problem.mask,
-        top=top,
-        behaviour_logp=drawn,
-    )
+    found = exact_kl(logits(problem, policy), logits(problem, "reference"), problem.tokens, mask=problem.mask)
     torch.testing.assert_close(found.logp, problem.log_probs(policy), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.ref_logp, problem.log_probs("reference"), rtol=1e-12, atol=1e-12)
     return padded(problem, found.kl)
