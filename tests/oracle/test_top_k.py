@@ -190,7 +190,7 @@ def test_mistakes() -> None:
     mask = one.bool()
     with pytest.raises(ValueError, match="leaves no remainder"):
         kl_term(KLSpec.parse("exact@loss"), one, one, mask, exact=one, remainder=one)
-    for text in ("exact@loss/top", "exact@loss/top/is:token/floor:0.5", "k2@loss/horizon:sequence/future:exact/top"):
+    for text in ("exact@loss/top", "exact@loss/top/is:token/floor:0.5", "exact@loss/horizon:sequence/top"):
         with pytest.raises(ValueError, match="pass remainder"):
             kl_term(KLSpec.parse(text), one, one, mask, exact=one, old_logp=one)
     with pytest.raises(ValueError, match="pass remainder"):
