@@ -28,6 +28,12 @@ LOGS = HostLogs(
             "is a mean of log old policy - log policy, between the policies before and in the update. It says nothing "
             "about the reference",
         ),
+        NativeMetric(
+            "rollout_corr/k3_kl",
+            "other_kl",
+            "is an estimate of the KL from the policy of the engine that sampled to that of the trainer, on the drawn "
+            "tokens. It says nothing about the reference",
+        ),
         NativeMetric("actor/kl_coef", "beta", "is the coefficient of the KL loss"),
         NativeMetric("actor/reward_kl_penalty_coeff", "beta", "is the coefficient of the KL in the reward"),
         NativeMetric("actor/entropy", "entropy", "is the mean entropy of the policy over tokens, nats"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +53,6 @@ def report_command(arguments: Sequence[str], out: str | None, as_json: bool) -> 
 
 
 def _document(runs: Sequence[Run], findings: Sequence[Finding], out: str | None) -> dict[str, object]:
-    sections = charts(runs)
     return {
         "runs": [
             {
@@ -67,9 +67,21 @@ def _document(runs: Sequence[Run], findings: Sequence[Finding], out: str | None)
             for run in runs
         ],
         "findings": [asdict(finding) for finding in findings],
-        "last_values": last_values(runs, sections),
+        "last_values": [
+            {
+                "key": row.key,
+                "unit": row.unit,
+                "runs": {run.name: _end(end) for run, end in zip(runs, row.ends, strict=True)},
+            }
+            for row in last_values(runs, charts(runs))
+        ],
         "page": out,
     }
+
+
+def _end(end: tuple[int, float] | None) -> dict[str, float | None] | None:
+    """Return step and value for JSON, which has no NaN and no infinity: they become null."""
+    return {"step": end[0], "value": end[1] if math.isfinite(end[1]) else None} if end else None
 
 
 def _print(runs: Sequence[Run], findings: Sequence[Finding]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kl_plugins.report.series import Series, median, smoothed
 
@@ -140,10 +141,10 @@ def rising(series: Series, limit: float) -> Fact | None:
 
 
 def fallen(series: Series, limit: float) -> Fact | None:
-    """See a value that rose and lost more than the share ``limit`` of what it had gained.
+    """See a value that has lost more than the share ``limit`` of what it had gained since the start of the log.
 
     ``before`` is the best running median, ``value`` the median of the last tenth. The loss has to be more than twice
-    the median distance between a value and the running median, which is the noise.
+    the median distance between one value and the next, which is the noise.
 
     Args:
         series: at least ten finite values; fewer show nothing.
@@ -155,9 +156,9 @@ def fallen(series: Series, limit: float) -> Fact | None:
     smooth = smoothed(series.values)
     end, best = median(smooth[-max(len(smooth) // 10, 1) :]), max(smooth)
     peak = smooth.index(best)
-    noise = median([abs(value - middle) for value, middle in zip(series.values, smooth, strict=True)])
+    noise = median([abs(after - before) for before, after in pairwise(series.values)])
     gained, lost = best - median(smooth[: max(len(smooth) // 10, 1)]), best - end
-    if gained <= 0 or lost <= max(limit * gained, 2 * noise):
+    if lost <= max(limit * gained, 2 * noise):
         return None
     return Fact(series.steps[peak], series.steps[-1], len(series) - peak, len(series), end, best, lasting=True)
 

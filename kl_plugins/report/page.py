@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kl_plugins import __version__
 from kl_plugins.report import figures
@@ -17,6 +17,14 @@ from kl_plugins.report.styles import DASHES, MARKS, style
 
 TEMPLATE = Path(__file__).with_name("page.html")
 REMEDY = 'pip install "kl-plugins[report]"'
+
+
+class LastValues(NamedTuple):
+    """Last step and value of one metric in each run; None where a run has not logged it."""
+
+    key: str
+    unit: str
+    ends: tuple[tuple[int, float] | None, ...]
 
 
 class MissingPackageError(RuntimeError):
@@ -69,6 +77,7 @@ def render(runs: Sequence[Run], findings: Sequence[Finding], now: datetime | Non
         counts=[(level, sum(finding.level == level for finding in findings)) for level in LEVELS],
         sections=[(heading, [plot(chart) for chart in plots]) for heading, plots in sections],
         values=last_values(runs, sections),
+        number=number,
         rules=rule_rows(runs, findings),
         width=figures.WIDTH,
         height=figures.HEIGHT,
@@ -83,15 +92,14 @@ def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
     return list(groups.values())
 
 
-def last_values(runs: Sequence[Run], sections: Sequence[tuple[str, Sequence[Chart]]]) -> list[dict[str, Any]]:
-    """Return one row per metric of the page: name, unit, and the last value of each run with its step."""
-    rows: list[dict[str, Any]] = []
+def last_values(runs: Sequence[Run], sections: Sequence[tuple[str, Sequence[Chart]]]) -> list[LastValues]:
+    """Return the last value of each metric that the page shows, in the order of the plots."""
+    rows = []
     for _, plots in sections:
         for chart in plots:
             for key in dict.fromkeys(line.key for line in chart.lines):
-                ends = [run.series[key].last() if key in run.series else None for run in runs]
-                cells = [f"{number(end[1])} (step {end[0]})" if end else "not logged" for end in ends]
-                rows.append({"key": key, "unit": chart.unit, "cells": cells})
+                ends = tuple(run.series[key].last() if key in run.series else None for run in runs)
+                rows.append(LastValues(key, chart.unit, ends))
     return rows
 
 

@@ -81,9 +81,12 @@ def read_runs(arguments: Sequence[str], candidates: Iterable[HostLogs] | None = 
 
 
 def _labelled(argument: str) -> tuple[str, Path]:
-    label, separator, path = argument.partition("=")
-    if not Path(argument).exists() and separator and label:
-        return label, Path(path)
+    """Split ``NAME=PATH`` where the path exists; folders of sweeps have such signs in their own names."""
+    if not Path(argument).exists():
+        for place, character in enumerate(argument):
+            path = argument[place + 1 :]
+            if character == "=" and place and path and Path(path).exists():
+                return argument[:place], Path(path)
     return "", Path(argument)
 
 

@@ -95,11 +95,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "kl-at-start", ("kl/value", "kl/exact", "@kl"), "warning", facts.off_at_start, 0.01,
         "KL above 0.01 nats in step 0 or 1",
-        "In step {first}, {key} is {value} already. Policy and reference should be the same model there, and their KL "
-        "near 0.",
+        "In step {first}, {key} is {value} already. Before the first update, policy and reference should be the same "
+        "model, and their KL near 0.",
         "Check the reference: another checkpoint, the base model under a LoRA adapter that was trained before, "
-        "dropout, another dtype, temperature or attention. If the policy starts from another model than the "
-        "reference, or the KL is a sum over tokens, this is normal.",
+        "dropout, another dtype, temperature or attention. It is normal if the policy starts from another model than "
+        "the reference, if a step holds several updates in which the policy moves far, or if the KL is a sum over "
+        "tokens.",
         f"{FAQ}, the KL is large at step 1; trl#3500, trl#3194; the limit is a rule of thumb",
     ),
     Rule(

@@ -48,10 +48,12 @@ def median(values: Sequence[float]) -> float:
 def smoothed(values: Sequence[float]) -> list[float]:
     """Return the running median over a twentieth of all values, and over at least 3.
 
-    A median, and not a mean, because one token with a large ratio can make a spike in one step.
+    A median, and not a mean, because one token with a large ratio can make a spike in one step. At both ends the window
+    is moved and not cut, so that every median is over equally many values.
     """
-    half = max(len(values) // 40, 1)
-    return [median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+    width = min(2 * max(len(values) // 40, 1) + 1, len(values))
+    starts = (min(max(i - width // 2, 0), len(values) - width) for i in range(len(values)))
+    return [median(values[start : start + width]) for start in starts]
 
 
 def thinned(series: Series, most: int) -> Series:
