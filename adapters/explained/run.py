@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,11 @@ from kl_plugins.aggregation import Aggregation
 from kl_plugins.hosts import Host
 from kl_plugins.sampling import Sampling
 from kl_plugins.settings import Settings, Unknown
-from kl_plugins.spec import KLSpec
+from kl_plugins.spec import KLSpec, KLSpecError
+from kl_plugins.spec.options import ALLOW_BIASED
+
+RESOLVED = 150
+"""A config with more settings than this is taken to be a resolved one, which contains the defaults as well."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,11 @@ class ConfiguredRun(ABC):
         """Whether the config sets a key."""
         return key in self.settings
 
+    def chosen(self, key: str) -> bool:
+        """Whether somebody chose a value: it is given, and is not merely one of the defaults in a resolved config."""
+        resolved = len(self.settings) > RESOLVED
+        return self.given(key) and not (resolved and self.value(key) == self.defaults.get(key))
+
     def value(self, key: str) -> Any:
         """Return the value of a setting, or the host's default if it is not given or not known."""
         found = self.settings.get(key)
@@ -190,9 +199,65 @@ class ConfiguredRun(ABC):
         value = self.value(key)
         return value.lower() not in ("", "false", "0", "no", "none") if isinstance(value, str) else bool(value)
 
+    def spec_in(self, key: str) -> KLSpec | None:
+        """Return the spec that a setting holds, or None if it is not a valid one; what is wrong becomes a finding.
+
+        A spec that would need ``allow:biased`` is explained as if it had it.
+
+        Args:
+            key: the setting.
+        """
+        written = self.text(key)
+        try:
+            return KLSpec.parse(written)
+        except KLSpecError as error:
+            try:
+                spec = KLSpec.parse(f"{written}/{ALLOW_BIASED}")
+            except KLSpecError:
+                self.problems.append((key, f"it is not a valid spec: {error.problem}"))
+                return None
+        self.problems.append((key, f"its gradient is that of no divergence; add /{ALLOW_BIASED} to run it"))
+        return spec
+
     def shown(self, key: str) -> str:
         """Return a setting with its value and the place where it was found."""
         found = self.settings.get(key)
         if found is not None:
             return str(found)
         return f"{key}={self.defaults.get(key)} (default of {self.name})"
+
+
+class Tree(Mapping[str, Any]):
+    """Nested settings with the attributes and the ``get`` of a config object; what is missing is an empty tree.
+
+    Args:
+        flat: values by dotted key.
+    """
+
+    def __init__(self, flat: Mapping[str, Any]) -> None:
+        self._entries: dict[str, Any] = {}
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            head, _, rest = key.partition(".")
+            if rest:
+                groups.setdefault(head, {})[rest] = value
+            else:
+                self._entries[head] = value
+        self._entries |= {head: Tree(entries) for head, entries in groups.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._entries.get(name, _EMPTY)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+_EMPTY = Tree({})

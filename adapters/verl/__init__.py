@@ -44,6 +44,7 @@ HOST = Host(
         "advantage": f"{SCORE_KEY}, with algorithm.use_kl_in_reward=True (beta: algorithm.kl_ctrl)",
     },
     module="kl_plugins.adapters.verl",
+    explainer="kl_plugins.adapters.verl.explained",
     aggregation=(
         "by actor_rollout_ref.actor.loss_agg_mode: token-mean (the default): token mean; "
         "seq-mean-token-sum: token sum; seq-mean-token-sum-norm: constant; seq-mean-token-mean: sequence mean"

@@ -17,7 +17,9 @@ _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(\+?)=(.*)", re.DOTALL)
 _ARRAY = re.compile(
     r"\s*(?:export\s+|local\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)(\+?)=\((.*)", re.DOTALL
 )
-_EXPANSION = re.compile(r"\$\{([A-Za-z_]\w*)(?:\[[@*]\])?(?:(:?[-=])([^${}]*))?\}|\$([A-Za-z_]\w*)")
+_EXPANSION = re.compile(r"\$\{([A-Za-z_]\w*|\d)(?:\[[@*]\])?(?:(:?[-=])([^${}]*))?\}|\$([A-Za-z_]\w*)")
+_SUBSTITUTION = re.compile(r"\$\(+[^()]*\)+")
+_ARITHMETIC = re.compile(r"\$\(\(([\w\s+*/-]+)\)\)")
 _QUOTED_ARRAY = re.compile(r'"\$\{([A-Za-z_]\w*)\[@\]\}"')
 _DECLARATIONS = ("export", "local", "declare", "readonly")
 _PASSED_ON = re.compile(r"\$[@*\d]|\$\{[@*\d][^}]*\}")
@@ -120,12 +122,31 @@ def _expanded(text: str, variables: dict[str, str]) -> str:
             return variables[name]
         return match[3] if match[2] else match[0]
 
+    def number(match: re.Match[str]) -> str:
+        terms = re.split(r"\s*([+*/-])\s*", match[1].strip())
+        numbers = [variables.get(term, term) for term in terms[::2]]
+        if not all(term.isdecimal() for term in numbers):
+            return match[0]
+        words = [term for pair in zip(numbers, [*terms[1::2], ""], strict=True) for term in pair]
+        return str(_calculated("".join(words)))
+
     text = _QUOTED_ARRAY.sub(lambda match: variables.get(match[1], match[0]), text)
     for _ in range(8):
-        text, before = _EXPANSION.sub(value, text), text
+        text, before = _ARITHMETIC.sub(number, _EXPANSION.sub(value, text)), text
         if text == before:
             break
-    return text
+    return _SUBSTITUTION.sub(lambda match: "".join(match[0].split()), text)  # one word, which stays unknown
+
+
+def _calculated(text: str) -> int:
+    """Return the value of a sum of products of whole numbers; products and quotients go first, from left to right."""
+    total = 0
+    for sign, product in re.findall(r"(^|[+-])([\d*/]+)", text):
+        value = 1
+        for operation, factor in re.findall(r"(^|[*/])(\d+)", product):
+            value = value // int(factor) if operation == "/" and int(factor) else value * int(factor)
+        total += -value if sign == "-" else value
+    return total
 
 
 def _places(words: list[str], lines: list[str], start: int, place: str) -> list[Word]:

@@ -166,6 +166,154 @@ ROWS = [
     ),
     Row("trl-unknown-loss-type", "trl", "beta=0.1 loss_type=ppo", ("beta=0.1 loss_type=bnpo",)),
 ]
+ROWS += [
+    Row(
+        "k1-in-loss",
+        "verl",
+        LOSS + f"{V}kl_loss_type=kl",
+        (LOSS + f"{V}kl_loss_type=kl+", f"{V}kl_loss_type=kl", REWARD + "algorithm.kl_penalty=kl"),
+    ),
+    Row(
+        "score-of-another-estimator",
+        "verl",
+        REWARD + "algorithm.kl_penalty=low_var_kl",
+        (REWARD, "algorithm.kl_penalty=low_var_kl", REWARD + "algorithm.kl_penalty=k1@advantage"),
+    ),
+    Row("k3-is-forward-kl", "verl", LOSS, (LOSS + f"{V}kl_loss_type=low_var_kl+", LOSS + f"{V}kl_loss_type=mse")),
+    Row("no-weight-on-stale-data", "verl", LOSS, (LOSS + "data.train_batch_size=256", LOSS + f"{V}kl_loss_type=kl")),
+    Row(
+        "no-weight-on-stale-data",
+        "verl",
+        LOSS + "data.train_batch_size=256 trainer.v1.trainer_mode=separate_async",
+        (LOSS + "data.train_batch_size=256",),
+    ),
+    Row("foreign-setting", "verl", LOSS + f"+{V}kl_coef=0.1", (LOSS + REWARD,)),
+    Row("refused", "verl", LOSS + f"{V}kl_loss_type=k1@advantage", (LOSS + f"{V}kl_loss_type=default",)),
+    Row("refused", "verl", f"{V}kl_loss_type=default", (LOSS + f"{V}kl_loss_type=default",)),
+    Row("refused", "verl", LOSS + f"{V}kl_loss_type=default {V}strategy=megatron", (LOSS + f"{V}strategy=megatron",)),
+    Row("verl-no-kl", "verl", "algorithm.adv_estimator=grpo", (LOSS, REWARD)),
+    Row("verl-loss-settings-ignored", "verl", f"{V}kl_loss_coef=0.1", (LOSS, f"{V}kl_loss_coef=0.0")),
+    Row(
+        "verl-loss-settings-ignored",
+        "verl",
+        f"{V}kl_loss_type=mse",
+        (LOSS + f"{V}kl_loss_type=mse", f"{V}use_kl_loss=False"),
+    ),
+    Row(
+        "verl-reward-settings-ignored",
+        "verl",
+        "algorithm.kl_ctrl.kl_coef=0.1",
+        (REWARD, "algorithm.kl_ctrl.kl_coef=0.0"),
+    ),
+    Row(
+        "verl-reward-settings-ignored", "verl", LOSS + "algorithm.kl_penalty=mse", (REWARD + "algorithm.kl_penalty=kl",)
+    ),
+    Row("verl-zero-coefficient", "verl", f"{V}use_kl_loss=True {V}kl_loss_coef=0", (LOSS, f"{V}kl_loss_coef=0")),
+    Row("verl-zero-coefficient", "verl", "algorithm.use_kl_in_reward=True algorithm.kl_ctrl.kl_coef=0", (REWARD,)),
+    Row("verl-both-placements", "verl", LOSS + REWARD, (LOSS, REWARD)),
+    Row(
+        "verl-unknown-estimator",
+        "verl",
+        LOSS + f"{V}kl_loss_type=full",
+        (LOSS + f"{V}kl_loss_type=k3+", LOSS + f"{V}kl_loss_type=default", f"{V}kl_loss_type=full"),
+    ),
+    Row("verl-plus-fails", "verl", LOSS + f"{V}kl_loss_type=k3+", (LOSS + f"{V}kl_loss_type=k3",), "0.7.1"),
+    Row(
+        "verl-k3-clamp",
+        "verl",
+        LOSS,
+        (LOSS + f"{V}kl_loss_type=mse", LOSS + f"{V}kl_loss_type=k3+", LOSS + f"{V}kl_loss_type=k3@loss"),
+    ),
+    Row(
+        "verl-weights-spare-the-kl",
+        "verl",
+        LOSS + "algorithm.rollout_correction.rollout_is=token",
+        (LOSS, LOSS + f"{V}kl_loss_type=default algorithm.rollout_correction.rollout_is=token"),
+    ),
+    Row(
+        "verl-rejection-shrinks-the-kl",
+        "verl",
+        LOSS + "algorithm.rollout_correction.rollout_rs=seq_mean_k1",
+        (LOSS, LOSS + f"algorithm.rollout_correction.rollout_rs=seq_mean_k1 {V}loss_agg_mode=seq-mean-token-sum"),
+    ),
+    Row(
+        "verl-kl-of-the-engine",
+        "verl",
+        REWARD + "algorithm.rollout_correction.bypass_mode=True",
+        (REWARD, LOSS + "algorithm.rollout_correction.bypass_mode=True"),
+    ),
+    Row(
+        "verl-reward-divided-by-std",
+        "verl",
+        REWARD + "algorithm.adv_estimator=grpo",
+        (
+            REWARD,
+            REWARD + "algorithm.adv_estimator=grpo algorithm.norm_adv_by_std_in_grpo=False",
+            LOSS + "algorithm.adv_estimator=grpo",
+            REWARD + "algorithm.adv_estimator=grpo algorithm.kl_penalty=k1@advantage",
+        ),
+    ),
+    Row(
+        "verl-estimator-drops-the-kl",
+        "verl",
+        REWARD + "algorithm.adv_estimator=gdpo",
+        (REWARD, LOSS + "algorithm.adv_estimator=gdpo"),
+    ),
+    Row(
+        "verl-adaptive-not-saved",
+        "verl",
+        REWARD + "algorithm.kl_ctrl.type=adaptive",
+        (REWARD, REWARD + "algorithm.kl_ctrl.type=adaptive algorithm.kl_penalty=k1@advantage"),
+    ),
+    Row(
+        "verl-adaptive-ignored",
+        "verl",
+        LOSS + "algorithm.kl_ctrl.type=adaptive",
+        (REWARD + "algorithm.kl_ctrl.type=adaptive", LOSS),
+    ),
+    Row(
+        "verl-mean-by-micro-batch",
+        "verl",
+        LOSS + f"{V}loss_agg_mode=seq-mean-token-sum-norm",
+        (LOSS, LOSS + f"{V}loss_agg_mode=seq-mean-token-sum-norm {V}loss_scale_factor=512"),
+    ),
+    Row(
+        "verl-sum-of-tokens",
+        "verl",
+        LOSS + f"{V}loss_agg_mode=seq-mean-token-sum",
+        (LOSS, REWARD + f"{V}loss_agg_mode=seq-mean-token-sum"),
+    ),
+    Row("mean-per-response", "verl", LOSS + f"{V}loss_agg_mode=seq-mean-token-mean", (LOSS,)),
+    Row("verl-unknown-aggregation", "verl", LOSS + f"{V}loss_agg_mode=mean", (LOSS,)),
+    Row("verl-ppo-kl-is-another", "verl", f"{V}policy_loss.ppo_kl_coef=0.1", (LOSS,)),
+    Row(
+        "verl-raw-logprobs",
+        "verl",
+        LOSS + "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs actor_rollout_ref.rollout.temperature=0.7",
+        (
+            LOSS + "actor_rollout_ref.rollout.temperature=0.7",
+            LOSS + "actor_rollout_ref.rollout.logprobs_mode=raw_logprobs",
+        ),
+    ),
+    Row(
+        "truncated-sampling",
+        "verl",
+        LOSS + "actor_rollout_ref.rollout.top_p=0.9",
+        (LOSS + "actor_rollout_ref.rollout.val_kwargs.top_p=0.9",),
+    ),
+    Row(
+        "verl-lora-reference",
+        "verl",
+        LOSS + "actor_rollout_ref.model.lora_rank=8",
+        (LOSS, "actor_rollout_ref.model.lora_rank=8"),
+    ),
+    Row(
+        "verl-k1-reward-in-groups",
+        "verl",
+        REWARD + "algorithm.adv_estimator=grpo",
+        (REWARD, LOSS + "algorithm.adv_estimator=grpo"),
+    ),
+]
 
 # Findings that come from the reading and from refusals, and have no row in a table of rules.
 WITHOUT_A_TABLE = {"reading", "refused"}

@@ -108,6 +108,13 @@ def test_a_command_in_quotes_and_in_a_here_document_is_found() -> None:
     assert values(read_text(here, "a.sh", FORM, ".sh")) == {"beta": 1, "loss": "dapo"}
 
 
+def test_arithmetic_and_the_defaults_of_arguments_are_known() -> None:
+    text = "N=$((1024 * 2 - 8))\nM=${2:-dapo}\ntrain_it --steps $((N + 4 / 2)) --loss $M --beta $((X + 1))\n"
+    found = read_text(text, "a.sh", FORM, ".sh")
+    assert {s.key: s.value for s in found if s.key in ("steps", "loss")} == {"steps": 2042, "loss": "dapo"}
+    assert isinstance(values(found)["beta"], Unknown)
+
+
 def test_a_value_that_is_set_elsewhere_is_unknown() -> None:
     assert values(read_text("train_it --beta $BETA", "a.sh", FORM, ".sh")) == {"beta": Unknown("$BETA")}
     assert values(read_text("TrainConfig(beta=args.beta)", "a.py", FORM, ".py")) == {"beta": Unknown("args.beta")}

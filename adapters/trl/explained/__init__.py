@@ -19,8 +19,7 @@ from kl_plugins.adapters.trl.refusals import contradictions
 from kl_plugins.explain.config import ConfigExplanation
 from kl_plugins.sampling import Sampling
 from kl_plugins.settings import Format, Settings, read_words
-from kl_plugins.spec import KLSpec, KLSpecError
-from kl_plugins.spec.options import ALLOW_BIASED
+from kl_plugins.spec import KLSpec
 
 FORMAT = Format(
     program=r"\btrl\s+(grpo|rloo)\b|trl\.scripts\.\w+|\w*(grpo|rloo|gspo)\w*\.py\b",
@@ -161,15 +160,9 @@ class TRLRun(ConfiguredRun):
         )
 
     def _spec_term(self, written: str) -> Iterator[Term]:
-        try:
-            spec = KLSpec.parse(written)
-        except KLSpecError as error:
-            try:
-                spec = KLSpec.parse(f"{written}/{ALLOW_BIASED}")
-            except KLSpecError:
-                self.problems.append((FIELD, f"it is not a valid spec: {error.problem}"))
-                return
-            self.problems.append((FIELD, f"its gradient is that of no divergence; add /{ALLOW_BIASED} to run it"))
+        spec = self.spec_in(FIELD)
+        if spec is None:
+            return
         # Exact terms ask transformers for ZeRO-3; everything else depends on the placement alone.
         twin = KLSpec.parse(f"k1@{spec.placement}" if spec.placement != "loss" else "k2@loss")
         asked = twin if spec.needs_exact else spec
