@@ -6,7 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kl_plugins.adapters.verl import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
-from kl_plugins.adapters.verl.config import Specs, behaviour_source, bypasses, estimator_of, logprobs_mode, sampling_of
+from kl_plugins.adapters.verl.config import (
+    Specs,
+    behaviour_source,
+    bypasses,
+    estimator_of,
+    logprobs_mode,
+    sampling_of,
+    spec_in,
+)
 from kl_plugins.adapters.versions import refuse_untested
 from kl_plugins.sampling import PRODUCTS
 from kl_plugins.spec import KLSpec
@@ -61,7 +69,7 @@ def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     if not actor.use_kl_loss:
         yield "actor_rollout_ref.actor.use_kl_loss is False, so veRL would ignore it; set it to True"
     if spec.needs_exact:
-        yield from _exact_problems(config)
+        yield from _exact_problems(spec, config)
     yield from _beta_problems(spec, LOSS_BETA, actor.kl_loss_coef)
     yield from _sampling_problems(spec, config)
     if spec.behaviour == "sampler" and not rollout.calculate_log_probs:
@@ -76,7 +84,10 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     if not algorithm.use_kl_in_reward:
         yield "algorithm.use_kl_in_reward is False, so veRL would ignore it; set it to True"
     if spec.needs_exact:
-        yield "exact terms need the logits, which veRL's trainer process never has; use an exact @loss spec"
+        yield (
+            "exact terms need the logits, which veRL's trainer process never has, also under top:; use an exact @loss "
+            "spec"
+        )
     yield from _beta_problems(spec, SCORE_BETA, algorithm.kl_ctrl.kl_coef)
     if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
         yield (
@@ -143,12 +154,30 @@ def _sampling_problems(spec: KLSpec, config: Any) -> Iterator[str]:
         )
 
 
-def _exact_problems(config: Any) -> Iterator[str]:
+def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
+    """Give the settings under which veRL's engine does not show the logits that exact terms need."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
-    if model.get("lora_rank", 0) or (model.get("lora") or {}).get("rank", 0) or model.get("lora_adapter_path"):
-        yield "under LoRA veRL keeps no reference model beside the actor; exact terms were not tested there"
-    if actor.fsdp_config.get("pad_to_length", False):
-        yield "actor_rollout_ref.actor.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; unset it"
+    adapted = model.get("lora_rank", 0) or (model.get("lora") or {}).get("rank", 0) or model.get("lora_adapter_path")
+    if adapted and spec.top is None:
+        yield (
+            "under LoRA veRL keeps no reference model beside the actor, and exact terms need its logits; use "
+            "exact@loss/top, which takes what it needs from the pass that computes ref_log_prob"
+        )
+    if model.get("use_fused_kernels", False):
+        yield (
+            "actor_rollout_ref.model.use_fused_kernels=True computes log-probs in a kernel that never holds the logits "
+            "of a token, and exact terms need them; set it to False"
+        )
+    roles = {"actor": actor} if spec.top is None or adapted else {"actor": actor, "ref": config.actor_rollout_ref.ref}
+    for name, role in roles.items():
+        where, engine = f"actor_rollout_ref.{name}", role.get("fsdp_config") or {}
+        if engine.get("pad_to_length", False):
+            yield f"{where}.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; unset it"
+        if max(section.get("ulysses_sequence_parallel_size", 1) for section in (role, engine)) > 1:
+            yield (
+                f"{where}.ulysses_sequence_parallel_size > 1 gives each rank the logits of some tokens only, and exact "
+                "terms were not written for that; set it to 1"
+            )
 
 
 def _beta_problems(spec: KLSpec, key: str, value: float) -> Iterator[str]:
@@ -218,6 +247,13 @@ def untested(config: Any) -> Iterator[str]:
         yield (
             f"the engine actor_rollout_ref.actor.strategy={actor.strategy} was not tested "
             f"(tested: {', '.join(ENGINES)})"
+        )
+    reference = config.actor_rollout_ref.ref.get("strategy", actor.strategy)
+    spec = spec_in(LOSS_KEY, actor.get("kl_loss_type"))
+    if spec is not None and spec.top is not None and reference not in ENGINES:
+        yield (
+            f"the engine actor_rollout_ref.ref.strategy={reference}, which has to show its logits under top:, was not "
+            f"tested (tested: {', '.join(ENGINES)})"
         )
     if model.get("use_fused_kernels", False):
         yield (

@@ -297,8 +297,8 @@ def _reference(process: Any) -> Any:
         if reference is not None:
             return reference
     raise RuntimeError(
-        "it has no reference model beside the actor, and exact terms need its logits; add /top to the spec, as in "
-        "exact@loss/top, which takes what it needs from the reference's own pass, wherever that runs"
+        "it has no reference model beside the actor, and exact terms need its logits; use exact@loss/top, which "
+        "takes what it needs from the reference's own pass, wherever that runs"
     )
 
 

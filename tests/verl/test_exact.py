@@ -9,8 +9,8 @@ from kl_plugins.receipts import MissingReceiptError
 from tests.support.verl import remote
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
 from tests.support.verl.ray_support import TRAINERS
-from tests.support.verl.reference import by_hand, distance
-from tests.support.verl.workers import BETA, Group, make_batch, policy_logits
+from tests.support.verl.reference import by_hand, distance, exact_by_hand
+from tests.support.verl.workers import BETA, Group, make_batch
 
 SPECS = (
     "exact@loss",
@@ -38,17 +38,6 @@ def group(assets, cluster, models):
     made = group_with_reference(assets, models, 1, packed=True)
     yield made
     made.end()
-
-
-def exact_by_hand(models, batch):
-    """(B, T) KL of the states from both models' whole softmax."""
-    found = []
-    for policy, reference in zip(
-        *(policy_logits(model, batch.prompts, batch.responses) for model in models[:2]), strict=True
-    ):
-        logp, ref_logp = policy.double().log_softmax(-1), reference.detach().double().log_softmax(-1)
-        found.append((logp.exp() * (logp - ref_logp)).sum(-1).float())
-    return batch.padded(found)
 
 
 @pytest.mark.parametrize("text", SPECS)
@@ -79,7 +68,7 @@ def test_two_padded_ranks_are_one_packed_rank(assets, cluster, group, batch, mod
 
 def test_a_worker_without_the_reference_is_named(assets, cluster):
     alone = Group(str(assets / "model"), 1, packed=True)
-    with pytest.raises(MissingReceiptError, match=r"rank 0 .*no reference model beside the actor"):
+    with pytest.raises(MissingReceiptError, match=r"rank 0 .*no reference model beside the actor.* use exact@loss/top"):
         alone.use("exact@loss")
     alone.end()
 

@@ -21,6 +21,9 @@ from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
 EXACT = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss")
+TOP = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss/top")
+LORA = "actor_rollout_ref.model.lora_rank=8"
+SEQUENCE_PARALLEL = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
 REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
@@ -38,7 +41,7 @@ def test_verls_defaults_hold_no_spec():
     assert not ADAPTER.checked(config())
 
 
-@pytest.mark.parametrize("overrides", [LOSS, EXACT, REWARD, ADVANTAGE, (*LOSS, *REWARD)])
+@pytest.mark.parametrize("overrides", [LOSS, EXACT, TOP, (*TOP, LORA), REWARD, ADVANTAGE, (*LOSS, *REWARD)])
 def test_good_configs_pass(overrides):
     assert ADAPTER.checked(config(*overrides))
 
@@ -57,8 +60,12 @@ def test_good_configs_pass(overrides):
         ((*LOSS, "actor_rollout_ref.actor.kl_loss_coef=-1"), "drives the policy away"),
         ((*REWARD, "algorithm.kl_ctrl.kl_coef=0"), "nothing would be regularised"),
         ((*REWARD, "algorithm.kl_penalty=k1@advantage/future:exact"), "use an exact @loss spec"),
-        ((*EXACT, "actor_rollout_ref.model.lora_rank=8"), "under LoRA"),
+        ((*EXACT, LORA), "under LoRA .* use exact@loss/top"),
         ((*EXACT, "++actor_rollout_ref.actor.fsdp_config.pad_to_length=True"), "pad_to_length"),
+        ((*TOP, "++actor_rollout_ref.ref.fsdp_config.pad_to_length=True"), r"ref\.fsdp_config\.pad_to_length"),
+        ((*TOP, "actor_rollout_ref.model.use_fused_kernels=True"), "a kernel that never holds the logits"),
+        ((*TOP, SEQUENCE_PARALLEL), "each rank the logits of some tokens only"),
+        ((*TOP, "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"), r"_ref\.ref\.ulysses"),
         (
             (*LOSS, "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token/behaviour:sampler", NO_LOG_PROBS),
             "calculate_log_probs=True",
@@ -108,6 +115,13 @@ def test_parts_that_were_not_tested_are_refused_by_name(overrides, part, monkeyp
     with pytest.warns(RuntimeWarning, match=part):
         assert ADAPTER.checked(chosen)
     assert not ADAPTER.checked(config(*overrides)), "without a spec nothing is refused"
+
+
+def test_under_top_the_references_engine_was_tested_as_well():
+    other = "actor_rollout_ref.ref.strategy=torchtitan"
+    assert ADAPTER.checked(config(*EXACT, other))
+    with pytest.raises(UnsupportedHostError, match=r"ref\.strategy=torchtitan, which has to show its logits"):
+        ADAPTER.checked(config(*TOP, other))
 
 
 @V1

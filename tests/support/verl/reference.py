@@ -1,7 +1,7 @@
 """What the workers should have computed: the core called by hand on the same tensors."""
 
 from kl_plugins import KLSpec, kl_term
-from tests.support.verl.workers import BETA, policy_log_probs
+from tests.support.verl.workers import BETA, policy_log_probs, policy_logits
 
 
 def by_hand(model, batch, text, mean="token", exact=None):
@@ -35,3 +35,14 @@ def distance(ours, theirs):
 def difference(one, other):
     """Difference of two gradients, by name."""
     return {name: one[name] - other[name] for name in one}
+
+
+def exact_by_hand(models, batch):
+    """(B, T) KL of the states from both models' whole softmax."""
+    found = []
+    for policy, reference in zip(
+        *(policy_logits(model, batch.prompts, batch.responses) for model in models[:2]), strict=True
+    ):
+        logp, ref_logp = policy.double().log_softmax(-1), reference.detach().double().log_softmax(-1)
+        found.append((logp.exp() * (logp - ref_logp)).sum(-1).float())
+    return batch.padded(found)

@@ -31,8 +31,30 @@ def state(process):
 
 def freeze(process):
     """Let no update change the weights."""
+    set_rate(process, 0.0)
+
+
+def set_rate(process, rate):
+    """Change the learning rate."""
     for group in process.engine.optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = rate
+
+
+def count_forwards(process):
+    """From now on count the forward passes of the process's model, the reference's where it holds one alone."""
+    process.forwards = 0
+
+    def count(module, args, output):
+        process.forwards += 1
+
+    holder = getattr(process, "ref", None) or process
+    process.counting = holder.engine.module.register_forward_hook(count)
+
+
+def counted_forwards(process):
+    """Stop counting, and give the number."""
+    process.counting.remove()
+    return process.forwards
 
 
 def train_without_steps(process, data):
@@ -53,7 +75,8 @@ def record_gradients(process):
     process.recorded = {}
 
     def keep(optimizer, args, kwargs):
-        process.recorded = {name: value.grad.detach().clone() for name, value in parameters.items()}
+        gradients = {name: value.grad for name, value in parameters.items() if value.requires_grad}
+        process.recorded = {name: gradient.detach().clone() for name, gradient in gradients.items()}
 
     process.engine.optimizer.register_step_pre_hook(keep)
 

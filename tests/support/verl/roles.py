@@ -56,6 +56,12 @@ class Role:
         )
         self.workers.init_model()
 
+    def ask(self, function: Any, *arguments: Any) -> list[Any]:
+        """What a function says in the process."""
+        import ray
+
+        return list(ray.get([worker.__ray_call__.remote(function, *arguments) for worker in self.workers.workers]))
+
     def end(self) -> None:
         """Give the process and what it holds of the cluster back."""
         import ray
@@ -103,14 +109,41 @@ def numbers(batch: Batch, k: int) -> list[Tensor]:
     return [row.view(-1, 2 * k + 1) for row in batch.extra[KEY]]
 
 
-def swapped(rows: list[Tensor], one: int, other: int) -> list[Tensor]:
-    """The rows with two of them exchanged."""
-    moved = list(rows)
-    moved[one], moved[other] = moved[other], moved[one]
-    return moved
+def shifted(batch: Batch, k: int, row: int) -> Batch:
+    """The batch with the numbers of one sequence moved by one token."""
+    from kl_plugins.adapters.top_k import KEY
+
+    moved = [one.roll(1, 0) if index == row else one for index, one in enumerate(numbers(batch, k))]
+    return dataclasses.replace(batch, extra={**batch.extra, KEY: [one.flatten() for one in moved]})
 
 
-def by_formula(models: Any, batch: Batch, k: int, correction: str) -> Tensor:
+def trainer_of(cls: Any, actor: Role, reference: Any, spec: str) -> Any:
+    """One of veRL's trainers with these workers, without its data, rollout and loop.
+
+    Args:
+        cls: the trainer's class.
+        actor: the actor's workers, which have given their receipts.
+        reference: the group of the reference's workers.
+        spec: a ``@loss`` spec.
+    """
+    from kl_plugins import KLSpec
+    from kl_plugins.adapters.verl.config import Specs
+    from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession
+
+    made = cls.__new__(cls)
+    made.config, made.actor_rollout_wg = actor.config, actor.workers
+    made.ref_policy_wg, made.ref_in_actor = reference, False
+    setattr(made, ATTRIBUTE, TrainerSession(Specs(KLSpec.parse(spec), None)))
+    return made
+
+
+def bucketed(models: Any, batch: Batch, k: int) -> float:
+    """The mean over all tokens of the KL over set and bucket, nats."""
+    with torch.no_grad():
+        return float(by_formula(models, batch, k, None))
+
+
+def by_formula(models: Any, batch: Batch, k: int, correction: str | None) -> Tensor:
     """The mean over all tokens of the top-k term, written out: its gradient is the spec's.
 
     Set and bucket take the weight before the token, the sample takes the token's too.
@@ -119,7 +152,7 @@ def by_formula(models: Any, batch: Batch, k: int, correction: str) -> Tensor:
         models: policy and reference.
         batch: its old policy is the one that drew the tokens.
         k: number of tokens.
-        correction: of the spec: none, token, prefix or sequence.
+        correction: of the spec: none, token, prefix or sequence; None to leave the sample out.
     """
     from tests.support.verl.workers import policy_logits
 
@@ -133,12 +166,15 @@ def by_formula(models: Any, batch: Batch, k: int, correction: str) -> Tensor:
         inside = (chosen == response.unsqueeze(-1)).any(-1)
         p, r = logp.gather(-1, chosen).exp(), ref_logp.gather(-1, chosen).exp()
         tail = ((1 - p.sum(-1)) / (1 - r.sum(-1))).log()
-        bucketed = (p * (p / r).log()).sum(-1) + (1 - p.sum(-1)) * tail
+        summed = (p * (p / r).log()).sum(-1) + (1 - p.sum(-1)) * tail
+        if correction is None:
+            total = total + summed.sum()
+            continue
         own, ref = (values.gather(-1, response.unsqueeze(-1)).squeeze(-1) for values in (logp, ref_logp))
         sample = torch.where(inside, 0.0, (own - ref - tail).detach()) * own
         ratio = (own - batch.log_probs["old_log_probs"][row].double()).detach().exp()
         upto, one = ratio.cumprod(0), torch.ones_like(ratio)
         before = {"none": one, "token": one, "prefix": upto / ratio, "sequence": one * upto[-1]}[correction]
         including = {"none": one, "token": ratio, "prefix": upto, "sequence": before}[correction]
-        total = total + (before * bucketed + including * sample).sum()
+        total = total + (before * summed + including * sample).sum()
     return total / sum(len(response) for response in batch.responses)

@@ -80,8 +80,13 @@ class Batch:
         return data
 
     def _left_right(self) -> Any:
-        from tensordict import TensorDict
         from verl.workers.utils.padding import left_right_2_no_padding
+
+        return left_right_2_no_padding(self.left_and_right())
+
+    def left_and_right(self) -> Any:
+        """The batch of the older trainer: prompts padded on the left, responses on the right."""
+        from tensordict import TensorDict
 
         def left(tensors: list[Tensor]) -> Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side="left")
@@ -91,7 +96,7 @@ class Batch:
         attended.append(self.padded([torch.ones_like(r) for r in self.responses]))
         attention_mask = torch.cat(attended, -1)
         fields = {"response_mask": self.masks, "advantages": self.advantages, **self.log_probs, **self.extra}
-        data = TensorDict(
+        return TensorDict(
             {
                 "prompts": prompts,
                 "responses": responses,
@@ -102,7 +107,6 @@ class Batch:
             },
             batch_size=len(self.prompts),
         )
-        return left_right_2_no_padding(data)
 
 
 def policy_logits(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
@@ -178,6 +182,7 @@ class Group:
         packed: bool,
         environment: dict[str, str] | None = None,
         nodes: int = 1,
+        **adapters: Any,
     ) -> None:
         import ray
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
@@ -190,6 +195,7 @@ class Group:
             use_remove_padding=packed,
             enable_gradient_checkpointing=False,
             override_config={"attn_implementation": "sdpa"},
+            **adapters,
         )
         config = TrainingWorkerConfig(
             model_type="language_model",
