@@ -37,6 +37,7 @@ HOST = Host(
         "advantage": f"{ESTIMATOR_FLAG}, without {LOSS_FLAG} (beta: {COEFFICIENT_FLAG})",
     },
     module="kl_plugins.adapters.openrlhf",
+    explainer="kl_plugins.adapters.openrlhf.explained",
     aggregation=(
         "@loss: token mean; @reward and @advantage by --actor.loss_agg_mode (token mean or sequence mean), and "
         "sequence mean under --actor.policy_loss_type gspo"

@@ -314,6 +314,118 @@ ROWS += [
         (REWARD, LOSS + "algorithm.adv_estimator=grpo"),
     ),
 ]
+K = "--algo.kl."
+IN_LOSS = f"{K}use_loss {K}estimator k2 "
+FEW = "--rollout.batch_size 128 "
+
+ROWS += [
+    Row("k1-in-loss", "openrlhf", f"{K}use_loss", (f"{K}use_loss {K}unbiased_gradient", "", IN_LOSS)),
+    Row("score-of-another-estimator", "openrlhf", f"{K}estimator k3", (f"{K}estimator k1", IN_LOSS)),
+    Row(
+        "k3-is-forward-kl",
+        "openrlhf",
+        f"{K}use_loss {K}estimator k3",
+        (IN_LOSS, f"{K}use_loss {K}estimator k3 {K}unbiased_gradient"),
+    ),
+    Row("no-weight-on-stale-data", "openrlhf", IN_LOSS, (IN_LOSS + FEW, IN_LOSS + f"{K}unbiased_gradient")),
+    Row("no-weight-on-stale-data", "openrlhf", IN_LOSS + FEW + "--train.async_enable", (IN_LOSS + FEW,)),
+    Row(
+        "weight-without-floor-on-stale-data",
+        "openrlhf",
+        IN_LOSS + f"{K}unbiased_gradient",
+        (IN_LOSS + FEW + f"{K}unbiased_gradient", f"{K}use_loss {K}estimator default"),
+    ),
+    Row("truncated-sampling", "openrlhf", IN_LOSS + "--rollout.top_p 0.9", (IN_LOSS,)),
+    Row("foreign-setting", "openrlhf", "--algo.kl.coef 0.1", (IN_LOSS,)),
+    Row("negative-beta", "openrlhf", IN_LOSS + f"{K}init_coef -0.1", (IN_LOSS,)),
+    Row("refused", "openrlhf", f"{K}estimator default", (f"{K}use_loss {K}estimator default",)),
+    Row("refused", "openrlhf", f"{K}use_loss {K}estimator k1@advantage", (f"{K}estimator k1@advantage",)),
+    Row(
+        "refused",
+        "openrlhf",
+        f"{K}use_loss {K}estimator default --ds.ring_attn_size 2",
+        (f"{K}use_loss {K}estimator k2 --ds.ring_attn_size 2",),
+    ),
+    Row("openrlhf-no-kl", "openrlhf", f"{K}init_coef 0", (IN_LOSS,)),
+    Row(
+        "openrlhf-ignored-without-coefficient", "openrlhf", f"{K}init_coef 0 {K}use_loss", (f"{K}init_coef 0", IN_LOSS)
+    ),
+    Row("openrlhf-loss-empties-reward", "openrlhf", IN_LOSS, ("", f"{K}use_loss {K}estimator default")),
+    Row(
+        "openrlhf-dead-tokens",
+        "openrlhf",
+        IN_LOSS,
+        (IN_LOSS + f"{K}unbiased_gradient", f"{K}estimator k2", f"{K}use_loss {K}estimator k2@loss"),
+    ),
+    Row(
+        "openrlhf-unbiased-in-reward",
+        "openrlhf",
+        f"{K}unbiased_gradient",
+        (IN_LOSS + f"{K}unbiased_gradient",),
+        "0.11.2",
+    ),
+    Row("openrlhf-no-unbiased-yet", "openrlhf", IN_LOSS + f"{K}unbiased_gradient", (IN_LOSS,), "0.11.0"),
+    Row(
+        "openrlhf-unbiased-hides-the-sampler",
+        "openrlhf",
+        IN_LOSS + f"{K}unbiased_gradient --train.async_enable",
+        (IN_LOSS + f"{K}unbiased_gradient", IN_LOSS + "--train.async_enable"),
+    ),
+    Row(
+        "openrlhf-unbiased-hides-the-sampler",
+        "openrlhf",
+        IN_LOSS + f"{K}unbiased_gradient --algo.advantage.is_correction_level token",
+        (IN_LOSS + f"{K}unbiased_gradient",),
+    ),
+    Row(
+        "openrlhf-correction-spares-the-kl",
+        "openrlhf",
+        IN_LOSS + "--algo.advantage.is_correction_level token",
+        (IN_LOSS, "--algo.advantage.is_correction_level token"),
+    ),
+    Row(
+        "openrlhf-always-token-mean",
+        "openrlhf",
+        IN_LOSS + "--actor.loss_agg_mode seq-mean-token-mean",
+        (IN_LOSS, "--actor.loss_agg_mode seq-mean-token-mean"),
+    ),
+    Row("openrlhf-always-token-mean", "openrlhf", IN_LOSS + "--actor.policy_loss_type gspo", (IN_LOSS,)),
+    Row("openrlhf-mean-by-micro-batch", "openrlhf", IN_LOSS, ("",), "0.10.3"),
+    Row("openrlhf-adaptive", "openrlhf", f"{K}target 0.1", ("",)),
+    Row(
+        "openrlhf-adaptive-sees-too-little",
+        "openrlhf",
+        IN_LOSS + f"{K}target 0.1 --train.dynamic_batch_enable",
+        (IN_LOSS + f"{K}target 0.1", IN_LOSS + "--train.dynamic_batch_enable"),
+    ),
+    Row(
+        "openrlhf-whitened",
+        "openrlhf",
+        "--algo.advantage.estimator gae",
+        ("--algo.advantage.estimator gae --algo.advantage.no_std_norm", "--algo.advantage.estimator rloo", IN_LOSS),
+    ),
+    Row(
+        "openrlhf-k1-reward-to-go",
+        "openrlhf",
+        "--algo.advantage.estimator rloo",
+        ("--algo.advantage.estimator gae", IN_LOSS),
+    ),
+    Row(
+        "openrlhf-score-on-sequence-ratio",
+        "openrlhf",
+        "--actor.policy_loss_type gspo",
+        (IN_LOSS + "--actor.policy_loss_type gspo", ""),
+    ),
+    Row("openrlhf-flat-flags", "openrlhf", "--use_kl_loss --init_kl_coef 0.1 --kl_estimator k3", (IN_LOSS,), "0.11.2"),
+    Row(
+        "openrlhf-correction-renamed",
+        "openrlhf",
+        "--algo.advantage.is_correction_enable",
+        ("--algo.advantage.is_correction_level token",),
+        "0.11.2",
+    ),
+    Row("openrlhf-unknown-estimator", "openrlhf", f"{K}estimator k4", (IN_LOSS, f"{K}use_loss {K}estimator default")),
+]
 
 # Findings that come from the reading and from refusals, and have no row in a table of rules.
 WITHOUT_A_TABLE = {"reading", "refused"}

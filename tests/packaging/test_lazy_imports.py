@@ -45,6 +45,8 @@ def test_tensor_functions_load_torch(tmp_path: Path) -> None:
         (["explain", "k2@los"], True),
         (["explain", "--host", "trl", "beta=0.1"], False),
         (["explain", "--host", "trl", "beta=0.1", "kl=exact@loss", "--suggest"], False),
+        (["explain", "--host", "verl", "actor_rollout_ref.actor.use_kl_loss=True"], False),
+        (["explain", "--host", "openrlhf", "--algo.kl.estimator", "default", "--algo.kl.use_loss"], False),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
