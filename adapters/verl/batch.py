@@ -99,8 +99,12 @@ def response_spans(data: Any) -> list[tuple[int, int]]:
 
 
 def _response_lengths(data: Any) -> Tensor:
-    responses: Tensor = data["responses"]
-    if responses.is_nested:
-        return responses.offsets().diff()
-    attended: Tensor = data["attention_mask"][:, -responses.shape[1] :]
-    return attended.sum(-1)
+    responses: Any = data["responses"]
+    nested = responses.is_nested
+    lengths: Tensor = responses.offsets().diff() if nested else _attended(data, responses.shape[1]).sum(-1)
+    return lengths
+
+
+def _attended(data: Any, width: int) -> Tensor:
+    mask: Tensor = data["attention_mask"]
+    return mask[:, -width:]

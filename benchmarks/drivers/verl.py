@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.support.verl import remote
 from tests.support.verl.ray_support import CPU_HOST, ENVIRONMENT, cluster
-from tests.support.verl.workers import Batch, Group
+from tests.support.verl.workers import Batch, Group, with_scores
 
 
 @cache
@@ -55,6 +55,25 @@ class Workers(Group):
         if self._micro_batch is None:
             return found
         return dataclasses.replace(found, micro_batch_size_per_gpu=self._micro_batch)
+
+    def scored(self, batch: Batch, k: int) -> Batch:
+        """Let the reference model beside the policy score a batch, and give its top-k numbers with the log-probs.
+
+        Args:
+            batch: of one worker, which holds a reference model (``remote.add_reference``).
+            k: number of tokens per state.
+
+        Returns:
+            The batch with the reference's log-probs and numbers.
+        """
+        from verl.utils import tensordict_utils
+
+        from kl_plugins.adapters.verl.top_k import ASKED
+
+        data = batch.tensordict()
+        tensordict_utils.assign_non_tensor(data, compute_loss=False, **{ASKED: k})
+        (output,) = self.ask(remote.score, data)
+        return with_scores(batch, output)
 
 
 def batch_of(

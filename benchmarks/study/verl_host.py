@@ -76,6 +76,8 @@ def run(
         drawn = sampler.draw(policy, tokenizer, prompts)
         texts = tokenizer.batch_decode(drawn.completion_lists(), skip_special_tokens=True)
         batch, metrics = trainer.prepare(policy, drawn, task.reward(prompts, texts))
+        if spec is not None and spec.top is not None:
+            batch = group.scored(batch, spec.top)
         metrics |= trainer.checked(group.train(batch))
         group.load_into(policy)
         metrics["clip_ratio/region_mean"] = metrics[CLIPPED]

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from kl_plugins.adapters.verl.top_k import ASKED, KEY, Recorder, keep, missing
+from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.verl.top_k import ASKED, Recorder, keep, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.verl.trainer import session_of
 from kl_plugins.patches.verl.worker import SHOW

@@ -12,12 +12,13 @@ from kl_plugins.adapters import receipts
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.metrics import warn_if_floored
 from kl_plugins.adapters.micro_batch import entered
+from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, metrics, score
 from kl_plugins.adapters.verl.config import Specs, behaviour_source, sampling_of, spec_in, statement_of
 from kl_plugins.adapters.verl.refusals import check_sessions, check_trainer
 from kl_plugins.adapters.verl.score import ScoreController, Shaping
 from kl_plugins.adapters.verl.session import collect, require_reference
-from kl_plugins.adapters.verl.top_k import KEY, put_back
+from kl_plugins.adapters.verl.top_k import put_back
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.verl import HOOKS
 

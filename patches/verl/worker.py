@@ -15,11 +15,12 @@ from kl_plugins.adapters.base import parse
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, unknown_place
 from kl_plugins.adapters.session import Total
+from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl import HOST, batch
 from kl_plugins.adapters.verl.config import statement_of
 from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, cost, packed_kl, packed_top_k
 from kl_plugins.adapters.verl.session import Session, session_of
-from kl_plugins.adapters.verl.top_k import KEY, LOGITS, NEVER_SHOWN, missing
+from kl_plugins.adapters.verl.top_k import LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.verl import HOOKS

@@ -107,6 +107,12 @@ def test_an_exact_loss_starts_from_another_reference(train):
     assert updates[-1][1]["kl/exact"] > 1e-3
 
 
+def test_a_top_k_loss_takes_its_numbers_from_the_references_pass(train):
+    _, updates = train("exact@loss/top:8", family="qwen2")
+    assert updates[0][1]["kl/log_ratio/max"] < 1e-4
+    assert updates[-1][1]["kl/exact"] > 1e-3
+
+
 def test_without_a_regulariser_there_is_none(train):
     curve, updates = train("none")
     assert not [key for _, metrics in updates for key in metrics if key.startswith("kl")]

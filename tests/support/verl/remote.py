@@ -144,6 +144,11 @@ def add_reference(process, path):
     process.ref.reset()
 
 
+def score(process, data):
+    """Score a batch under the reference model that :func:`add_reference` gave."""
+    return process.ref.infer_batch(data)
+
+
 def _model(process, path):
     from verl.workers.config import HFModelConfig
 

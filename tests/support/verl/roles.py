@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.support.verl.configs import composed
 from tests.support.verl.main_ppo import SETTINGS
-from tests.support.verl.workers import Batch
+from tests.support.verl.workers import Batch, with_scores
 
 FOREIGN = ("ray_kwargs", "+ray_kwargs", "++transfer_queue", "reward.", "trainer.device")
 """Settings that are not about models and batches."""
@@ -85,7 +85,6 @@ def scored(batch: Batch, workers: Any, k: int | None, method: str = "compute_ref
     """
     from verl.utils import tensordict_utils
 
-    from kl_plugins.adapters.top_k import KEY
     from kl_plugins.adapters.verl.top_k import ASKED
 
     data = batch.tensordict()
@@ -93,13 +92,7 @@ def scored(batch: Batch, workers: Any, k: int | None, method: str = "compute_ref
     tensordict_utils.assign_non_tensor(data, compute_loss=False, **asked, **notes)
     output = getattr(workers, method)(data)
     output = output.get() if hasattr(output, "get") and not hasattr(output, "keys") else output
-    log_probs = [
-        row[len(prompt) - 1 : -1] for row, prompt in zip(output["log_probs"].unbind(), batch.prompts, strict=True)
-    ]
-    extra = {} if k is None else {KEY: list(output[KEY].unbind())}
-    return dataclasses.replace(
-        batch, log_probs={**batch.log_probs, "ref_log_prob": log_probs}, extra={**batch.extra, **extra}
-    )
+    return with_scores(batch, output)
 
 
 def numbers(batch: Batch, k: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -107,6 +107,21 @@ class Batch:
             },
             batch_size=len(self.prompts),
         )
+
+
+def with_scores(batch: Batch, output: Any) -> Batch:
+    """The batch with what workers returned when they scored it under the reference.
+
+    Args:
+        batch: of which the reference's log-probs are replaced.
+        output: the workers' output: log-probs of all tokens, and top-k numbers if they were asked for.
+    """
+    from kl_plugins.adapters.top_k import KEY
+
+    rows = zip(output["log_probs"].unbind(), batch.prompts, strict=True)
+    log_probs = {**batch.log_probs, "ref_log_prob": [row[len(prompt) - 1 : -1] for row, prompt in rows]}
+    extra = {KEY: list(output[KEY].unbind())} if KEY in output.keys() else {}  # noqa: SIM118  TensorDict has no `in`
+    return replace(batch, log_probs=log_probs, extra={**batch.extra, **extra})
 
 
 def policy_logits(model: Any, prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor]:
