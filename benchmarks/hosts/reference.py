@@ -11,6 +11,12 @@ from torch import Tensor
 
 from benchmarks.hosts.cases import BETA, NEAR, Case
 from kl_plugins import KLSpec, kl_penalty, kl_term
+from kl_plugins.adapters.aggregations import Rule, token_weights
+from kl_plugins.adapters.trl.explained.defaults import RULES as TRL
+from kl_plugins.adapters.verl.explained.defaults import RULES as VERL
+
+MODES: dict[str, dict[str, Rule]] = {"trl": TRL, "verl": VERL, "openrlhf": {"token-mean": "batch"}}
+"""How much each token counts, by host and by the host's name of the mode."""
 
 
 def pad(rows: list[Tensor], width: int) -> Tensor:
@@ -129,24 +135,10 @@ def sequence_weights(
     Raises:
         ValueError: if the host has no such mode.
     """
-    count, tokens = len(lengths), sum(lengths)
-    match host, aggregation:
-        case ("trl", "dapo") | ("verl", "token-mean") | ("openrlhf", "token-mean"):
-            return [1 / tokens] * count
-        case ("trl", "grpo") | ("verl", "seq-mean-token-mean"):
-            return [1 / (count * length) for length in lengths]
-        case ("trl", "dr_grpo"):
-            return [1 / (count * width)] * count
-        case ("trl", "luspo") | ("verl", "seq-mean-token-sum"):
-            return [1 / count] * count
-        case ("trl", "bnpo") if micro_batches is not None:
-            shares = {i: sum(lengths[j] for j in batch) * len(micro_batches) for batch in micro_batches for i in batch}
-            return [1 / shares[i] for i in range(count)]
-        case ("verl", "seq-mean-token-sum-norm") if micro_batches is not None:
-            longest = {i: max(lengths[j] for j in batch) for batch in micro_batches for i in batch}
-            return [1 / (count * longest[i]) for i in range(count)]
-        case _:
-            raise ValueError(f"{host} has no aggregation {aggregation!r} that is known here")
+    rule = MODES.get(host, {}).get(aggregation)
+    if rule is None or (rule in ("micro-batch", "longest") and micro_batches is None):
+        raise ValueError(f"{host} has no aggregation {aggregation!r} that is known here")
+    return token_weights(rule, lengths, width, micro_batches)
 
 
 def reward_site(host: str, penalty: Tensor, mask: Tensor, group: int) -> Tensor:

@@ -200,8 +200,11 @@ class TRLRun(ConfiguredRun):
         """TRL's optimizer steps per rollout."""
         config = self.config
         updates = config.steps_per_generation * config.num_iterations / max(config.gradient_accumulation_steps, 1)
+        served = f"each rollout serves {updates:g} optimizer step{'s' * (updates != 1)}"
+        if updates < 1:
+            served = f"each optimizer step uses {1 / updates:g} rollouts"
         text = (
-            f"each rollout serves {updates:g} optimizer step{'s' * (updates != 1)} (num_iterations "
+            f"{served} (num_iterations "
             f"{config.num_iterations}, steps_per_generation {config.steps_per_generation}, "
             f"gradient_accumulation_steps {config.gradient_accumulation_steps})"
         )
