@@ -23,6 +23,14 @@ WHY_DEFAULT = (
     "more than the term is worth, so that term is opt-in (preset sequence)."
 )
 
+WHICH_ONE = (
+    "Which one to take: three specs estimate the reverse KL's gradient in a loss. exact@loss/top is the one for most "
+    "runs: its only noise is that of the tokens outside the reference's most probable ones, and of the reference it "
+    "needs 2 k + 1 numbers per token, which the pass that gives its log-probs gives as well. exact@loss has no token "
+    "noise, but needs the reference's logits beside the policy's. k2@loss has the noise of one sampled token per "
+    "state, and needs only log-probs."
+)
+
 
 def notes(spec: KLSpec) -> tuple[str, ...]:
     """Return statements on this estimator in this placement, the most important one first."""
@@ -70,12 +78,8 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
             "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps"
             " or recomputes for that is in its receipt."
         )
-    if spec.estimator == "exact":
-        found.append(
-            "Which one to take: exact has no token noise and needs the reference's logits. top:<k> has the noise of "
-            "the tokens outside the top k alone and needs 2 k + 1 numbers per token. k2 needs only log-probs and has "
-            "all of the noise."
-        )
+    if spec.placement == "loss" and spec.estimator in ("exact", "k2", "k3+"):
+        found.append(WHICH_ONE)
     if said := stability(spec):
         found.append(said)
     return tuple(found)
