@@ -30,7 +30,7 @@ def statements(run: ConfiguredRun) -> Iterator[tuple[str, str]]:
         for label, text in _of_term(run, term):
             yield f"{label}{mark}", text
     if run.terms:
-        yield "reference", run.reference
+        yield "reference", f"{run.reference}."
     yield "sampling", f"{run.sampling}."
     yield "data", _data(run)
 
@@ -45,6 +45,8 @@ def _of_term(run: ConfiguredRun, term: Term) -> Iterator[tuple[str, str]]:
         yield "target", f"{told.target}: {told.target_text}."
         yield "fresh data", told.on_policy.text
         yield "stale data", told.off_policy.text + (f" {said}" if (said := stability(term.spec)) else "")
+    else:
+        yield "target", "none: it is the gradient of no divergence."
     yield "weight", f"{term.weight}."
     if term.clamp:
         yield "clamps", f"{term.clamp}."

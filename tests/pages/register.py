@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.pages import migration, refusals, words
+from tests.pages import configs, migration, refusals, words
 from tests.pages.parts import Part
 
 HOSTS = ("trl", "verl", "openrlhf")
@@ -31,4 +31,9 @@ PARTS = (
     ),
     Part("hosts/compatibility.md", "shared refusals", refusals.shared_part),
     Part("glossary.md", "metrics", words.metrics),
+    Part("explain-config.md", "trl example", partial(configs.listing, "trl", "grpo.yaml")),
+    Part("explain-config.md", "verl example", partial(configs.listing, "verl", "grpo.sh", "--suggest")),
+    Part("explain-config.md", "openrlhf example", partial(configs.listing, "openrlhf", "ppo.sh")),
+    Part("explain-config.md", "common rules", partial(configs.rules_part, "")),
+    *(Part("explain-config.md", f"{host} rules", partial(configs.rules_part, host)) for host in HOSTS),
 )

@@ -90,7 +90,8 @@ RULES: tuple[Rule[TRLRun], ...] = (
         ("importance_sampling_level", "use_bias_correction_kl", "beta"),
         lambda run: _grpo(run) and run.by_sequence,
         "one ratio per sequence multiplies the KL of each token, and its gradient goes to all tokens of the response: "
-        "the result is the gradient of no divergence, off by 0.37 of its size in a measured batch",
+        "the result is the gradient of no divergence. In a measured batch it differed by 0.37 of its size from the "
+        "nearest spec",
         f"trl#6586, trl#6594; {LOSS}; docs: Migration",
         "set use_bias_correction_kl to false, or use the spec `default`, which weights each token by its own ratio",
         versions=">=0.26",
@@ -162,7 +163,7 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "note",
         ("beta",),
         _grpo,
-        "a group whose rewards all tie has advantages of 0, and still its KL pulls",
+        "a group whose rewards all tie has advantages of 0, but its KL still has a gradient",
         f"trl#5588; {LOSS}",
     ),
     Rule(
