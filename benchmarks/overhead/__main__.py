@@ -51,10 +51,9 @@ def main(
             rows += [{"host": host, **summarised(pair)} for pair in found["pairs"]]
     hosts.report(console)
     console.print(table(rows))
-    compared = [row for row in rows if row["same_gradient"]]
-    undecided = [f"{NAMES[row['host']]} {row['name']}" for row in compared if row["verdict"] == UNDECIDED]
+    undecided = [f"{NAMES[row['host']]} {row['spec']}" for row in rows if row["verdict"] == UNDECIDED]
     if undecided:
-        console.print(f"too noisy for a percent, here and with so many rounds: {', '.join(undecided)}")
+        console.print(f"too noisy for a verdict, here and with so many rounds: {', '.join(undecided)}")
     settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}
     about = {"machine": machine(), "command": typed("benchmarks.overhead"), "versions": versions, **settings}
     write_json(out / "overhead.json", {**about, "failed": hosts.failed, "rows": rows})
@@ -66,7 +65,7 @@ def main(
 def summarised(pair: dict[str, Any]) -> dict[str, Any]:
     """Return a pair's blocks and their summary."""
     blocks = {arm: [Block(**block) for block in found] for arm, found in pair["blocks"].items()}
-    return {**pair, **summary(blocks)}
+    return {**pair, **summary(blocks, pair["target"])}
 
 
 if __name__ == "__main__":

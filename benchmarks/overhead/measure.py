@@ -47,14 +47,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower": lower, "upper": upper}
 
 
-def summary(blocks: dict[str, list[Block]]) -> dict[str, Any]:
+def summary(blocks: dict[str, list[Block]], target: float | None) -> dict[str, Any]:
     """Summarise the blocks of one pair. Ratios are taken within a round, so that the speed of the machine cancels.
+
+    Args:
+        blocks: blocks by arm.
+        target: largest accepted increase of a step's duration, as a share of the duration, or None.
 
     Returns:
         As medians with quartiles: for each arm the seconds of a step and the peak bytes; ``ratio`` (spec over host) and
         ``noise`` (host over itself); ``memory_ratio`` and ``memory_noise``, the same for the peaks. As means with 95 %
         intervals: ``extra`` and ``extra_seconds``, the relative and absolute time by which a step is longer than the
-        mean of the round's two blocks of the host. ``verdict`` compares the interval of ``extra`` with :data:`TARGET`.
+        mean of the round's two blocks of the host. ``verdict`` compares the interval of ``extra`` with the target.
     """
     seconds = {arm: [statistics.median(block.seconds) for block in found] for arm, found in blocks.items()}
     peaks = {arm: [float(block.peak) for block in found] for arm, found in blocks.items()}
@@ -73,7 +77,7 @@ def summary(blocks: dict[str, list[Block]]) -> dict[str, Any]:
         "memory_noise": ratio(peaks, AGAIN),
         "extra": extra,
         "extra_seconds": around_mean([spec - (host + again) / 2.0 for spec, host, again in rounds]),
-        "verdict": MET if extra["high"] <= TARGET else MISSED if extra["low"] > TARGET else UNDECIDED,
+        "verdict": judged(extra, target),
     }
 
 
@@ -83,6 +87,11 @@ def around_mean(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "low": low, "high": high}
 
 
-TARGET = 0.01
-"""Largest accepted increase of a step's duration by a spec, as a share of the duration."""
-MET, MISSED, UNDECIDED = "met", "missed", "undecided"
+MET, MISSED, UNDECIDED, NO_TARGET = "met", "missed", "undecided", "no target"
+
+
+def judged(extra: dict[str, float], target: float | None) -> str:
+    """Return whether an increase with this interval meets the target."""
+    if target is None:
+        return NO_TARGET
+    return MET if extra["high"] <= target else MISSED if extra["low"] > target else UNDECIDED

@@ -42,23 +42,31 @@ class Pair:
         native: settings of the host's worker.
         spec: spec of kl-plugins.
         same_gradient: whether both have the same gradient. If not, the result is the cost of another gradient.
+        target: largest accepted increase of a step's duration, as a share of the duration; None if there is no target.
     """
 
     name: str
     native: dict[str, Any]
     spec: str
     same_gradient: bool = True
+    target: float | None = 0.01
+
+
+def _top_k(name: str, native: dict[str, Any]) -> Pair:
+    return Pair(name, native, "exact@loss/top:64", same_gradient=False, target=0.03)
 
 
 PAIRS: dict[str, tuple[Pair, ...]] = {
     "trl": (
         Pair("k3", {"use_bias_correction_kl": False}, "k3@loss"),
         Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
-        Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False),
+        Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False, target=None),
+        _top_k("k3", {"use_bias_correction_kl": False}),
     ),
     "verl": (
         Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),
         Pair("k2", {"estimator": "k2"}, "k2@loss"),
+        _top_k("k2", {"estimator": "k2"}),
     ),
     "openrlhf": (
         Pair("k3", {"estimator": "k3"}, "k3@loss"),
@@ -67,6 +75,7 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
             {"estimator": "k2", "unbiased_gradient": True},
             "k2@loss/is:token/behaviour:old/cap:10",
         ),
+        _top_k("k3", {"estimator": "k3"}),
     ),
 }
 

@@ -1,4 +1,8 @@
-"""veRL's steps in a real training worker; ``python -m benchmarks.overhead.verl_steps PLAN FOLDER OUT``."""
+"""veRL's steps in a real training worker; ``python -m benchmarks.overhead.verl_steps PLAN FOLDER OUT``.
+
+A step is the pass that scores the batch under the reference, and one optimizer step. The worker scores with its own
+model, which has the size of a reference.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from benchmarks.drivers import verl
 from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
+from kl_plugins import KLSpec
+from tests.support.verl import roles
 from tests.support.verl.workers import Batch
 
 
@@ -41,13 +47,14 @@ def main(plan: Path, folder: Path, output: Path) -> None:
 
         def run(pair: Pair, spec: bool) -> Block:
             group.use(pair.spec if spec else pair.native["estimator"], kl_loss_coef=work.BETA)
+            top = KLSpec.parse(pair.spec).top if spec else None
             base, seconds = 0, []
             for index in range(1 + read.steps):
                 if index == 1:
                     (base,) = group.ask(memory.restart)
-                data = batch.tensordict()
                 start = time.perf_counter()
-                group.workers.train_mini_batch(data).get()
+                scored = roles.scored(batch, group.workers, top, "infer_batch")
+                group.workers.train_mini_batch(scored.tensordict()).get()
                 seconds.append(time.perf_counter() - start)
             (peak,) = group.ask(memory.peak)
             return Block(seconds[1:], peak, base)

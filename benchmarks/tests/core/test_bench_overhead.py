@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.overhead import memory, work
-from benchmarks.overhead.measure import MET, MISSED, UNDECIDED, Block, in_turns, spread, summary
+from benchmarks.overhead.measure import MET, MISSED, NO_TARGET, UNDECIDED, Block, in_turns, spread, summary
 from benchmarks.overhead.plan import AGAIN, ARMS, HOST, PAIRS, SMOKE, SPEC, Pair, Plan
 from benchmarks.overhead.report import plot, table
 from kl_plugins import KLSpec
@@ -36,7 +36,7 @@ def blocks(host: list[float], spec: list[float], again: list[float], peaks: tupl
 
 
 def test_a_slower_machine_falls_out_of_the_ratio() -> None:
-    found = summary(blocks([1.0, 2.0, 4.0], [1.005, 2.01, 4.02], [1.0, 2.0, 4.0], (100, 150)))
+    found = summary(blocks([1.0, 2.0, 4.0], [1.005, 2.01, 4.02], [1.0, 2.0, 4.0], (100, 150)), 0.01)
     assert found["ratio"]["median"] == pytest.approx(1.005)
     assert (found["ratio"]["lower"], found["ratio"]["upper"]) == pytest.approx((1.005, 1.005))
     assert found["seconds"][HOST]["median"] == 2.0
@@ -46,12 +46,15 @@ def test_a_slower_machine_falls_out_of_the_ratio() -> None:
 
 
 def test_a_slow_spec_and_a_noisy_machine_show() -> None:
-    assert summary(blocks([1.0] * 3, [1.05] * 3, [1.0] * 3))["verdict"] == MISSED
-    assert summary(blocks([1.0] * 3, [1.0] * 3, [0.9, 1.0, 1.1]))["verdict"] == UNDECIDED
+    slow, noisy = blocks([1.0] * 3, [1.05] * 3, [1.0] * 3), blocks([1.0] * 3, [1.0] * 3, [0.9, 1.0, 1.1])
+    assert summary(slow, 0.01)["verdict"] == summary(slow, 0.03)["verdict"] == MISSED
+    assert summary(slow, 0.06)["verdict"] == MET
+    assert summary(slow, None)["verdict"] == NO_TARGET
+    assert summary(noisy, 0.01)["verdict"] == UNDECIDED
 
 
 def test_what_a_step_takes_longer_is_against_both_blocks_of_the_host() -> None:
-    found = summary(blocks([1.0, 3.0, 2.0], [2.1, 2.2, 2.3], [3.0, 1.0, 2.0]))["extra_seconds"]
+    found = summary(blocks([1.0, 3.0, 2.0], [2.1, 2.2, 2.3], [3.0, 1.0, 2.0]), 0.01)["extra_seconds"]
     # 0.2 on average; Student's t for two degrees of freedom is 4.303, the standard error 0.1 / sqrt(3).
     assert found == pytest.approx({"mean": 0.2, "low": 0.2 - 0.2484, "high": 0.2 + 0.2484}, abs=1e-4)
 
@@ -105,8 +108,9 @@ def test_tokens_fill_the_batch() -> None:
 
 def test_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [{"host": "trl", **vars(pair), **summary(blocks([1.0] * 3, [1.0] * 3, [1.0] * 3))} for pair in PAIRS["trl"]]
+    same = blocks([1.0] * 3, [1.0] * 3, [1.0] * 3)
+    rows = [{"host": "trl", **vars(pair), **summary(same, pair.target)} for pair in PAIRS["trl"]]
     json.dumps(rows)
-    assert list(table(rows).columns[6].cells) == [MET, MET, "(another gradient)"]
+    assert list(table(rows).columns[6].cells) == [f"1%: {MET}", f"1%: {MET}", NO_TARGET, f"3%: {MET}"]
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()

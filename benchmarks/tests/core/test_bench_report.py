@@ -114,13 +114,13 @@ def test_command(tmp_path):
 
 def test_overhead_says_what_a_spec_adds_and_how_that_lies_against_the_target(tmp_path):
     blocks = {arm: [Block([seconds], 100, 10)] * 3 for arm, seconds in ((HOST, 2.0), (SPEC, 2.01), (AGAIN, 2.0))}
-    rows = [{"host": "trl", **vars(pair), **summary(blocks)} for pair in PAIRS["trl"]]
+    rows = [{"host": "trl", **vars(pair), **summary(blocks, pair.target)} for pair in PAIRS["trl"]]
     write(tmp_path, "overhead/overhead.json", {"rows": rows})
     page, _ = render(tmp_path)
     assert "+10.0 (+10.0 to +10.0)" in page
     assert "+0.5 (+0.5 to +0.5) %" in page
-    assert page.count("<td>met</td>") == 2
-    assert page.count("<td>(another gradient)</td>") == 1
+    assert page.count("<td>1%: met</td>") == 2
+    assert page.count("<td>no target</td>") == page.count("<td>3%: met</td>") == 1
 
 
 def test_text_that_every_row_repeats_is_shown_once():
