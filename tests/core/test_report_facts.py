@@ -26,10 +26,10 @@ def test_one_step_in_ten_may_miss_and_not_more() -> None:
     assert fact is not None
     assert fact.lasting
     assert fact.first == 81
-    often = facts.above(series(*[0.1] * 80, *[0.6, 0.1] * 10), 0.5)
+    often = facts.above(series(*[0.1] * 80, *[0.1, 0.6] * 10), 0.5)
     assert often is not None
     assert not often.lasting
-    assert often.when() == "In 10 of 100 logged steps, between step 81 and step 99"
+    assert often.when() == "In 10 of 100 logged steps, between step 82 and step 100"
 
 
 def test_a_rare_condition_that_does_not_last_is_not_reported() -> None:
