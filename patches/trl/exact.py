@@ -177,10 +177,12 @@ class TrainerStates:
         if trainer.ref_model is not None:
             return model is trainer.ref_model
         # One model is both: TRL has switched to the reference's adapter, or all adapters off.
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         peft_model = trainer.accelerator.unwrap_model(model)
         if "ref" in peft_model.peft_config:
             return bool(peft_model.active_adapter == "ref")
-        return any(getattr(module, "disable_adapters", False) for module in peft_model.modules())
+        return any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in peft_model.modules())
 
     @contextmanager
     def _as_reference(self, adapter: AbstractContextManager[Any]) -> Iterator[None]:

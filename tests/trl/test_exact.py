@@ -1,6 +1,5 @@
 """Exact terms: the full-vocabulary KL of every state, from the heads of TRL's own models."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl import exact as adapter
 from tests.support.trl import trainers
-from tests.support.trl.states import TEMPERATURE, by_hand, moved_on
+from tests.support.trl.states import TEMPERATURE, by_hand, capped_model, moved_on
 
 SPECS = [
     "exact@loss",
@@ -41,25 +40,6 @@ def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradient_is_that_of_the_full_softmax(spec, model, tmp_path):
     check_gradient(*moved_on(model, tmp_path, spec), spec)
-
-
-def capped_model(model: str, folder: Path) -> str:
-    """A Gemma2, whose head caps its logits, with the tokenizer of the usual model."""
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), final_logit_softcapping=2.0, max_position_embeddings=128, **sizes, **heads
-    )
-    capped = Gemma2ForCausalLM(config)
-    with torch.no_grad():
-        capped.get_input_embeddings().weight.mul_(20.0)  # logits in the cap's bend
-    capped.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_soft_cap_of_the_model_is_kept(model, tmp_path):

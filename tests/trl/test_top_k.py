@@ -11,8 +11,9 @@ from kl_plugins import KLSpec, kl_penalty, kl_term
 from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl import exact as adapter
+from kl_plugins.patches.trl import exact as patches
 from tests.support.trl import trainers
-from tests.support.trl.states import TEMPERATURE, by_hand, moved_on
+from tests.support.trl.states import TEMPERATURE, by_hand, capped_model, moved_on
 
 K = 3
 """Tokens of 15 in the set, so that part of the drawn tokens lie in the bucket."""
@@ -60,6 +61,11 @@ def test_an_adapter_that_is_trained_on_has_its_first_state_as_reference(model: s
     tokenizer = AutoTokenizer.from_pretrained(model)
     built, inputs = moved_on(trained, tmp_path, f"exact@loss/top:{K}", tokenizer=tokenizer, **MEAN)
     assert "ref" in built.model.peft_config
+    check_gradient(built, inputs, is_token=False)
+
+
+def test_soft_cap_of_both_models_is_kept(model: str, tmp_path: Path) -> None:
+    built, inputs = moved_on(capped_model(model, tmp_path / "capped"), tmp_path, f"exact@loss/top:{K}", **MEAN)
     check_gradient(built, inputs, is_token=False)
 
 
@@ -112,6 +118,24 @@ def test_the_reference_runs_only_where_trl_scores_it(spec: str, model: str, tmp_
     built.current_gradient_accumulation_steps = 1
     assert passes_of(built, lambda: found.append(built._generate_and_score_completions(rows))) == 1
     assert passes_of(built, lambda: built.compute_loss(built.model, found[0])) == 0
+
+
+def test_one_model_that_is_both_is_recorded_as_the_reference_only(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = trainers.build(
+        GRPOTrainer, GRPOConfig, model, tmp_path, kl=f"exact@loss/top:{K}", lora=True, num_iterations=2
+    )
+    original, recorded = patches.top_k_of_states, []
+
+    def record(*given: Any) -> torch.Tensor:
+        recorded.append(original(*given))
+        return recorded[-1]
+
+    monkeypatch.setattr(patches, "top_k_of_states", record)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
+    assert "old_per_token_logps" in inputs, "TRL should have scored the policy as well"
+    assert len(recorded) == 1
 
 
 TRAINING: dict[str, Any] = {

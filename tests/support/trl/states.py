@@ -30,6 +30,25 @@ def moved_on(model: Any, folder: Path, spec: str, **changes: Any) -> tuple[Any, 
     return built, inputs
 
 
+def capped_model(model: str, folder: Path) -> str:
+    """A Gemma2, whose head caps its logits, with the tokenizer of the usual model."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 64}
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), final_logit_softcapping=2.0, max_position_embeddings=128, **sizes, **heads
+    )
+    capped = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        capped.get_input_embeddings().weight.mul_(20.0)  # logits in the cap's bend
+    capped.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def log_softmax(model: Any, inputs: dict[str, Any]) -> Tensor:
     """(B, T, V) from the logits that the model itself gives, float64."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
