@@ -58,6 +58,11 @@ def unweighted(term: Term) -> bool:
     return term.in_loss and not term.spec.needs_behaviour and not term.spec.needs_exact and not k1_in_loss(term)
 
 
+def a_score(term: Term) -> bool:
+    """Whether it is in the reward or in the advantages."""
+    return not term.in_loss
+
+
 def fades(term: Term) -> bool:
     """Whether its pull fades on tokens that the policy drops."""
     return term.in_loss and term.equal and term.spec.needs_behaviour and "can run away" in stability(term.spec)
@@ -170,6 +175,19 @@ COMMON: tuple[Rule[ConfiguredRun], ...] = (
         ),
         "trl#6789; vllm#42259; tests/oracle/test_truncated_sampling.py",
         "sample the whole distribution: top_p 1, no top_k, no min_p",
+    ),
+    Rule(
+        "score-behind-the-clip",
+        ALL_HOSTS,
+        "warning",
+        keys_of(a_score),
+        lambda run: run.staleness.stale and any(a_score(term) for term in run.terms),
+        lambda run: (
+            f"the data are stale ({run.staleness.text}), and this KL reaches the policy through the policy loss: "
+            "where the ratio of a token is clipped, its KL has no gradient, also where it would pull the token back"
+        ),
+        "arXiv 1707.06347 (PPO); arXiv 2510.01555",
+        "use a KL in the loss, for example the spec `default`",
     ),
     Rule(
         "negative-beta",

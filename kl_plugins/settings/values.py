@@ -145,7 +145,7 @@ def scalar(text: str) -> Any:
         return Unknown(bare)
     if bare.lower() in ("true", "false"):
         return bare.lower() == "true"
-    if bare.lower() in ("null", "none", "~"):
+    if bare.lower() in ("null", "~") or bare == "None":  # none is a word of its own, for example for scale_rewards
         return None
     for convert in (int, float):
         try:

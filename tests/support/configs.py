@@ -310,6 +310,55 @@ ROWS += [
         (REWARD, LOSS + "algorithm.adv_estimator=grpo"),
     ),
 ]
+ROWS += [
+    Row("score-behind-the-clip", "trl", "rloo num_iterations=2", ("rloo", "beta=0.1 num_iterations=2")),
+    Row("score-behind-the-clip", "verl", REWARD, (LOSS, REWARD + "data.train_batch_size=256")),
+    Row(
+        "trl-reward-divided-by-std",
+        "trl",
+        "beta=0.1 kl=k1@reward",
+        (
+            "beta=0.1 kl=k1@reward scale_rewards=none",
+            "beta=0.1 kl=k1@reward scale_rewards=False",
+            "beta=0.1 kl=k1@advantage",
+            "rloo kl=k1@reward",
+        ),
+    ),
+    Row("trl-group-mean-shrinks", "trl", "beta=0.1 kl=k1@reward", ("beta=0.1 kl=k1@advantage", "rloo kl=k1@reward")),
+    Row("trl-gmpo-has-its-own-kl", "trl", "GMPOConfig(beta=0.1)", ("GRPOConfig(beta=0.1)", "GMPOConfig(beta=0.0)")),
+    Row("k3-is-forward-kl", "trl", "GMPOConfig(beta=0.1)", ("GRPOConfig(beta=0.1)",)),
+    Row("refused", "trl", "GMPOConfig(beta=0.1, kl='default')", ("GRPOConfig(beta=0.1, kl='default')",)),
+    Row(
+        "trl-other-trainer", "trl", "trl dpo --beta 0.1", ("trl grpo --beta 0.1", "kl-plugins run trl rloo", "beta=0.1")
+    ),
+    Row(
+        "trl-spec-without-kl-plugins",
+        "trl",
+        "trl grpo --beta 0.1 --kl default",
+        ("kl-plugins run trl grpo --beta 0.1 --kl default", "beta=0.1 kl=default", "trl grpo --beta 0.1"),
+    ),
+    Row(
+        "trl-spec-without-kl-plugins",
+        "trl",
+        "from trl import GRPOConfig\nGRPOConfig(beta=0.1, kl='default')",
+        ("from kl_plugins.adapters.trl import GRPOConfig\nGRPOConfig(beta=0.1, kl='default')",),
+    ),
+    Row(
+        "verl-group-mean-shrinks",
+        "verl",
+        REWARD + "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8",
+        (REWARD + "algorithm.adv_estimator=grpo", LOSS + "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=8"),
+    ),
+    Row(
+        "verl-sessions-drop-the-kl",
+        "verl",
+        REWARD + "algorithm.adv_estimator=grpo actor_rollout_ref.rollout.multi_turn.enable=True",
+        (REWARD + "algorithm.adv_estimator=grpo", REWARD + "actor_rollout_ref.rollout.multi_turn.enable=True"),
+        "0.9.1",
+    ),
+    Row("verl-spec-needs-modules", "verl", LOSS + f"{V}kl_loss_type=default", (LOSS,), "0.8.0"),
+]
+
 K = "--algo.kl."
 IN_LOSS = f"{K}use_loss {K}estimator k2 "
 FEW = "--rollout.batch_size 128 "
@@ -419,6 +468,24 @@ ROWS += [
         "--algo.advantage.is_correction_enable",
         ("--algo.advantage.is_correction_level token",),
         "0.11.2",
+    ),
+    Row(
+        "openrlhf-spec-without-kl-plugins",
+        "openrlhf",
+        f"python -m openrlhf.cli.train_ppo_ray {K}use_loss {K}estimator default",
+        (
+            f"kl-plugins run openrlhf.cli.train_ppo_ray {K}use_loss {K}estimator default",
+            f"python -m openrlhf.cli.train_ppo_ray {IN_LOSS}",
+        ),
+    ),
+    Row(
+        "openrlhf-agent-gives-the-logprobs",
+        "openrlhf",
+        f"{K}use_loss {K}estimator k2@loss/is:token/behaviour:sampler --train.agent_func_path a.py",
+        (
+            f"{K}use_loss {K}estimator default --train.agent_func_path a.py",
+            f"{K}use_loss {K}estimator k2@loss/is:token/behaviour:sampler",
+        ),
     ),
     Row("openrlhf-unknown-estimator", "openrlhf", f"{K}estimator k4", (IN_LOSS, f"{K}use_loss {K}estimator default")),
 ]

@@ -30,6 +30,11 @@ def _dead(run: OpenRLHFRun) -> bool:
     )
 
 
+def _stock_program(run: OpenRLHFRun) -> bool:
+    words = " ".join(run.settings.words)
+    return "openrlhf" in words and "kl-plugins" not in words and "kl_plugins" not in words
+
+
 def _idle(run: OpenRLHFRun) -> list[str]:
     """Flags that need a reference, in a run that has none."""
     return [key for key in (USE_LOSS, ESTIMATOR, UNBIASED, TARGET) if run.given(key)]
@@ -239,6 +244,27 @@ RULES: tuple[Rule[OpenRLHFRun], ...] = (
         "OpenRLHF#1339, released in 0.11.2",
         "use --algo.advantage.is_correction_level, is_correction_mode and is_correction_gating",
         versions=">=0.11.2",
+    ),
+    Rule(
+        "openrlhf-spec-without-kl-plugins",
+        OPENRLHF,
+        "error",
+        (ESTIMATOR,),
+        lambda run: looks_like_spec(run.text(ESTIMATOR)) and _stock_program(run),
+        "OpenRLHF's own parser does not know specs, and stops",
+        "cli.train_ppo_ray",
+        "start it by `kl-plugins run openrlhf.cli.train_ppo_ray`",
+    ),
+    Rule(
+        "openrlhf-agent-gives-the-logprobs",
+        OPENRLHF,
+        "warning",
+        ("train.agent_func_path", ESTIMATOR),
+        lambda run: bool(run.text("train.agent_func_path")) and any("sampler" in term.weight for term in run.terms),
+        "the weight divides by log-probs that the agent returns. An agent of your own may sample with other settings, "
+        "return log-probs of another kind, or none",
+        "vllm_engine, agent.py: a missing log-prob becomes 0",
+        "let the agent return rollout_log_probs of the processed distribution",
     ),
     Rule(
         "openrlhf-unknown-estimator",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from packaging.version import Version
 
 from kl_plugins.adapters.explained import explanation
 from kl_plugins.adapters.explained.run import ConfiguredRun, Staleness, Term
-from kl_plugins.adapters.trl import FIELD, HOST
+from kl_plugins.adapters.trl import FIELD, HOST, SCRIPTS
 from kl_plugins.adapters.trl.config import PROCESSED, behaviour_source, mode_in, reward_site, sampling_of
 from kl_plugins.adapters.trl.explained import defaults
 from kl_plugins.adapters.trl.refusals import contradictions
@@ -23,7 +24,7 @@ from kl_plugins.spec import KLSpec
 
 FORMAT = Format(
     program=r"\btrl\s+(grpo|rloo)\b|trl\.scripts\.\w+|\w*(grpo|rloo|gspo)\w*\.py\b",
-    calls=("GRPOConfig", "RLOOConfig", "AsyncGRPOConfig", "GRPOTrainer", "RLOOTrainer"),
+    calls=("GRPOConfig", "RLOOConfig", "AsyncGRPOConfig", "GMPOConfig", "GRPOTrainer", "RLOOTrainer", "GMPOTrainer"),
     config_flags=("config",),
 )
 """TRL's programs, and the classes whose arguments are settings."""
@@ -37,10 +38,15 @@ class TRLRun(ConfiguredRun):
 
     @cached_property
     def algorithm(self) -> str:
-        """``GRPO``, ``RLOO`` or ``AsyncGRPO``."""
+        """``GRPO``, ``RLOO``, ``GMPO``, ``AsyncGRPO``, or the name of another script of TRL's command line."""
         words = " ".join([*self.settings.words, *self.settings.calls])
         if "AsyncGRPO" in words or "async_grpo" in words:
             return "AsyncGRPO"
+        if "gmpo" in words.lower():
+            return "GMPO"
+        script = re.search(r"\btrl (\w+)", words)
+        if script is not None and script[1] not in SCRIPTS:
+            return script[1]
         rloo = "rloo" in words.lower() or any(self.given(key) for key in RLOO_ONLY)
         return "RLOO" if rloo else "GRPO"
 
@@ -78,6 +84,8 @@ class TRLRun(ConfiguredRun):
                 if setting.key.startswith("generation_kwargs.")
             },
         }
+        if isinstance(found.get("scale_rewards"), bool):
+            found["scale_rewards"] = "group" if found["scale_rewards"] else "none"
         for key in ("use_vllm", "use_liger_kernel", "normalize_advantages"):
             if key in found:
                 found[key] = self.flag(key)
@@ -87,7 +95,7 @@ class TRLRun(ConfiguredRun):
     def terms(self) -> tuple[Term, ...]:
         """TRL's own KL term, or that of the ``kl`` field; none where beta is 0."""
         written = self.value(FIELD)
-        if self.algorithm == "AsyncGRPO":
+        if self.algorithm not in ("GRPO", "RLOO", "GMPO"):
             return ()
         if written is not None:
             return tuple(self._spec_term(str(written)))
@@ -128,6 +136,8 @@ class TRLRun(ConfiguredRun):
             rule_setting=f"loss_type {self.text('loss_type')}",
             rule_key="loss_type",
         )
+        if self.algorithm == "GMPO":
+            weighted = replace(weighted, keys=("beta",), rule="response", rule_setting="GMPO", rule_key="")
         if not self.reweights:
             return replace(
                 weighted,
@@ -167,6 +177,8 @@ class TRLRun(ConfiguredRun):
         twin = KLSpec.parse(f"k1@{spec.placement}" if spec.placement != "loss" else "k2@loss")
         asked = twin if spec.needs_exact else spec
         problems = list(contradictions(asked, self.config, self.algorithm, self.version))
+        if self.algorithm == "GMPO":
+            problems.append("GMPO has a loss of its own, which kl-plugins does not know; use GRPO")
         source = behaviour_source(spec, self.config, self.flag("use_vllm"))
         self.problems += [(FIELD, problem) for problem in [*problems, *self.sampling.problems(spec, source)]]
         against = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from kl_plugins.adapters.explained.rules import Rule
 from kl_plugins.adapters.trl.explained import TRLRun
 from kl_plugins.adapters.trl.explained.defaults import RULES as MODES
@@ -15,7 +17,7 @@ def _native(run: TRLRun) -> bool:
 
 
 def _grpo(run: TRLRun) -> bool:
-    return run.algorithm == "GRPO" and _native(run)
+    return run.algorithm in ("GRPO", "GMPO") and _native(run)
 
 
 def _without_beta(run: TRLRun) -> list[str]:
@@ -26,7 +28,7 @@ def _without_beta(run: TRLRun) -> list[str]:
 
 
 def _no_beta(run: TRLRun) -> bool:
-    return run.number("beta") == 0 and run.algorithm != "AsyncGRPO"
+    return run.number("beta") == 0 and run.algorithm in ("GRPO", "RLOO", "GMPO")
 
 
 def _peft(run: TRLRun) -> bool:
@@ -36,6 +38,20 @@ def _peft(run: TRLRun) -> bool:
 def _other_temperature(run: TRLRun) -> bool:
     key = "generation_kwargs.temperature"
     return run.given(key) and run.number(key) != run.number("temperature")
+
+
+def _scored(run: TRLRun) -> bool:
+    """Whether a spec puts the KL into GRPO's rewards."""
+    return run.algorithm == "GRPO" and any(term.spec.placement == "reward" for term in run.terms)
+
+
+def _stock_program(run: TRLRun) -> bool:
+    """Whether the program that gets the config is one without kl-plugins."""
+    words = " ".join(run.settings.words)
+    stock = (
+        bool(re.search(r"\btrl\b|trl\.scripts\.", words)) and "kl-plugins" not in words and "kl_plugins" not in words
+    )
+    return stock or ("trl" in run.settings.imports and "kl_plugins" not in run.settings.imports)
 
 
 def _given_to_async(run: TRLRun) -> list[str]:
@@ -113,7 +129,9 @@ RULES: tuple[Rule[TRLRun], ...] = (
         TRL,
         "note",
         ("use_bias_correction_kl",),
-        lambda run: _grpo(run) and not run.reweights and not run.given("use_bias_correction_kl"),
+        lambda run: (
+            _native(run) and run.algorithm == "GRPO" and not run.reweights and not run.given("use_bias_correction_kl")
+        ),
         "from TRL 1.10 on the default is True, so an upgrade changes the KL's gradient, also on fresh data",
         "trl#6503",
         "set it in the config",
@@ -300,6 +318,64 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "and what is said here about TRL need not hold",
         "unsloth-zoo#890; unsloth-zoo rl_replacements.py",
         "start a process that does not import it, if you need one of the settings above",
+    ),
+    Rule(
+        "trl-reward-divided-by-std",
+        TRL,
+        "warning",
+        ("scale_rewards", "kl"),
+        lambda run: _scored(run) and run.config.scale_rewards != "none",
+        "GRPO divides rewards, the KL in them included, by a standard deviation. Where the task rewards of a group "
+        "tie, what remains is the KL divided by its own deviation, whatever beta is",
+        "GRPOTrainer._generate_and_score_completions; arXiv 2601.10201",
+        "use the spec k1@advantage, which is subtracted afterwards, or set scale_rewards to none",
+    ),
+    Rule(
+        "trl-group-mean-shrinks",
+        TRL,
+        "note",
+        ("num_generations", "kl"),
+        _scored,
+        lambda run: (
+            "the mean that is subtracted from a group's rewards contains each response's own KL, so the gradient "
+            f"of the KL is multiplied by 1 - 1/{run.number('num_generations'):g}"
+        ),
+        "theory: Tokens and sequences; arXiv 2601.10201",
+    ),
+    Rule(
+        "trl-gmpo-has-its-own-kl",
+        TRL,
+        "warning",
+        ("use_bias_correction_kl", "beta"),
+        lambda run: run.algorithm == "GMPO" and _native(run),
+        "GMPO computes its own loss: plain k3, averaged over each response, without a weight, whatever "
+        "use_bias_correction_kl says",
+        "trl.experimental.gmpo GMPOTrainer._compute_loss",
+        "use GRPO, if the KL is to be weighted",
+    ),
+    Rule(
+        "trl-other-trainer",
+        TRL,
+        "warning",
+        lambda run: ("beta",) if run.given("beta") else (),
+        lambda run: run.algorithm not in ("GRPO", "RLOO", "GMPO", "AsyncGRPO"),
+        lambda run: (
+            f"trl {run.algorithm} is not a trainer whose KL is explained here. In DPO and distillation, beta is "
+            "the temperature of a loss or the mixture of a divergence, and not the coefficient of a KL term"
+        ),
+        "the documentation of the trainer",
+        "give a config of GRPO or RLOO",
+    ),
+    Rule(
+        "trl-spec-without-kl-plugins",
+        TRL,
+        "error",
+        ("kl",),
+        lambda run: run.value("kl") is not None and _stock_program(run),
+        "the program is TRL's own and does not know the field kl. The command line rejects it, and "
+        "`python -m trl.scripts.grpo` drops it in silence",
+        "TrlParser.parse_args_and_config",
+        "start it by `kl-plugins run trl grpo`, or import the classes from kl_plugins.adapters.trl",
     ),
     Rule(
         "trl-unknown-loss-type",

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     f"{ROLLOUT}repetition_penalty": None,
     f"{ROLLOUT}logprobs_mode": "processed_logprobs",
     f"{ROLLOUT}calculate_log_probs": True,
+    f"{ROLLOUT}multi_turn.enable": False,
     f"{MODEL}lora_rank": 0,
     f"{MODEL}lora_adapter_path": None,
     f"{MODEL}use_fused_kernels": False,

@@ -316,6 +316,42 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "merge an earlier adapter into the base model first",
     ),
     Rule(
+        "verl-group-mean-shrinks",
+        VERL,
+        "note",
+        (f"{ROLLOUT}n", USE_REWARD),
+        lambda run: _scored(run) and run.algorithm in GROUPED and run.number(f"{ROLLOUT}n") > 1,
+        lambda run: (
+            "the mean that is subtracted from a group's rewards contains each response's own KL, so the gradient "
+            f"of the KL is multiplied by 1 - 1/{run.number(f'{ROLLOUT}n'):g}"
+        ),
+        "core_algos.compute_grpo_outcome_advantage; theory: Tokens and sequences",
+    ),
+    Rule(
+        "verl-sessions-drop-the-kl",
+        VERL,
+        "warning",
+        (f"{ROLLOUT}multi_turn.enable", USE_REWARD),
+        lambda run: _scored(run) and run.algorithm in GROUPED and run.flag(f"{ROLLOUT}multi_turn.enable"),
+        "if the agent loop gives several outputs per session, the advantages of a session come from its last output "
+        "alone, and the KL in the reward of the others is dropped",
+        "trainer/ppo/v1/utils.compute_advantage of sessions",
+        "use the KL in the loss, or an agent loop with one output per session",
+        versions=">=0.9",
+    ),
+    Rule(
+        "verl-spec-needs-modules",
+        VERL,
+        "warning",
+        lambda run: [key for key in (LOSS_KEY, SCORE_KEY) if looks_like_spec(run.text(key))],
+        lambda run: any(looks_like_spec(run.text(key)) for key in (LOSS_KEY, SCORE_KEY)),
+        "veRL before 0.9 does not find kl-plugins by itself, and the spec is then an unknown estimator that fails at "
+        "the first update",
+        "veRL 0.9 has entry points for plugins",
+        "set VERL_USE_EXTERNAL_MODULES=kl_plugins.patches.verl.entry in every process, on every node",
+        versions="<0.9",
+    ),
+    Rule(
         "verl-k1-reward-in-groups",
         VERL,
         "note",
