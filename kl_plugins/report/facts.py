@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from kl_plugins.report.series import Series, median, smoothed
@@ -32,8 +32,8 @@ class Fact:
         last: last step at which it holds.
         count: number of logged steps at which it holds.
         total: number of logged steps.
-        value: typical value where it holds; for a change, the value after it.
-        before: for a change, the value before it; otherwise NaN.
+        value: typical value where it holds; for a change, the value after it; for spikes, the largest one.
+        before: for a change, the value before it; for spikes, the usual value; otherwise NaN.
         lasting: whether it holds from ``first`` to the end of the log.
         always: whether it holds from the first logged step to the end of the log.
     """
@@ -138,6 +138,22 @@ def rising(series: Series, limit: float) -> Fact | None:
     onset = max(i for i, value in enumerate(smooth) if value <= 1.25 * level)
     count = len(series) - 1 - onset
     return Fact(series.steps[onset], series.steps[-1], count, len(series), end, level, lasting=True)
+
+
+def spikes(series: Series, limit: float) -> Fact | None:
+    """See values above ``limit`` times the median of the log, in at most a tenth of all steps.
+
+    Args:
+        series: at least ten finite values; fewer show nothing.
+        limit: the factor.
+    """
+    series = series.finite()
+    if len(series) < 10 or (middle := median(series.values)) <= 0:
+        return None
+    fact = _all([value > limit * middle for value in series.values], series)
+    if fact is None or fact.count > OFTEN * fact.total:
+        return None
+    return replace(fact, value=max(series.values), before=middle)
 
 
 def fallen(series: Series, limit: float) -> Fact | None:

@@ -112,6 +112,14 @@ RULES: tuple[Rule, ...] = (
         f"{CHOOSE}; the factor is a rule of thumb",
     ),
     Rule(
+        "kl-spikes", ("kl/value", "kl/exact", "@kl"), "note", facts.spikes, 10.0,
+        "KL above ten times its median, in at most a tenth of all steps",
+        "{when}, {key} spikes to as much as {value}; its median is {before}.",
+        "Single tokens with a large ratio do this. Look at kl/weight/max and kl/coef/max in these steps: cap:2 bounds "
+        "the weight, and the coefficient of k2 grows more slowly than that of k3.",
+        f"{FAQ}, the KL spikes; the factor is a rule of thumb",
+    ),
+    Rule(
         "native-kl-zero", ("@kl",), "warning", facts.always_zero, 0.0,
         "the framework's own KL is 0 in all of at least 3 steps",
         "{when}, {key} is exactly 0.",

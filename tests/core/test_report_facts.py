@@ -100,6 +100,16 @@ def test_a_rise_at_the_end_is_told_from_a_rise_that_levels_off() -> None:
     assert facts.rising(series(*[0.1] * 4, *[9.0] * 5), 2.0) is None  # too short
 
 
+def test_spikes_are_rare_values_far_above_the_usual_ones() -> None:
+    fact = facts.spikes(series(*[0.1] * 50, 2.0, *[0.1] * 30, 5.0, *[0.1] * 18), 10.0)
+    assert fact is not None
+    assert (fact.first, fact.last, fact.count) == (51, 82, 2)
+    assert (fact.value, fact.before) == (5.0, 0.1)
+    assert facts.spikes(series(*[0.1] * 50, 0.9, *[0.1] * 49), 10.0) is None
+    assert facts.spikes(series(*[0.1] * 80, *[2.0] * 20), 10.0) is None  # a new level is no spike
+    assert facts.spikes(series(*[0.0] * 50, 1.0, *[0.0] * 49), 10.0) is None  # there is no usual value
+
+
 def test_a_fallen_reward_is_told_from_noise() -> None:
     up = [i / 50 for i in range(50)]
     fact = facts.fallen(series(*up, *[0.2] * 50), 0.5)
@@ -126,7 +136,15 @@ def test_a_value_that_stays_at_the_end_of_its_range_is_stuck() -> None:
 def test_an_empty_series_shows_nothing() -> None:
     empty = Series((), ())
     looks = (facts.not_finite, facts.ever_below, facts.ever_at_least, facts.above, facts.below, facts.zeros)
-    looks += (facts.off_one, facts.off_at_start, facts.always_zero, facts.rising, facts.fallen, facts.stuck)
+    looks += (
+        facts.off_one,
+        facts.off_at_start,
+        facts.always_zero,
+        facts.rising,
+        facts.fallen,
+        facts.stuck,
+        facts.spikes,
+    )
     assert all(look(empty, 0.5) is None for look in looks)
 
 

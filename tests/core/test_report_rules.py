@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, list[float], list[float], str]] = {
     "negative-k1": ("kl/reverse_k1", [-0.1] * 5, [-0.1, 0.1, 0.1, 0.1], "In every logged step, the mean of k1 is neg"),
     "kl-at-start": ("kl/value", [0.5, 0.5], [0.001, 0.5], "In step 1, kl/value is 0.5 already."),
     "kl-rising": ("kl/value", RISE, [0.1] * 100, "kl/value rises after step 6"),
+    "kl-spikes": ("kl/value", [0.1] * 50 + [3.0] + [0.1] * 49, [0.1] * 100, "In step 51, kl/value spikes to as much"),
     "native-kl-zero": ("kl", [0.0] * 5, [0.0, 0.0, 0.1, 0.1], "In every logged step, kl is exactly 0."),
     "weights-below-floor": (
         "kl/floor_frac", [0.1] * 339 + [0.6] * 100, [0.5] * 100, "From step 340 on, half of all weights or more are"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.pages import configs, migration, refusals, words
+from tests.pages import configs, migration, refusals, reports, words
 from tests.pages.parts import Part
 
 HOSTS = ("trl", "verl", "openrlhf")
@@ -31,6 +31,8 @@ PARTS = (
     ),
     Part("hosts/compatibility.md", "shared refusals", refusals.shared_part),
     Part("glossary.md", "metrics", words.metrics),
+    Part("report.md", "rules", reports.rules),
+    Part("report.md", "native", reports.native),
     Part("explain-config.md", "trl example", partial(configs.listing, "trl", "grpo.yaml")),
     Part("explain-config.md", "verl example", partial(configs.listing, "verl", "grpo.sh", "--suggest")),
     Part("explain-config.md", "openrlhf example", partial(configs.listing, "openrlhf", "ppo.sh")),
