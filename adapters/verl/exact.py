@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,14 +58,15 @@ def packed_top_k(spec: KLSpec, logits: Tensor, data: Any, overwritten: bool) -> 
 
     Returns:
         (1, N) nats, float32, by key; and by how much the log-probs of the response tokens differ between the numbers
-        and the host's own, in nats: 0 where rounding explains it.
-
-    Raises:
-        RuntimeError: the micro-batch carries numbers of another size.
+        and the host's own, in nats: 0 where rounding explains it, infinity if there are too few numbers or too many. A
+        rank that raised here would leave the others waiting.
     """
     rows = response_rows(data)
     labels = _labels(data, rows.position)
     numbers = carried(data, min(int(spec.top or 0), logits.shape[-1]), len(rows.position))
+    if numbers is None:
+        nothing = logits[..., 0].float() * 0
+        return {EXACT: nothing, REMAINDER: nothing.detach()}, math.inf
     host = padded(data, REFERENCE)[rows.sequence, rows.step].float()
     kept = unpacked(numbers)  # of the temperature by which both models' logits are divided
     mask = padded(data, MASK)[rows.sequence, rows.step]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +59,9 @@ class Session(session.Session):
             return
         ranks, *_ = self.check(total, torch.tensor([float(self.misplaced > 0)]))
         if ranks:
-            own = f"; on this rank by {self.misplaced:.3g} nats on average" if self.misplaced else ""
+            own = f" (on this rank by {self.misplaced:.3g} nats on average)" if self.misplaced else ""
+            if math.isinf(self.misplaced):
+                own = " (on this rank there are not as many numbers as tokens)"
             raise RuntimeError(
                 f"kl-plugins: on {int(ranks)} ranks the reference's top-k numbers do not belong to the tokens that "
                 f"they came with: their log-probs differ from {REFERENCE}{own}. Between the reference's pass and the "

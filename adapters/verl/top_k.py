@@ -76,7 +76,7 @@ def recorded(logits: Tensor, data: Any, k: int) -> Tensor:
     return torch.nested.as_nested_tensor(found, layout=torch.jagged)
 
 
-def carried(data: Any, k: int, tokens: int) -> Tensor:
+def carried(data: Any, k: int, tokens: int) -> Tensor | None:
     """Read the numbers out of a micro-batch.
 
     Args:
@@ -85,19 +85,11 @@ def carried(data: Any, k: int, tokens: int) -> Tensor:
         tokens: number of response tokens in the micro-batch, padding left out.
 
     Returns:
-        (tokens, 2 k + 1) float32, sequence by sequence.
-
-    Raises:
-        RuntimeError: they are not those of as many tokens.
+        (tokens, 2 k + 1) float32, sequence by sequence; None if the micro-batch has them for more or fewer tokens.
     """
     field: Tensor = data[KEY]
     numbers = (field.values() if field.is_nested else field).reshape(-1)
-    if numbers.numel() != tokens * (2 * k + 1):
-        raise RuntimeError(
-            f"kl-plugins: the reference's top-k numbers arrived as {numbers.numel()} numbers, which is not {2 * k + 1} "
-            f"for each of {tokens} response tokens; veRL changed the batch between the reference's pass and the update"
-        )
-    return numbers.view(tokens, 2 * k + 1)
+    return numbers.view(tokens, 2 * k + 1) if numbers.numel() == tokens * (2 * k + 1) else None
 
 
 def missing(spec: KLSpec) -> RuntimeError:

@@ -23,7 +23,8 @@ def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     from verl.utils import tensordict_utils
 
     data = arguments(wrapped, args, kwargs)["data"]
-    k = tensordict_utils.pop(data, ASKED)
+    # The v1 trainers send a critic the names of rows, and veRL fetches these inside of its function.
+    k = tensordict_utils.pop(data, ASKED) if isinstance(data, tensordict_utils.TensorDict) else None
     if k is None:
         return wrapped(*args, **kwargs)
     tensordict_utils.assign_non_tensor(data, **{SHOW: True})

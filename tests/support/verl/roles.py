@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,10 +105,19 @@ def numbers(batch: Batch, k: int) -> list[Tensor]:
 
 def shifted(batch: Batch, k: int, row: int) -> Batch:
     """The batch with the numbers of one sequence moved by one token."""
+    return _with_numbers(batch, k, row, lambda one: one.roll(1, 0))
+
+
+def shortened(batch: Batch, k: int, row: int) -> Batch:
+    """The batch without the numbers of one sequence's last token."""
+    return _with_numbers(batch, k, row, lambda one: one[:-1])
+
+
+def _with_numbers(batch: Batch, k: int, row: int, change: Callable[[Tensor], Tensor]) -> Batch:
     from kl_plugins.adapters.top_k import KEY
 
-    moved = [one.roll(1, 0) if index == row else one for index, one in enumerate(numbers(batch, k))]
-    return dataclasses.replace(batch, extra={**batch.extra, KEY: [one.flatten() for one in moved]})
+    changed = [change(one) if index == row else one for index, one in enumerate(numbers(batch, k))]
+    return dataclasses.replace(batch, extra={**batch.extra, KEY: [one.flatten() for one in changed]})
 
 
 def trainer_of(cls: Any, actor: Role, reference: Any, spec: str) -> Any:
