@@ -56,8 +56,8 @@ def carry(spec: KLSpec, samples: Sequence[Any], found: Sequence[Tensor]) -> None
         raise RuntimeError(
             f"kl-plugins: OpenRLHF's reference actors gave the most probable tokens for {len(found)} batches with "
             f"{sum(map(len, found))} response tokens, but the rollout has {len(samples)} batches with "
-            f"{sum(map(sum, counts))}, so {spec} has no reference there; this experience maker or reference actor is "
-            "not known"
+            f"{sum(map(sum, counts))}, or has them in another order, so {spec} has no reference there; this experience "
+            "maker or reference actor is not known"
         )
     for batch, numbers, tokens in zip(samples, found, counts, strict=True):
         # Copies, because a part of a tensor is sent to another process together with the whole tensor.
