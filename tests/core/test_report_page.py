@@ -15,7 +15,7 @@ from kl_plugins.report.page import render
 from kl_plugins.report.reading import read_runs
 from kl_plugins.report.rules import RULES
 from kl_plugins.report.styles import COLOURS, style
-from tests.support.report.browser import open_page, print_page
+from tests.support.report.browser import PATH_VARIABLE, REQUIRED_VARIABLE, find_browser, open_page, print_page
 from tests.support.report.logs_of_runs import LOGS, write_lines
 
 HOSTILE = '</script><script>document.title = "taken"</script><img src=x onerror=alert(1)> & "quoted"'
@@ -211,3 +211,16 @@ def test_the_page_can_be_printed(real: str, tmp_path: Path) -> None:
     assert printed.startswith(b"%PDF")
     pages = len(re.findall(rb"/Type\s*/Page\b(?!s)", printed))
     assert 5 < pages < 40
+
+
+def test_a_missing_browser_skips_and_fails_where_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PATH_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv(REQUIRED_VARIABLE, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium or Chrome was found"):
+        find_browser()
+    monkeypatch.setenv(REQUIRED_VARIABLE, "1")
+    with pytest.raises(pytest.fail.Exception, match=REQUIRED_VARIABLE):
+        find_browser()
+    monkeypatch.setenv(PATH_VARIABLE, "/somewhere/chrome")
+    assert find_browser() == "/somewhere/chrome"

@@ -52,7 +52,8 @@ def test_wheel_holds_the_three_folders_under_one_name(source: Path, built: Path)
     names = {name for name in wheel(built / "direct").namelist() if ".dist-info/" not in name}
     expected = {"kl_plugins/py.typed"}
     for folder, installed in FOLDERS.items():
-        for path in (*(source / folder).rglob("*.py"), *(source / folder).rglob("fingerprints.json")):
+        files = (path for name in ("*.py", "fingerprints.json", "page.html") for path in (source / folder).rglob(name))
+        for path in files:
             expected.add(f"{installed}/{path.relative_to(source / folder).as_posix()}")
     assert names == expected
 
