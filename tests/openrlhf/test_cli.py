@@ -70,6 +70,24 @@ def test_exact_loss(assets, tmp_path):
 
 
 @pytest.mark.full
+def test_top_k_of_the_reference_actor_in_the_async_program(assets, tmp_path):
+    flags = [
+        "--train.async_enable",
+        "--train.batch_size",
+        8,
+        "--data.max_samples",
+        16,
+        *LOSS,
+        "exact@loss/top/is:token",
+    ]
+    result = run(assets, tmp_path, [*flags, *TWO_EPOCHS])
+    steps = finished(result)
+    assert all(step["kl/value"] == step["kl/exact"] >= 0 for step in steps)
+    assert steps[-1]["kl/exact"] > 0
+    assert "129 numbers per response token" in receipts(result)[0]
+
+
+@pytest.mark.full
 def test_two_ranks(assets, tmp_path):
     ranks = ["--actor.num_gpus_per_node", 2, "--ref.num_gpus_per_node", 2, "--train.micro_batch_size", 2]
     sizes = ["--rollout.micro_batch_size", 2, "--train.batch_size", 8]
