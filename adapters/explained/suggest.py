@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from kl_plugins.adapters.aggregations import strength
 from kl_plugins.adapters.explained.run import ConfiguredRun, Term
 from kl_plugins.explain.config import Suggestion
-from kl_plugins.spec import PRESETS, KLSpec
 
 DEFAULT = "default"
+SAMPLER = "k2@loss/is:token/behaviour:sampler/floor:0.5"
+"""The default for asynchronous training, where recomputed log-probs hide how old the data are."""
+
 DEFAULT_BETA = 0.01
 """A first beta where a run has none; the value to search around."""
 
@@ -35,7 +37,7 @@ def suggestions(run: ConfiguredRun, length: float | None) -> Iterator[Suggestion
                 "beta is the same, because the host aggregates both alike."
                 + (" Without the host's clamps, no token loses its gradient." if term.clamp else ""),
             )
-        if KLSpec.parse(PRESETS[DEFAULT]) != term.spec:
+        if term.native or term.spec.target == "none":
             yield _recommended(run, term)
         if term.rule is not None:
             yield _portable(run, term, length)
@@ -43,11 +45,13 @@ def suggestions(run: ConfiguredRun, length: float | None) -> Iterator[Suggestion
 
 def _recommended(run: ConfiguredRun, term: Term) -> Suggestion:
     if term.in_loss:
+        fresh = not run.staleness.asynchronous
+        name = "`default`" if fresh else "`default` with the log-probs of the engine"
         return Suggestion(
             "What we suggest",
-            run.paste(DEFAULT, term.beta, "loss"),
-            "`default` is the reverse KL of tokens, weighted for stale data, with a floor under the weight. beta is "
-            "the same: near the reference the coefficients of k2 and k3 agree, and the host aggregates both alike.",
+            run.paste(DEFAULT if fresh else SAMPLER, term.beta, "loss"),
+            f"{name} is the reverse KL of tokens, weighted for stale data, with a floor under the weight. beta is the "
+            "same: near the reference the coefficients of k2 and k3 agree, and the host aggregates both alike.",
         )
     return Suggestion(
         "What we suggest",

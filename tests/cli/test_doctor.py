@@ -154,6 +154,18 @@ def test_the_sampling_settings_of_a_config_are_explained(tmp_path) -> None:
     assert "sampling" not in document(run_cli("doctor", "--json"))
 
 
+def test_the_sampling_settings_of_a_script_are_found_and_a_broken_file_is_named(tmp_path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text("P=0.9\npython -m verl.trainer.main_ppo \\\n  actor_rollout_ref.rollout.top_p=$P\n")
+    result = run_cli("doctor", "--json", "--config", str(script))
+    assert "top_p 0.9" in findings(document(result), "sampling")["truncated sampling"]["message"]
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("top_p: [0.9")
+    result = run_cli("doctor", "--config", str(broken))
+    assert result.returncode == 2
+    assert "not YAML" in result.stderr
+
+
 def test_a_config_that_cannot_be_read_is_named(tmp_path) -> None:
     result = run_cli("doctor", "--config", str(tmp_path / "none.yaml"))
     assert result.returncode == 2

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.configs import explained
+
 from .conftest import document, run_cli, words
 
 CONFIG = (
@@ -104,3 +106,47 @@ def test_a_file_without_a_host_gets_a_hint_and_help_names_the_hosts(config: str)
     said = run_cli("explain", "--host", "trl", "--help")
     assert said.returncode == 0
     assert "usage: kl-plugins explain --host" in said.stdout
+
+
+def test_a_config_that_hydra_selects_is_read_below_the_overrides(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("actor_rollout_ref:\n  actor:\n    use_kl_loss: true\n    kl_loss_coef: 0.5\n")
+    words_ = ["--config-path", str(tmp_path), "--config-name", "mine", "actor_rollout_ref.actor.kl_loss_coef=0.25"]
+    told = explained("verl", " ".join(words_))
+    assert "beta is 0.25" in told.statements["KL"]
+    gone = explained("verl", "--config-name gone actor_rollout_ref.actor.kl_loss_coef=0.25")
+    assert "gone" in next(finding for finding in gone.findings if finding.rule == "reading").statement
+    assert "reading" not in {finding.rule for finding in explained("verl", "--config-name ppo_trainer a=1").findings}
+
+
+def test_asynchronous_runs_get_the_engines_log_probs_suggested() -> None:
+    (suggestion,) = [
+        s for s in explained("openrlhf", "--algo.kl.use_loss --train.async_enable").suggestions if "suggest" in s.title
+    ]
+    assert "behaviour:sampler" in suggestion.lines[0]
+    words_ = "actor_rollout_ref.actor.use_kl_loss=True trainer.v1.trainer_mode=separate_async"
+    lines = [line for s in explained("verl", words_).suggestions for line in s.lines]
+    assert "actor_rollout_ref.rollout.calculate_log_probs=True" in lines
+
+
+def test_a_spec_is_not_replaced_by_another_one() -> None:
+    titles = {s.title for s in explained("trl", "beta=0.1 kl=exact@loss").suggestions}
+    assert titles == {"The equivalent beta elsewhere"}
+
+
+@pytest.mark.parametrize(
+    ("host", "lines"),
+    [("trl", 2), ("verl", 3), ("openrlhf", 3)],
+)
+def test_what_is_suggested_is_accepted_and_says_what_it_promises(host: str, lines: int) -> None:
+    native = {"trl": "beta=0.04", "verl": "actor_rollout_ref.actor.use_kl_loss=True", "openrlhf": "--algo.kl.use_loss"}[
+        host
+    ]
+    suggested = [s for s in explained(host, native).suggestions if "equivalent" not in s.title]
+    assert suggested
+    for suggestion in suggested:
+        assert len(suggestion.lines) == lines
+        pasted = " ".join(line.replace(": ", "=") for line in suggestion.lines)
+        told = explained(host, pasted)
+        assert not [finding for finding in told.findings if finding.rule == "refused"], pasted
+        beta = explained(host, native).statements["KL"].partition("beta is ")[2]
+        assert told.statements["KL"].partition("beta is ")[2] == beta

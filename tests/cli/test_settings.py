@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -147,3 +148,9 @@ def test_a_missing_file_is_named_and_a_missing_parser_as_well(monkeypatch: pytes
         read_text("beta: 1\n", "a.yaml", FORM, ".yaml")
     with pytest.raises(UnreadableError, match="pip install pyyaml"):
         read_text("beta: 1\n", "standard input", FORM)
+
+
+@pytest.mark.parametrize("text", ["beta: 0.1\n", "train_it --beta 0.1", "beta=0.1", "TrainConfig(\n    beta=0.1,\n)\n"])
+def test_standard_input_may_have_any_format(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert values(read_words(["-"], FORM)) == {"beta": 0.1}

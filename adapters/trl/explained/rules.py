@@ -237,10 +237,10 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "note",
         lambda run: ("use_peft" if run.flag("use_peft") else "peft_config",),
         lambda run: bool(run.terms) and _peft(run),
-        "the reference is the base model. If training starts from an adapter that was merged into nothing, the KL "
-        "begins far from 0",
+        "the reference is the base model with the new adapter switched off, also if an adapter was trained before",
         "GRPOTrainer.__init__; trl#3194, trl#3196",
-        "merge an earlier adapter into the base model first",
+        "merge an earlier adapter into the base model first, or give the trainer a PeftModel, of whose adapter newer "
+        "versions keep a frozen copy",
     ),
     Rule(
         "trl-dropout",

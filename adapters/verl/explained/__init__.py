@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -18,12 +19,15 @@ from kl_plugins.adapters.verl.explained.defaults import ACTOR, ALGORITHM, ESTIMA
 from kl_plugins.adapters.verl.refusals import contradictions, untested
 from kl_plugins.explain.config import ConfigExplanation
 from kl_plugins.sampling import Sampling
-from kl_plugins.settings import Format, read_words
+from kl_plugins.settings import Format, Settings, read_words
 from kl_plugins.spec import KLSpec, looks_like_spec
 from kl_plugins.spec.options import ALLOW_BIASED
 
 FORMAT = Format(program=r"\bmain_ppo\b|\bverl\.|\brecipe[./]|\bmain_\w+", config_flags=())
 """veRL's programs."""
+
+OWN_CONFIGS = ("ppo_trainer", "ppo_trainer.yaml", "ppo_megatron_trainer", "ppo_megatron_trainer.yaml")
+"""veRL's own configs, whose values are the defaults."""
 
 USE_LOSS, USE_REWARD = f"{ACTOR}use_kl_loss", f"{ALGORITHM}use_kl_in_reward"
 
@@ -213,8 +217,31 @@ class VerlRun(ConfiguredRun):
     def paste(self, spec: str, beta: float, placement: str) -> tuple[str, ...]:
         """Return Hydra overrides."""
         if placement == "loss":
-            return f"{USE_LOSS}=True", f"{LOSS_KEY}={spec}", f"{LOSS_BETA}={beta:g}"
+            sampler = (f"{ROLLOUT}calculate_log_probs=True",) if "behaviour:sampler" in spec else ()
+            return f"{USE_LOSS}=True", f"{LOSS_KEY}={spec}", f"{LOSS_BETA}={beta:g}", *sampler
         return f"{USE_REWARD}=True", f"{SCORE_KEY}={spec}", f"{SCORE_BETA}={beta:g}"
+
+
+def with_hydra_config(settings: Settings) -> Settings:
+    """Return settings with those of the config that ``--config-name`` selects below them, if that file is there.
+
+    Args:
+        settings: what was read of a command line.
+    """
+    name = settings.get("config-name")
+    if name is None or name.value in OWN_CONFIGS:
+        return settings
+    folder = settings.get("config-path")
+    file = Path(str(folder.value) if folder is not None else "") / f"{str(name.value).removesuffix('.yaml')}.yaml"
+    if not file.is_file():
+        settings.notes.append(
+            f"--config-name selects {name.value}, which was not found, so its settings are unknown; give the resolved "
+            "config of the run (.hydra/config.yaml)"
+        )
+        return settings
+    whole = read_words([str(file)], FORMAT)
+    whole.update(settings)
+    return whole
 
 
 def explain_config(
@@ -230,5 +257,5 @@ def explain_config(
     """
     from kl_plugins.adapters.verl.explained.rules import RULES
 
-    run = VerlRun(HOST, Version(version), read_words(words, FORMAT))
+    run = VerlRun(HOST, Version(version), with_hydra_config(read_words(words, FORMAT)))
     return explanation(run, RULES, version_from, length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kl_plugins.adapters.explained.rules import Rule
 from kl_plugins.adapters.explained.run import Term
-from kl_plugins.adapters.verl import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
+from kl_plugins.adapters.verl import ENTRY, LOSS_BETA, LOSS_KEY, MODULES, SCORE_BETA, SCORE_KEY
 from kl_plugins.adapters.verl.explained import USE_LOSS, USE_REWARD, VerlRun
 from kl_plugins.adapters.verl.explained.defaults import (
     ACTOR,
@@ -348,7 +348,7 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "veRL before 0.9 does not find kl-plugins by itself, and the spec is then an unknown estimator that fails at "
         "the first update",
         "veRL 0.9 has entry points for plugins",
-        "set VERL_USE_EXTERNAL_MODULES=kl_plugins.patches.verl.entry in every process, on every node",
+        f"set {MODULES}={ENTRY} in every process, on every node",
         versions="<0.9",
     ),
     Rule(
