@@ -7,9 +7,10 @@ from packaging.version import Version
 
 from kl_plugins import KLSpec, kl_term
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
-from kl_plugins.adapters.trl.config import ROLLOUT_WITHOUT_VLLM
+from kl_plugins.adapters.trl.config import ASSUME_VARIABLE, ROLLOUT_WITHOUT_VLLM
 from kl_plugins.patches.trl.trainer import session_of
 from tests.support.trl import trainers
+from tests.support.trl.states import TEMPERATURE, by_hand
 
 GAP = 0.3
 
@@ -78,6 +79,20 @@ def test_weight_divides_by_the_log_probs_that_the_receipt_names(spec, source, mo
     (built.beta * term.loss.sum() / inputs["num_items_in_batch"]).backward()
     expected = trainers.gradient(built)
     assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_weight_of_what_top_leaves_out_divides_by_the_samplers(model, tmp_path, monkeypatch):
+    monkeypatch.setenv(ASSUME_VARIABLE, "1")
+    built = build(model, tmp_path, "exact@loss/top:3/is:token", temperature=TEMPERATURE)
+    inputs, found, _ = trainers.rollout_and_gradient(built)
+    mask = inputs["completion_mask"].bool()
+    kl, logp, _, remainder = by_hand(built, inputs, 3)
+    weight = (logp.detach() - inputs["sampling_per_token_logps"]).exp()
+    built.model.zero_grad()
+    term = (kl + weight * remainder * logp).masked_fill(~mask, 0.0)
+    (built.beta * term.sum() / inputs["num_items_in_batch"]).backward()
+    expected = trainers.gradient(built)
+    assert (found - expected).norm() / expected.norm() < 1e-4
 
 
 def test_metrics_show_the_mismatch(model, tmp_path):
