@@ -56,7 +56,7 @@ class Rule(Generic[R_contra]):
         keys = self.settings(run) if callable(self.settings) else self.settings
         shown = ", ".join(dict.fromkeys(run.shown(key) for key in keys))
         words = self.words(run) if callable(self.words) else self.words
-        return ConfigFinding(self.id, self.severity, shown, words, self.source, self.remedy)
+        return ConfigFinding(self.id, self.severity, shown, words.rstrip("."), self.source, self.remedy)
 
 
 def findings(rules: Iterable[Rule[R]], run: R) -> tuple[ConfigFinding, ...]:

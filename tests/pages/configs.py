@@ -24,7 +24,7 @@ PICTURE = DOCS / "explain-config.svg"
 CONFIGS = DOCS / "data" / "configs"
 """Folder of the example configs."""
 
-WIDTH = 110
+WIDTH = 100
 
 
 def listing(host: str, file: str, *options: str) -> str:
@@ -96,11 +96,8 @@ def rules_part(host: str) -> str:
     for rule in COMMON if not host else rules(host):
         row = next(row for row in ROWS if row.rule == rule.id)
         finding = found(row.host, row.hit, row.version)[rule.id]
-        statement = f"{finding.statement}."
-        if finding.remedy:
-            statement += f" *Remedy:* {finding.remedy}."
-        versions = f"`{rule.versions}`" if rule.versions else "all"
-        lines.append(
-            (f"`{rule.id}`", rule.severity, versions, f"`{row.hit}`".replace("\n", " ; "), statement, rule.source)
-        )
-    return table(("rule", "severity", "versions", "for example in", "what it says there", "source"), lines)
+        statement = finding.statement + (f". *Remedy:* {finding.remedy}." if finding.remedy else ".")
+        name = f"`{rule.id}`<br>{rule.severity}" + (f"<br>versions {rule.versions}" if rule.versions else "")
+        example = row.hit.replace("\n", " ; ").replace("actor_rollout_ref.", "")
+        lines.append((name, f"`{example}`", statement, rule.source))
+    return table(("rule", "for example in", "what it says there", "source"), lines)
