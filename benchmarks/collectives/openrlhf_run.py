@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.collectives import count
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from benchmarks.drivers import openrlhf
+from kl_plugins.adapters.top_k import KEY
 from tests.support.openrlhf import assets
 from tests.support.openrlhf.command_line import ONE_STEP
 from tests.support.openrlhf.harness import Harness
@@ -18,16 +19,22 @@ from tests.support.openrlhf.rollouts import PROMPTS, Rollouts, make_rollouts
 
 
 def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
-    """Return the collectives of one optimizer step of rank 0."""
+    """Return the collectives of one optimizer step of rank 0, and the bytes per token that the driver received."""
     flags = [*ONE_STEP, "--algo.advantage.estimator", "dr_grpo"]
     flags += ["--train.micro_batch_size", str(len(PROMPTS) // host.ranks // MICRO_BATCHES)]
     flags += openrlhf.kl_flags(kl, in_loss="@" not in kl or "@loss" in kl)
     trainer = host.start(flags)
     host.receipts(trainer) if "@loss" in kl else None
     host.ask(count.start)
-    host.train(trainer, rollouts)
-    seen = host.ask(count.stop)[0]
-    return {"seen": seen, "steps": 1, "micro_batches": MICRO_BATCHES, "sequences": len(PROMPTS) // host.ranks}
+    _, experiences = host.train(trainer, rollouts)
+    sent = sum(count.size(experience.info.get(KEY, [])) for experience in experiences)
+    return {
+        "seen": host.ask(count.stop)[0],
+        "steps": 1,
+        "micro_batches": MICRO_BATCHES,
+        "sequences": len(PROMPTS) // host.ranks,
+        "carried": sent / sum(int(experience.action_mask.sum()) for experience in experiences),
+    }
 
 
 def main(folder: Path, *ranks: int) -> None:

@@ -16,11 +16,15 @@ NATIVE = {"trl": "k3", "verl": "low_var_kl", "openrlhf": "k3"}
 """Each host's own KL, with which the specs are compared."""
 
 SCHEDULE = "k2@loss/is:token/behaviour:old/beta:adaptive-0.1-64"
+TOP_K = "exact@loss/top:8"
+"""The models of these runs have small vocabularies, so k is small. The bytes by k are those of :func:`carried`."""
 SPECS = {
-    "trl": ("k3@loss", SCHEDULE, "exact@loss", "k1@reward", "k1@advantage"),
-    "verl": ("k3@loss", SCHEDULE),
-    "openrlhf": ("k3@loss", SCHEDULE, "k1@reward", "k1@advantage"),
+    "trl": ("k3@loss", SCHEDULE, "exact@loss", TOP_K, "k1@reward", "k1@advantage"),
+    "verl": ("k3@loss", SCHEDULE, TOP_K),
+    "openrlhf": ("k3@loss", SCHEDULE, TOP_K, "k1@reward", "k1@advantage"),
 }
+MOST_CARRIED = 600
+"""Largest accepted number of bytes per response token that the driver receives for the default k."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,17 @@ class Added:
         return longest * (len(self.gathers) + 2 * len(self.reductions))
 
 
+def carried(spec: KLSpec) -> int:
+    """Return the bytes per response token that the reference's workers send to the driver, beside the log-probs.
+
+    The driver sends as many to the policy's workers. Each of the 2 k + 1 numbers has four bytes.
+
+    Args:
+        spec: a spec; without ``top:`` nothing more is sent.
+    """
+    return 0 if spec.top is None else 4 * (2 * spec.top + 1)
+
+
 def keys(spec: KLSpec) -> tuple[int, int]:
     """Return how many metrics of a micro-batch are means and how many are maxima.
 
@@ -86,8 +101,8 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
     if host == "trl":
         pooled = sum(how == "pooled" for how in REDUCTIONS.values())
         # In float64: four counts of log-probs that are not finite and the number of tokens; one number for a beta that
-        # is not allowed; one number for a head that differs.
-        check = 8 * (5 + 1 + 1)
+        # is not allowed; one number each for a head and for top-k numbers that differ.
+        check = 8 * (5 + 1 + 2)
         # The same gather also holds means with beta, tokens and micro-batches; two sums of squares for the pooled
         # metrics; and maxima.
         metrics = (check + 8 * (means - pooled + 3 + 2 + largest),) * micro_batches
@@ -97,8 +112,10 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
     if host == "verl":
         # All numbers are float64 and are sent once per optimizer step: four counts of log-probs that are not finite,
         # the number of response tokens, and whether a coefficient was changed although there is a schedule. With a
-        # schedule, the observations of its controller are added. Metrics use veRL's own way.
-        return Added((), (8 * (6 + 3 * bool(controller)),) if spec.placement == "loss" else ())
+        # schedule, the observations of its controller are added, and with `top:` whether its numbers agree with the
+        # log-probs. Metrics use veRL's own way.
+        numbers = 6 + 3 * bool(controller) + (spec.top is not None)
+        return Added((), (8 * numbers,) if spec.placement == "loss" else ())
     if spec.placement != "loss":
         return Added()  # OpenRLHF's driver computes rewards and advantages.
     pooled = sum(how == "pooled" for how in REDUCTIONS.values())

@@ -9,9 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.collectives.count import Seen, ours
-from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS, Added, paper
+from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS, Added, carried, paper
 from benchmarks.hosts.cases import NAMES
 from benchmarks.hosts.report import COLOURS, MARKERS
+from kl_plugins import KLSpec
 
 PER_NODE = 8
 LATENCY = {"within a node": 5e-6, "between nodes": 2e-5}
@@ -49,7 +50,11 @@ def row(host: str, ranks: int, spec: str, arm: dict[str, Any], native: dict[str,
         "host_calls": len(host_seen) / steps,
         # The bytes that the plugin's metrics add to the host's own collectives.
         "host_bytes": (sum(one.bytes for one in own) - sum(one.bytes for one in host_seen)) / steps,
-        "agrees": (found.calls, found.bytes) == (expected.calls * steps, expected.bytes * steps)
+        # TRL has no driver: the numbers stay in the process that computed them.
+        "carried": arm.get("carried", 0),
+        "paper_carried": 0 if host == "trl" else carried(KLSpec.parse(spec)),
+        "agrees": arm.get("carried", 0) == (0 if host == "trl" else carried(KLSpec.parse(spec)))
+        and (found.calls, found.bytes) == (expected.calls * steps, expected.bytes * steps)
         and found.calls == len(added)
         and Counter(one.operation for one in own) == Counter(one.operation for one in host_seen),
         "by": dict(by),
@@ -64,7 +69,10 @@ def rows(host: str, ranks: int, arms: dict[str, dict[str, Any]]) -> list[dict[st
 
 def table(found: list[dict[str, Any]]) -> Table:
     """Make a table of counted and predicted collectives."""
-    titles = ("host", "processes", "spec", "calls added", "on paper", "bytes added", "on paper", "host's own calls")
+    titles = (
+        "host", "processes", "spec", "calls added", "on paper", "bytes added", "on paper", "host's own calls",
+        "B/token to the driver",
+    )  # fmt: skip
     made = Table(*titles, title="collectives that a spec adds to one optimizer step of one rank")
     for one in found:
         made.add_row(
@@ -76,6 +84,7 @@ def table(found: list[dict[str, Any]]) -> Table:
             f"{one['bytes']:g}",
             f"{one['paper_bytes']:g}",
             f"{one['host_calls']:g}",
+            f"{one['carried']:g}",
         )
     return made
 
@@ -119,6 +128,7 @@ FORMULAS = (
     "@reward, @advantage: none, the driver shapes them",
     "OpenRLHF: @loss: per rollout batch two all-reduces of 8 (means + 7) and 8 (maxima) bytes, per optimizer step one "
     "of 40 (with beta: 64); @reward and @advantage: none",
+    "top:<k>:  veRL, OpenRLHF: 4 (2 k + 1) bytes per response token to the driver, and as many from it; k = 64: 516",
     "beta:     a controller in the loss adds one all-reduce of 12 bytes",
     "R = 1:    the same calls, to itself, under torchrun; none without a process group",
     "ring:     an all-gather of b bytes sends (R-1) b in R-1 hops, an all-reduce 2 (R-1)/R b in 2 (R-1)",
@@ -148,7 +158,7 @@ def plot(found: list[dict[str, Any]], model: list[dict[str, Any]], path: Path) -
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    styles = ("-", "--", ":", "-.", (0, (1, 3)))
+    styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1)))
     for index, (host, spec) in enumerate(dict.fromkeys((one["host"], one["spec"]) for one in found)):
         counted = [one for one in found if (one["host"], one["spec"]) == (host, spec)]
         expected = [one for one in model if (one["host"], one["spec"]) == (host, spec) and one["ranks"] > 1]

@@ -11,17 +11,30 @@ from typing import Any
 from benchmarks.collectives import count
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from benchmarks.drivers import verl
+from kl_plugins import KLSpec
+from kl_plugins.adapters.top_k import KEY
 from tests.support.verl import assets
 from tests.support.verl.workers import PROMPTS, Group, make_batch
 
 
 def counted(group: Group, batch: Any, kl: str) -> dict[str, Any]:
-    """Return the collectives of one optimizer step of rank 0."""
+    """Return the collectives of one optimizer step of rank 0, and the bytes per token that the driver received."""
+    from tests.support.verl import roles  # imports veRL, which has to be prepared first
+
     group.use(kl)
+    top = KLSpec.parse(kl).top if "@" in kl else None
+    if top is not None:
+        batch = roles.scored(batch, group.workers, top, "infer_batch")
+    sent = sum(count.size(row) for row in batch.extra.get(KEY, ()))
     group.ask(count.start)
     group.train(batch)
-    seen = group.ask(count.stop)[0]
-    return {"seen": seen, "steps": 1, "micro_batches": MICRO_BATCHES, "sequences": len(PROMPTS) // group.ranks}
+    return {
+        "seen": group.ask(count.stop)[0],
+        "steps": 1,
+        "micro_batches": MICRO_BATCHES,
+        "sequences": len(PROMPTS) // group.ranks,
+        "carried": sent / sum(map(len, batch.responses)),
+    }
 
 
 def main(folder: Path, *ranks: int) -> None:

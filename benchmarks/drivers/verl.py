@@ -56,22 +56,22 @@ class Workers(Group):
             return found
         return dataclasses.replace(found, micro_batch_size_per_gpu=self._micro_batch)
 
-    def scored(self, batch: Batch, k: int) -> Batch:
-        """Let the reference model beside the policy score a batch, and give its top-k numbers with the log-probs.
+    def scored(self, batch: Batch, k: int | None) -> Batch:
+        """Let the reference model beside the policy score a batch, as veRL's trainer does before an update.
 
         Args:
             batch: of one worker, which holds a reference model (``remote.add_reference``).
-            k: number of tokens per state.
+            k: number of tokens per state of which the top-k numbers are asked for; None to ask for log-probs alone.
 
         Returns:
-            The batch with the reference's log-probs and numbers.
+            The batch with the reference's log-probs, and its numbers if they were asked for.
         """
         from verl.utils import tensordict_utils
 
         from kl_plugins.adapters.verl.top_k import ASKED
 
         data = batch.tensordict()
-        tensordict_utils.assign_non_tensor(data, compute_loss=False, **{ASKED: k})
+        tensordict_utils.assign_non_tensor(data, compute_loss=False, **({} if k is None else {ASKED: k}))
         (output,) = self.ask(remote.score, data)
         return with_scores(batch, output)
 

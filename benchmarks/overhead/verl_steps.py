@@ -19,7 +19,6 @@ from benchmarks.overhead import memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
 from kl_plugins import KLSpec
-from tests.support.verl import roles
 from tests.support.verl.workers import Batch
 
 
@@ -43,6 +42,8 @@ def main(plan: Path, folder: Path, output: Path) -> None:
     read = Plan.read(plan)
     batch = batch_of(read)
     with verl.session(memory):
+        from tests.support.verl import roles  # imports veRL, which the session prepares
+
         group = verl.Workers(str(folder / "model"))
 
         def run(pair: Pair, spec: bool) -> Block:

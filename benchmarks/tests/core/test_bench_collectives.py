@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import report
 from benchmarks.collectives.count import Counter, Seen, ours, payload
-from benchmarks.collectives.plan import SCHEDULE, Added, paper
+from benchmarks.collectives.plan import MOST_CARRIED, SCHEDULE, TOP_K, Added, carried, paper
 from kl_plugins import KLSpec
 from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.openrlhf import HOST
@@ -61,17 +61,24 @@ def test_payload_is_what_goes_in(group: None) -> None:
 
 def test_paper_by_hand() -> None:
     metrics = len(REDUCTIONS) - 1  # without kl/exact
-    # Of three pooled metrics, two are made of a square each; beside them beta, tokens, micro-batches, seven checks.
-    assert paper("trl", "k3@loss", 3, 4) == Added((8 * (metrics - 3 + 2 + 3 + 7),) * 3)
+    # Of three pooled metrics, two are made of a square each; beside them beta, tokens, micro-batches, eight checks.
+    assert paper("trl", "k3@loss", 3, 4) == Added((8 * (metrics - 3 + 2 + 3 + 8),) * 3)
     assert paper("trl", "exact@loss", 1, 4).bytes == paper("trl", "k3@loss", 1, 4).bytes + 8
-    assert paper("trl", "k1@reward", 1, 4).gathers[1:] == (56, 16)
-    assert paper("trl", "k1@advantage", 1, 4).gathers[1:] == (56,)
+    assert paper("trl", "k1@reward", 1, 4).gathers[1:] == (64, 16)
+    assert paper("trl", "k1@advantage", 1, 4).gathers[1:] == (64,)
     assert paper("trl", SCHEDULE, 1, 4).reductions == (12,)
     assert paper("verl", SCHEDULE, 9, 4).reductions == (72,)
+    assert paper("verl", TOP_K, 9, 4).reductions == (56,)
     assert paper("openrlhf", "k1@reward", 9, 4) == paper("verl", "k1@advantage", 9, 4) == Added()
     both = Added((10,), (100,))
     assert (both.traffic(4), both.hops(4), both.hops(4, tree=True), both.hops(5, tree=True)) == (30 + 150, 9, 6, 9)
     assert Added((10,), (100,)).traffic(1) == 0
+
+
+def test_the_default_k_keeps_to_the_budget_of_bytes_per_token() -> None:
+    assert carried(KLSpec.parse(TOP_K)) == 4 * 17
+    assert carried(KLSpec.parse("exact@loss/top")) == 516 <= MOST_CARRIED
+    assert carried(KLSpec.parse("exact@loss")) == 0
 
 
 def arm(*seen: Seen) -> dict[str, Any]:
