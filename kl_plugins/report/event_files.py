@@ -29,7 +29,7 @@ def read_events(path: Path) -> tuple[dict[str, dict[int, float]], list[str]]:
             f"kl-plugins report: reading TensorBoard's event files ({path}) needs the package tensorboard, which "
             f"cannot be imported here ({error}). Install it: {REMEDY}"
         ) from error
-    # 0 stands for "keep all"; by default only a sample of 1,000 steps is kept.
+    # 0 stands for "keep all"; by default a sample of 10,000 steps is kept.
     accumulator: Any = event_accumulator.EventAccumulator(str(path), size_guidance={event_accumulator.SCALARS: 0})
     accumulator.Reload()
     tags = accumulator.Tags()[event_accumulator.SCALARS]
