@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from kl_plugins.report.charts import Chart, Line
 from kl_plugins.report.findings import Finding
 from kl_plugins.report.series import Series, thinned
-from kl_plugins.report.styles import DASHES, MARKS, style
+from kl_plugins.report.styles import DASHES, MARKS, Style, style
 
 WIDTH, HEIGHT = 620, 340
 """Size of a plot in pixels: on A4 paper its width is that of the text."""
@@ -31,6 +31,12 @@ def label(line: Line, chart: Chart) -> str:
     return f"{line.name} · {line.key}" if sum(each.run == line.run for each in chart.lines) > 1 else line.name
 
 
+def look_of(line: Line, chart: Chart) -> Style:
+    """Return how a line is drawn: in the colour of its run, and with another dash and marker for each further metric."""
+    nth = [each.key for each in chart.lines if each.run == line.run].index(line.key)
+    return style(line.run)._replace(dash=style(line.run + nth).dash, marker=style(line.run + nth).marker)
+
+
 def interactive(chart: Chart, findings: Iterable[Finding]) -> str:
     """Return the figure as HTML: an element and the script that draws it.
 
@@ -43,7 +49,7 @@ def interactive(chart: Chart, findings: Iterable[Finding]) -> str:
 
     figure = go.Figure()
     for line in chart.lines:
-        look, shown = style(line.run), thinned(line.series, MOST_POINTS)
+        look, shown = look_of(line, chart), thinned(line.series, MOST_POINTS)
         figure.add_trace(
             go.Scatter(
                 x=list(shown.steps),
@@ -101,7 +107,7 @@ def static(chart: Chart) -> str:
                 (_place(step, first, last, 64, WIDTH - 12), _place(value, low, high, HEIGHT - 44, 12))
                 for step, value in zip(series.steps, series.values, strict=True)
             ]
-            parts += _drawn(points, line)
+            parts += _drawn(points, look_of(line, chart))
         parts += [
             f'<text x="58" y="22" text-anchor="end">{high:.3g}</text>',
             f'<text x="58" y="{HEIGHT - 44}" text-anchor="end">{low:.3g}</text>',
@@ -134,8 +140,7 @@ def _place(value: float, low: float, high: float, start: float, end: float) -> f
     return round(start + share * (end - start), 1)
 
 
-def _drawn(points: Sequence[tuple[float, float]], line: Line) -> list[str]:
-    look = style(line.run)
+def _drawn(points: Sequence[tuple[float, float]], look: Style) -> list[str]:
     path = " ".join(f"{x},{y}" for x, y in points)
     dash = f' stroke-dasharray="{DASHES[look.dash]}"' if DASHES[look.dash] else ""
     drawn = [f'<polyline points="{path}" fill="none" stroke="{look.colour}" stroke-width="2"{dash}/>']

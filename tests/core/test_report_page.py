@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kl_plugins.report.charts import charts
-from kl_plugins.report.figures import MOST_POINTS, static
+from kl_plugins.report.figures import MOST_POINTS, look_of, static
 from kl_plugins.report.findings import find
 from kl_plugins.report.page import render
 from kl_plugins.report.reading import read_runs
@@ -150,6 +150,15 @@ def test_runs_differ_in_colour_dash_and_marker() -> None:
     for part in zip(*styles[:6], strict=True):
         assert len(set(part)) == 6
     assert len(set(COLOURS)) == len(COLOURS)
+
+
+def test_two_metrics_of_one_run_in_a_plot_differ_in_dash_and_marker() -> None:
+    sections = charts(read_runs([str(LOGS / "verl-native")]))
+    chart = next(plot for _, plots in sections for plot in plots if plot.title == "KL between old and new policy")
+    first, second = (look_of(line, chart) for line in chart.lines)
+    assert first.colour == second.colour
+    assert first.dash != second.dash
+    assert first.marker != second.marker
 
 
 def test_long_runs_stay_small_and_keep_their_spikes(tmp_path: Path) -> None:
