@@ -32,7 +32,7 @@ def label(line: Line, chart: Chart) -> str:
 
 
 def look_of(line: Line, chart: Chart) -> Style:
-    """Return how a line is drawn: in the colour of its run, and with another dash and marker for each further metric."""
+    """Return how a line is drawn: in the colour of its run, with another dash and marker for each further metric."""
     nth = [each.key for each in chart.lines if each.run == line.run].index(line.key)
     return style(line.run)._replace(dash=style(line.run + nth).dash, marker=style(line.run + nth).marker)
 
