@@ -70,8 +70,7 @@ def packed_top_k(spec: KLSpec, logits: Tensor, data: Any, overwritten: bool) -> 
     host = padded(data, REFERENCE)[rows.sequence, rows.step].float()
     kept = unpacked(numbers)  # of the temperature by which both models' logits are divided
     mask = padded(data, MASK)[rows.sequence, rows.step]
-    rounded = logits.dtype.itemsize < torch.float32.itemsize
-    difference = disagreement(label_log_probs(kept, labels[rows.position], host), host, mask, rounded)
+    difference = disagreement(label_log_probs(kept, labels[rows.position], host), host, mask, _rounded(logits, host))
     spread = numbers.new_zeros(len(labels), numbers.shape[-1])
     spread[rows.position] = numbers
     ref_logp = host.new_zeros(len(labels))
@@ -93,6 +92,12 @@ def _labels(data: Any, position: Tensor) -> Tensor:
     labels = torch.full_like(tokens, -100)
     labels[position] = tokens[position + 1]
     return labels
+
+
+def _rounded(logits: Tensor, host: Tensor) -> bool:
+    """Whether the host may have computed log-probs in 16 bits; the reference's settings need not be the policy's."""
+    halves = (torch.bfloat16, torch.float16)
+    return logits.dtype in halves or any(torch.equal(host, host.to(half).float()) for half in halves)
 
 
 def _with_gradient(spec: KLSpec) -> torch.set_grad_enabled:

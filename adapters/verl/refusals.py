@@ -169,14 +169,17 @@ def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
             "of a token, and exact terms need them; set it to False"
         )
     roles = {"actor": actor} if spec.top is None or adapted else {"actor": actor, "ref": config.actor_rollout_ref.ref}
-    for name, role in roles.items():
-        where, engine = f"actor_rollout_ref.{name}", role.get("fsdp_config") or {}
+    for role, section in roles.items():
+        engine = section.get("fsdp_config") or {}
         if engine.get("pad_to_length", False):
-            yield f"{where}.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; unset it"
-        if max(section.get("ulysses_sequence_parallel_size", 1) for section in (role, engine)) > 1:
             yield (
-                f"{where}.ulysses_sequence_parallel_size > 1 gives each rank the logits of some tokens only, and exact "
-                "terms were not written for that; set it to 1"
+                f"actor_rollout_ref.{role}.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; "
+                "unset it"
+            )
+        if max(part.get("ulysses_sequence_parallel_size", 1) for part in (section, engine)) > 1:
+            yield (
+                f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size > 1 gives each rank the logits of some "
+                "tokens only, and exact terms were not written for that; set it to 1"
             )
 
 

@@ -15,7 +15,6 @@ from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import LossBatch
 from kl_plugins.adapters.session import Total
 from kl_plugins.adapters.verl import HOST, LOSS_BETA, LOSS_KEY, REMEDY
-from kl_plugins.adapters.verl.batch import REFERENCE
 from kl_plugins.adapters.verl.config import spec_in
 from kl_plugins.adapters.verl.metrics import worker_metrics
 from kl_plugins.receipts import Receipt
@@ -64,7 +63,7 @@ class Session(session.Session):
                 own = " (on this rank there are not as many numbers as tokens)"
             raise RuntimeError(
                 f"kl-plugins: on {int(ranks)} ranks the reference's top-k numbers do not belong to the tokens that "
-                f"they came with: their log-probs differ from {REFERENCE}{own}. Between the reference's pass and the "
+                f"they came with: their log-probs differ from ref_log_prob{own}. Between the reference's pass and the "
                 "update something has moved rows or tokens, or changed the reference"
             )
 

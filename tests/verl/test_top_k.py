@@ -125,6 +125,20 @@ def test_numbers_of_other_tokens_stop_all_ranks(change, own, pair, drawn, refere
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_reference_that_computes_in_16_bits_is_not_taken_for_another(single, drawn, reference):
+    k = 200
+    wide = scored(drawn, reference.workers, k)
+
+    def update(change):
+        single.use(f"exact@loss/top:{k}")
+        log_probs = {**wide.log_probs, "ref_log_prob": [change(row) for row in wide.log_probs["ref_log_prob"]]}
+        (output,) = single.by_rank(replace(wide, log_probs=log_probs).tensordict())
+        return output
+
+    assert not isinstance(update(lambda row: row.bfloat16().float()), str)
+    assert "do not belong to the tokens" in update(lambda row: row + 0.01)
+
+
 def test_a_batch_without_the_numbers_stops_all_ranks(pair, drawn):
     pair.use(SPEC)
     for error in pair.by_rank(drawn.tensordict()):
