@@ -111,8 +111,9 @@ def test_packing_changes_nothing(packing, rollouts, whole, text):
     assert metrics["kl/exact"] == pytest.approx(whole[1]["kl/exact"], rel=0.02)
 
 
-def test_packed_micro_batches_of_any_size_are_the_same_with_and_without_a_copy(packing, rollouts, whole):
-    (copy, metrics), (top, _) = (update(packing, rollouts, text, *PACKED, *DYNAMIC) for text in ("exact@loss", WHOLE))
+@pytest.mark.parametrize("flags", [DYNAMIC, (*PACKED, *DYNAMIC)], ids=["padded", "packed"])
+def test_micro_batches_of_any_size_are_the_same_with_and_without_a_copy(packing, rollouts, whole, flags):
+    (copy, metrics), (top, _) = (update(packing, rollouts, text, *flags) for text in ("exact@loss", WHOLE))
     assert distance(top, copy) < 1e-3
     assert metrics["kl/exact"] == pytest.approx(whole[1]["kl/exact"], rel=0.02)
 
