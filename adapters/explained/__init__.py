@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kl_plugins.adapters.explained.common import COMMON
-from kl_plugins.adapters.explained.rules import R, Rule, findings
+from kl_plugins.adapters.explained.rules import R, Rule, findings, ignored
 from kl_plugins.adapters.explained.statements import statements
 from kl_plugins.adapters.explained.suggest import suggestions
 from kl_plugins.explain.config import ConfigExplanation
@@ -25,6 +25,8 @@ def explanation(run: R, rules: Iterable[Rule[R]], version_from: str, length: flo
         version_from: where the assumed version comes from.
         length: mean number of tokens of a response; None if it is not known.
     """
+    every = [*rules, *COMMON]
+    without_effect = ignored(every, run)
     relevant = [setting for setting in run.settings if setting.key in run.defaults or setting.key in run.kl_keys]
     return ConfigExplanation(
         host=run.host.name,
@@ -32,7 +34,7 @@ def explanation(run: R, rules: Iterable[Rule[R]], version_from: str, length: flo
         version_from=version_from,
         algorithm=run.algorithm,
         settings=tuple(str(setting) for setting in relevant),
-        statements=dict(statements(run)),
-        findings=findings([*rules, *COMMON], run),
+        statements=dict(statements(run, without_effect)),
+        findings=findings(every, run),
         suggestions=tuple(suggestions(run, length)),
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from packaging.specifiers import SpecifierSet
+
 from kl_plugins.adapters.explained.rules import ALL_HOSTS, Rule
-from kl_plugins.adapters.explained.run import ConfiguredRun, Term
+from kl_plugins.adapters.explained.run import ConfiguredRun, Term, as_number
 from kl_plugins.aggregation import SEQUENCE_MEAN_CAVEAT
 from kl_plugins.explain.bias import why_none
 from kl_plugins.explain.stability import stability
 from kl_plugins.sampling import EFFECTS
-from kl_plugins.settings import Unknown
+from kl_plugins.settings import Setting, Unknown
 
 Holds = Callable[[Term], bool]
 
@@ -74,9 +76,14 @@ def foreign_keys(run: ConfiguredRun) -> list[str]:
 
 
 def unknown_keys(run: ConfiguredRun) -> list[str]:
-    """Return the settings that matter here and whose values reading cannot determine."""
-    unknown = [setting.key for setting in run.settings if isinstance(setting.value, Unknown)]
-    return [key for key in unknown if key in run.defaults or key in run.kl_keys]
+    """Return the settings that matter here and whose values are unknown, or no numbers where one belongs."""
+
+    def unknown(setting: Setting) -> bool:
+        assumed = run.defaults.get(setting.key)
+        numeric = isinstance(assumed, (int, float)) and not isinstance(assumed, bool)
+        return isinstance(setting.value, Unknown) or (numeric and as_number(setting.value) is None)
+
+    return [s.key for s in run.settings if (s.key in run.defaults or s.key in run.kl_keys) and unknown(s)]
 
 
 def _by_response(term: Term) -> bool:
@@ -211,6 +218,7 @@ COMMON: tuple[Rule[ConfiguredRun], ...] = (
         ),
         "the host's config and parser; slime#397 and unsloth-zoo#890 are silent cases in other programs",
         "remove it, or use the name that this host and version have",
+        ignored=foreign_keys,
     ),
     Rule(
         "unknown-value",
@@ -218,9 +226,22 @@ COMMON: tuple[Rule[ConfiguredRun], ...] = (
         "note",
         unknown_keys,
         lambda run: bool(unknown_keys(run)),
-        lambda run: "its value is not written in what was read; the host's default is assumed",
+        "the value is set elsewhere or is not a number where one belongs; the host's default is assumed",
         "the config itself",
         "give the resolved config, or add the value as one more argument",
+    ),
+    Rule(
+        "version-not-checked",
+        ALL_HOSTS,
+        "note",
+        (),
+        lambda run: not SpecifierSet(run.host.supported).contains(run.version, prereleases=True),
+        lambda run: (
+            f"{run.name} is not among the versions whose sources were read ({run.host.supported}), so some "
+            "statements may not hold for it"
+        ),
+        "kl-plugins doctor",
+        "give another version with --version, if that is the one that you run",
     ),
 )
 """The rules about every host."""

@@ -31,6 +31,7 @@ class Rule(Generic[R_contra]):
         source: a paper, an issue, or a function of the host.
         remedy: what the user can do; empty if there is nothing to do.
         versions: the versions of the host that it is about, as a specifier; empty for all.
+        ignored: gives the settings that have no effect where it holds; None if it is not about that.
     """
 
     id: str
@@ -42,6 +43,17 @@ class Rule(Generic[R_contra]):
     source: str
     remedy: str = ""
     versions: str = ""
+    ignored: Callable[[R_contra], Iterable[str]] | None = None
+
+    def holds(self, run: R_contra) -> bool:
+        """Return whether the rule is about a run.
+
+        Args:
+            run: the run.
+        """
+        if self.versions and not SpecifierSet(self.versions).contains(run.version, prereleases=True):
+            return False
+        return run.host.name in self.hosts and self.when(run)
 
     def finding(self, run: R_contra) -> ConfigFinding | None:
         """Return the finding about a run, or None if the rule does not hold for it.
@@ -49,9 +61,7 @@ class Rule(Generic[R_contra]):
         Args:
             run: the run.
         """
-        if self.versions and not SpecifierSet(self.versions).contains(run.version, prereleases=True):
-            return None
-        if run.host.name not in self.hosts or not self.when(run):
+        if not self.holds(run):
             return None
         keys = self.settings(run) if callable(self.settings) else self.settings
         shown = ", ".join(dict.fromkeys(run.shown(key) for key in keys))
@@ -68,6 +78,17 @@ def findings(rules: Iterable[Rule[R]], run: R) -> tuple[ConfigFinding, ...]:
     """
     found = [*_problems(run), *(finding for rule in rules if (finding := rule.finding(run)) is not None)]
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def ignored(rules: Iterable[Rule[R]], run: R) -> tuple[str, ...]:
+    """Return the settings that have no effect in a run, each with its value and place.
+
+    Args:
+        rules: the rules.
+        run: the run.
+    """
+    keys = (key for rule in rules if rule.ignored is not None and rule.holds(run) for key in rule.ignored(run))
+    return tuple(dict.fromkeys(run.shown(key) for key in keys))
 
 
 def _problems(run: ConfiguredRun) -> Iterator[ConfigFinding]:

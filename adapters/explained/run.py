@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 from packaging.version import Version
@@ -180,14 +181,20 @@ class ConfiguredRun(ABC):
         return found.value
 
     def number(self, key: str) -> float:
-        """Return a setting as a number; 0 if it is empty."""
-        found: tuple[Any, ...] = (self.value(key), self.defaults.get(key))
-        for value in found:
-            try:
-                return float(value)
-            except (TypeError, ValueError):
-                continue
+        """Return a setting as a number; the host's default if it is none, and 0 if there is no default."""
+        for value in (self.value(key), self.defaults.get(key)):
+            number = as_number(value)
+            if number is not None:
+                return number
         return 0.0
+
+    def whole(self, key: str) -> int:
+        """Return a setting as a whole number of at least 1."""
+        return max(int(self.number(key)), 1)
+
+    def optional(self, key: str) -> float | None:
+        """Return a setting as a number, or None if it is none."""
+        return as_number(self.value(key))
 
     def text(self, key: str) -> str:
         """Return a setting as text; empty if it is None."""
@@ -261,3 +268,16 @@ class Tree(Mapping[str, Any]):
 
 
 _EMPTY = Tree({})
+
+
+def as_number(value: Any) -> float | None:
+    """Return a value as a finite number, or None if it is none.
+
+    Args:
+        value: the value of a setting.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if isfinite(number) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kl_plugins.adapters.aggregations import RULES
 from kl_plugins.adapters.explained.run import ConfiguredRun, Term
@@ -17,11 +17,12 @@ SITES = {
 }
 
 
-def statements(run: ConfiguredRun) -> Iterator[tuple[str, str]]:
+def statements(run: ConfiguredRun, ignored: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
     """Yield the statements about a run, each with its label.
 
     Args:
         run: the run.
+        ignored: the settings that have no effect in it.
     """
     if not run.terms:
         yield "KL", "none: nothing in this run holds the policy near a reference."
@@ -33,6 +34,8 @@ def statements(run: ConfiguredRun) -> Iterator[tuple[str, str]]:
         yield "reference", f"{run.reference}."
     yield "sampling", f"{run.sampling}."
     yield "data", _data(run)
+    if ignored:
+        yield "no effect", f"{', '.join(ignored)}."
 
 
 def _of_term(run: ConfiguredRun, term: Term) -> Iterator[tuple[str, str]]:

@@ -59,15 +59,13 @@ def explain_config_command(arguments: Sequence[str]) -> int:
         return fail("kl-plugins: explain --host needs a CONFIG: a file, or arguments of the program", as_json, 2)
     try:
         version, version_from = _version(host, options.get("--version"))
-        length = float(options["--length"]) if "--length" in options else None
+        length = _length(options.get("--length"))
         explainer = cast(ConfigExplainer, importlib.import_module(host.explainer))
         found = explainer.explain_config(words, version, version_from, length)
     except InvalidVersion as error:
         return fail(f"kl-plugins: --version: {error}", as_json, 2)
     except UnreadableError as error:
         return fail(f"kl-plugins: {error}", as_json, 2)
-    except ValueError:
-        return fail(f"kl-plugins: --length: {options['--length']!r} is no number", as_json, 2)
     suggest = "--suggest" in options
     if as_json:
         document = found.to_dict()
@@ -96,6 +94,18 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         else:
             words.append(word)
     return options, words
+
+
+def _length(given: str | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        length = float(given)
+    except ValueError:
+        length = 0.0
+    if not 0 < length < float("inf"):
+        raise UnreadableError(f"--length: {given!r} is no number of tokens")
+    return length
 
 
 def _version(host: Host, given: str | None) -> tuple[str, str]:

@@ -88,7 +88,7 @@ def test_the_version_changes_what_is_said() -> None:
         (("--host", "nohost", "beta=1"), "no host 'nohost'"),
         (("--host", "trl", "none.yaml"), "cannot read none.yaml"),
         (("--host", "trl", "beta=1", "--version", "new"), "Invalid version"),
-        (("--host", "trl", "beta=1", "--length", "long"), "'long' is no number"),
+        (("--host", "trl", "beta=1", "--length", "long"), "'long' is no number of tokens"),
     ],
 )
 def test_wrong_input_gives_status_2(arguments: tuple[str, ...], problem: str) -> None:

@@ -53,6 +53,8 @@ ROWS: list[Row] = [
     Row("negative-beta", "trl", "beta=-0.1", ("beta=0.1",)),
     Row("foreign-setting", "trl", "beta=0.1 kl_coef=0.1", ("beta=0.1 use_bias_correction_kl=True",)),
     Row("unknown-value", "trl", "beta=$BETA", ("beta=0.1", "beta=0.1 output_dir=$HOME")),
+    Row("unknown-value", "trl", "beta=auto", ("beta=1e-3",)),
+    Row("version-not-checked", "trl", "beta=0.1", (), "0.20.0"),
     Row("reading", "trl", "trl grpo --config none-such", ("beta=0.1",)),
     Row("refused", "trl", "beta=0 kl=k2@loss", ("beta=0.1 kl=k2@loss",)),
     Row("refused", "trl", "beta=0.1 kl=k2@los", ("beta=0.1 kl=default",)),

@@ -209,16 +209,16 @@ class OpenRLHFRun(ConfiguredRun):
     @cached_property
     def staleness(self) -> Staleness:
         """OpenRLHF's optimizer steps per rollout batch."""
-        samples = self.number("rollout.batch_size") * self.number("rollout.n_samples_per_prompt")
-        batch, epochs = self.number("train.batch_size"), self.number("train.max_epochs")
-        updates = epochs * max(samples / batch, 1) if batch else None
+        samples = self.whole("rollout.batch_size") * self.whole("rollout.n_samples_per_prompt")
+        batch, epochs = self.whole("train.batch_size"), self.whole("train.max_epochs")
+        updates = epochs * max(samples / batch, 1)
         if self.flag("train.partial_rollout_enable"):
             text = "partial rollouts: one response may hold tokens of several policies"
             return Staleness(updates, text, asynchronous=True, engine=True)
         if self.flag("train.async_enable"):
             return Staleness(updates, "asynchronous training: rollouts lag behind", asynchronous=True, engine=True)
         text = (
-            f"each rollout batch serves {updates or 0:g} optimizer step{'s' * (updates != 1)} ({samples:g} responses / "
+            f"each rollout batch serves {updates:g} optimizer step{'s' * (updates != 1)} ({samples:g} responses / "
             f"train.batch_size {batch:g} x max_epochs {epochs:g})"
         )
         return Staleness(updates, text, engine=True)

@@ -68,6 +68,7 @@ RULES: tuple[Rule[OpenRLHFRun], ...] = (
         "these flags have no effect, because the coefficient is 0",
         "cli.train_ppo_ray; OpenRLHF#773",
         "set --algo.kl.init_coef, or drop them",
+        ignored=_idle,
     ),
     Rule(
         "openrlhf-loss-empties-reward",
@@ -99,6 +100,7 @@ RULES: tuple[Rule[OpenRLHFRun], ...] = (
         f"{MAKER} does not pass it on",
         "drop it, or add --algo.kl.use_loss",
         versions=">=0.11.1",
+        ignored=lambda run: (UNBIASED,),
     ),
     Rule(
         "openrlhf-no-unbiased-yet",

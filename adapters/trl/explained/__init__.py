@@ -19,7 +19,7 @@ from kl_plugins.adapters.trl.explained import defaults
 from kl_plugins.adapters.trl.refusals import contradictions
 from kl_plugins.explain.config import ConfigExplanation
 from kl_plugins.sampling import Sampling
-from kl_plugins.settings import Format, Settings, read_words
+from kl_plugins.settings import Format, Settings, Unknown, read_words
 from kl_plugins.spec import KLSpec
 
 FORMAT = Format(
@@ -70,18 +70,20 @@ class TRLRun(ConfiguredRun):
     def config(self) -> Any:
         """The settings and defaults with the attributes of a GRPOConfig or RLOOConfig."""
         found: dict[str, Any] = {key: self.value(key) for key in self.defaults}
-        for key in ("temperature", "top_p", "top_k", "beta", "top_entropy_quantile"):
+        for key in ("temperature", "top_p", "top_k", "beta", "top_entropy_quantile", "repetition_penalty"):
             if key in found:
                 found[key] = self.number(key)
-        steps = self.value("steps_per_generation") or self.number("gradient_accumulation_steps")
+        for key in ("min_p", "off_policy_mask_threshold"):
+            found[key] = self.optional(key)
+        steps = self.optional("steps_per_generation") or self.whole("gradient_accumulation_steps")
         found |= {
-            "steps_per_generation": int(float(steps)),
-            "gradient_accumulation_steps": int(self.number("gradient_accumulation_steps")),
-            "num_iterations": int(self.number("num_iterations")),
+            "steps_per_generation": max(int(steps), 1),
+            "gradient_accumulation_steps": self.whole("gradient_accumulation_steps"),
+            "num_iterations": self.whole("num_iterations"),
             "generation_kwargs": {
                 setting.key.split(".", 1)[1]: setting.value
                 for setting in self.settings
-                if setting.key.startswith("generation_kwargs.")
+                if setting.key.startswith("generation_kwargs.") and not isinstance(setting.value, Unknown)
             },
         }
         if isinstance(found.get("scale_rewards"), bool):
@@ -116,6 +118,8 @@ class TRLRun(ConfiguredRun):
     @cached_property
     def ratio(self) -> str:
         """The policy that weights against the behaviour policy divide by: ``sampler``, ``old`` or ``current``."""
+        if self.staleness.updates is None:
+            return "old"
         return behaviour_source(KLSpec.parse("k2@loss/is:token/behaviour:old"), self.config, self.flag("use_vllm"))
 
     def _grpo_term(self) -> Term:
@@ -211,7 +215,7 @@ class TRLRun(ConfiguredRun):
     def staleness(self) -> Staleness:
         """TRL's optimizer steps per rollout."""
         config = self.config
-        updates = config.steps_per_generation * config.num_iterations / max(config.gradient_accumulation_steps, 1)
+        updates = config.steps_per_generation * config.num_iterations / config.gradient_accumulation_steps
         served = f"each rollout serves {updates:g} optimizer step{'s' * (updates != 1)}"
         if updates < 1:
             served = f"each optimizer step uses {1 / updates:g} rollouts"

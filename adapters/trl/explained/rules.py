@@ -78,6 +78,7 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "these settings have no effect, because beta is 0",
         f"{LOSS}: the KL is computed only where beta is not 0",
         "set beta, or remove them",
+        ignored=_without_beta,
     ),
     Rule(
         "trl-sync-without-reference",
@@ -295,6 +296,7 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "AsyncGRPO has neither a reference model nor a KL term; its metric `kl` compares behaviour and current policy",
         "AsyncGRPOTrainer",
         "use GRPO if you need a KL",
+        ignored=_given_to_async,
     ),
     Rule(
         "trl-server-logprobs",
@@ -352,6 +354,7 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "use_bias_correction_kl says",
         "trl.experimental.gmpo GMPOTrainer._compute_loss",
         "use GRPO, if the KL is to be weighted",
+        ignored=lambda run: [key for key in ("use_bias_correction_kl",) if run.given(key)],
     ),
     Rule(
         "trl-other-trainer",

@@ -26,6 +26,9 @@ from kl_plugins.spec.options import ALLOW_BIASED
 FORMAT = Format(program=r"\bmain_ppo\b|\bverl\.|\brecipe[./]|\bmain_\w+", config_flags=())
 """veRL's programs."""
 
+OPTIONAL_NUMBERS = (f"{ROLLOUT}min_p", f"{ROLLOUT}repetition_penalty", f"{ACTOR}loss_scale_factor")
+"""Settings that are a number or nothing."""
+
 OWN_CONFIGS = ("ppo_trainer", "ppo_trainer.yaml", "ppo_megatron_trainer", "ppo_megatron_trainer.yaml")
 """veRL's own configs, whose values are the defaults."""
 
@@ -61,9 +64,14 @@ class VerlRun(ConfiguredRun):
         """veRL's settings of generation."""
         return tuple(f"{ROLLOUT}{name}" for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"))
 
-    @cached_property
+    @property
     def config(self) -> Any:
         """The settings and defaults with the attributes of veRL's config."""
+        return Tree(self.flat)
+
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """The settings and defaults by key, with the types that veRL's config has."""
         found: dict[str, Any] = {}
         for key in {**self.defaults, **{setting.key: None for setting in self.settings}}:
             assumed = self.defaults.get(key)
@@ -71,9 +79,11 @@ class VerlRun(ConfiguredRun):
                 found[key] = self.flag(key)
             elif isinstance(assumed, (int, float)):
                 found[key] = self.number(key)
+            elif key in OPTIONAL_NUMBERS:
+                found[key] = self.optional(key)
             else:
                 found[key] = self.value(key)
-        return Tree(found)
+        return found
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -154,10 +164,11 @@ class VerlRun(ConfiguredRun):
             self.problems.append((key, f"a @{spec.placement} spec cannot work here; put it into {home}"))
             return None
         specs = Specs(spec, None) if spec.placement == "loss" else Specs(None, spec)
-        self.problems += [(key, problem) for _, _, problem in contradictions(specs, self.config)]
-        self.problems += [
-            (key, f"{problem} (KL_PLUGINS_ALLOW_UNTESTED=1 allows it)") for problem in untested(self.config)
-        ]
+        # Refusals read the texts again, so each key gets one that is valid.
+        texts = {LOSS_KEY: self.defaults[LOSS_KEY], SCORE_KEY: self.defaults[SCORE_KEY], key: str(spec)}
+        config = Tree({**self.flat, **texts})
+        self.problems += [(key, problem) for _, _, problem in contradictions(specs, config)]
+        self.problems += [(key, f"{problem} (KL_PLUGINS_ALLOW_UNTESTED=1 allows it)") for problem in untested(config)]
         return spec
 
     @property
@@ -165,7 +176,7 @@ class VerlRun(ConfiguredRun):
         """The rule of veRL's aggregation, and the setting that selects it."""
         mode = self.text(f"{ACTOR}loss_agg_mode")
         setting = f"loss_agg_mode {mode}"
-        if mode == "seq-mean-token-sum-norm" and self.value(f"{ACTOR}loss_scale_factor") is not None:
+        if mode == "seq-mean-token-sum-norm" and self.optional(f"{ACTOR}loss_scale_factor") is not None:
             return "constant", f"{setting}, loss_scale_factor {self.number(f'{ACTOR}loss_scale_factor'):g}"
         return defaults.RULES.get(mode), setting
 
@@ -186,9 +197,9 @@ class VerlRun(ConfiguredRun):
     @cached_property
     def staleness(self) -> Staleness:
         """veRL's optimizer steps per rollout batch."""
-        batch, mini = self.number("data.train_batch_size"), self.number(f"{ACTOR}ppo_mini_batch_size")
-        epochs = self.number(f"{ACTOR}ppo_epochs")
-        updates = epochs * max(batch / mini, 1) if mini else None
+        batch, mini = self.whole("data.train_batch_size"), self.whole(f"{ACTOR}ppo_mini_batch_size")
+        epochs = self.whole(f"{ACTOR}ppo_epochs")
+        updates = epochs * max(batch / mini, 1)
         words = " ".join(self.settings.words)
         mode = self.text(f"{TRAINER}v1.trainer_mode")
         for name in ("fully_async", "one_step_off", "separate_async", "colocate_async"):
@@ -196,7 +207,7 @@ class VerlRun(ConfiguredRun):
                 text = f"{name} generates rollouts while the policy is trained"
                 return Staleness(updates, text, asynchronous=True, engine=True)
         text = (
-            f"each rollout batch serves {updates or 0:g} optimizer step{'s' * (updates != 1)} (data.train_batch_size "
+            f"each rollout batch serves {updates:g} optimizer step{'s' * (updates != 1)} (data.train_batch_size "
             f"{batch:g} / ppo_mini_batch_size {mini:g} x ppo_epochs {epochs:g})"
         )
         return Staleness(updates, text, engine=True)

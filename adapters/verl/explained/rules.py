@@ -107,6 +107,7 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "these settings have no effect, because use_kl_loss is off",
         f"{LOSS}; verl#3276",
         "set use_kl_loss to True, or remove them",
+        ignored=_idle_loss_keys,
     ),
     Rule(
         "verl-reward-settings-ignored",
@@ -117,6 +118,7 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "these settings have no effect, because use_kl_in_reward is off",
         f"{REWARD}; verl#3276",
         "set use_kl_in_reward to True, or remove them",
+        ignored=_idle_reward_keys,
     ),
     Rule(
         "verl-zero-coefficient",
@@ -247,6 +249,7 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "kl_ctrl controls the KL in the reward alone, which is off. The coefficient of the KL loss does not change",
         f"{REWARD}; {LOSS}",
         "use a spec with beta:adaptive in kl_loss_type",
+        ignored=lambda run: (f"{ALGORITHM}kl_ctrl.type",),
     ),
     Rule(
         "verl-mean-by-micro-batch",
