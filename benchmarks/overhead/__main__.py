@@ -22,6 +22,7 @@ from benchmarks.reporting import machine, write_json
 def main(
     python: Annotated[list[str], typer.Option(help="HOST=PATH of the interpreter of a host's environment; repeat.")],
     out: Annotated[Path, typer.Option(help="Where JSON, plot and output of workers go.")] = Path("out/bench/overhead"),
+    only: Annotated[str, typer.Option(help="Measure only the pairs whose spec contains this text.")] = "",
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model, few steps: that it runs, no numbers.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Blocks of each arm.")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 3,
@@ -43,7 +44,10 @@ def main(
         hosts.prepare("benchmarks.overhead.work", json.dumps(asdict(size)), hosts.folder, log="model.log")
         for host in hosts:
             plan, result = hosts.folder / f"{host}.json", hosts.folder / f"{host}-out.json"
-            Plan(size, PAIRS[host][: 1 if smoke else None], rounds, steps).write(plan)
+            pairs = tuple(pair for pair in PAIRS[host] if only in pair.spec)
+            if not pairs:
+                raise typer.BadParameter(f"no pair of {NAMES[host]} has a spec with {only!r}")
+            Plan(size, pairs[: 1 if smoke else None], rounds, steps).write(plan)
             if not hosts.run(host, f"benchmarks.overhead.{host}_steps", plan, hosts.folder, result, limit=limit):
                 continue
             found = json.loads(result.read_text())
