@@ -25,7 +25,7 @@ def explanation(run: R, rules: Iterable[Rule[R]], version_from: str, length: flo
         version_from: where the assumed version comes from.
         length: mean number of tokens of a response; None if it is not known.
     """
-    every = [*rules, *COMMON]
+    every: list[Rule[R]] = [*rules, *COMMON]
     without_effect = ignored(every, run)
     relevant = [setting for setting in run.settings if setting.key in run.defaults or setting.key in run.kl_keys]
     return ConfigExplanation(

@@ -51,7 +51,7 @@ def explain_config_command(arguments: Sequence[str]) -> int:
     if "--help" in options or "-h" in options:
         print(USAGE.format(hosts=", ".join(hosts)))
         return 0
-    host = hosts.get(options.get("--host", ""))
+    host = hosts.get(options.get("--host", "").lower())
     if host is None:
         known = ", ".join(hosts)
         return fail(f"kl-plugins: no host {options.get('--host', '')!r} whose configs are known: {known}", as_json, 2)

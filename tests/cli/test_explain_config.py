@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> str:
 
 
 def test_the_text_says_what_is_optimised_and_where_it_comes_from(config: str) -> None:
-    result = run_cli("explain", "--host", "trl", config, env={"COLUMNS": "200"})
+    result = run_cli("explain", "--host", "TRL", config, env={"COLUMNS": "200"})
     said = words(result.stdout)
     assert result.returncode == 0, result.stderr
     for text in (
