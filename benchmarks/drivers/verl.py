@@ -54,7 +54,8 @@ class Workers(Group):
         found = super().engine(ranks)
         if self._micro_batch is None:
             return found
-        return dataclasses.replace(found, micro_batch_size_per_gpu=self._micro_batch)
+        size = self._micro_batch
+        return dataclasses.replace(found, micro_batch_size_per_gpu=size, infer_micro_batch_size_per_gpu=size)
 
     def scored(self, batch: Batch, k: int | None) -> Batch:
         """Let the reference model beside the policy score a batch, as veRL's trainer does before an update.
