@@ -204,7 +204,9 @@ class ConfiguredRun(ABC):
     def flag(self, key: str) -> bool:
         """Return a setting as a truth value."""
         value = self.value(key)
-        return value.lower() not in ("", "false", "0", "no", "none") if isinstance(value, str) else bool(value)
+        return (
+            value.lower() not in ("", "false", "0", "no", "none", "off", "n") if isinstance(value, str) else bool(value)
+        )
 
     def spec_in(self, key: str) -> KLSpec | None:
         """Return the spec that a setting holds, or None if it is not a valid one; what is wrong becomes a finding.

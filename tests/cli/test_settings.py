@@ -154,3 +154,11 @@ def test_a_missing_file_is_named_and_a_missing_parser_as_well(monkeypatch: pytes
 def test_standard_input_may_have_any_format(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert values(read_words(["-"], FORM)) == {"beta": 0.1}
+
+
+def test_a_list_of_hydras_overrides_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "overrides.yaml"
+    path.write_text("- beta=0.1\n- +kl.on=True\n")
+    found = read_words([str(path)], FORM)
+    assert values(found) == {"beta": 0.1, "kl.on": True}
+    assert [setting.place for setting in found] == [f"{path}:1", f"{path}:2"]

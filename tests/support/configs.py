@@ -313,6 +313,13 @@ ROWS += [
     ),
 ]
 ROWS += [
+    Row("trl-constant-divisor", "trl", "beta=0.1 loss_type=dr_grpo", ("beta=0.1", "loss_type=dr_grpo")),
+    Row(
+        "verl-engine-mismatch",
+        "verl",
+        LOSS,
+        (REWARD, LOSS + "algorithm.rollout_correction.rollout_is=token", LOSS + f"{V}kl_loss_type=default"),
+    ),
     Row("score-behind-the-clip", "trl", "rloo num_iterations=2", ("rloo", "beta=0.1 num_iterations=2")),
     Row("score-behind-the-clip", "verl", REWARD, (LOSS, REWARD + "data.train_batch_size=256")),
     Row(
@@ -436,6 +443,8 @@ ROWS += [
         IN_LOSS + "--actor.loss_agg_mode seq-mean-token-mean",
         (IN_LOSS, "--actor.loss_agg_mode seq-mean-token-mean"),
     ),
+    Row("openrlhf-engine-mismatch", "openrlhf", IN_LOSS, ("", IN_LOSS + "--algo.advantage.is_correction_level token")),
+    Row("openrlhf-k3-overflow", "openrlhf", f"{K}use_loss {K}estimator k3", (IN_LOSS, f"{K}estimator k3"), "0.11.1"),
     Row("openrlhf-always-token-mean", "openrlhf", IN_LOSS + "--actor.policy_loss_type gspo", (IN_LOSS,)),
     Row("openrlhf-mean-by-micro-batch", "openrlhf", IN_LOSS, ("",), "0.10.3"),
     Row("openrlhf-adaptive", "openrlhf", f"{K}target 0.1", ("",)),

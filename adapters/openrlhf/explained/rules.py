@@ -136,6 +136,29 @@ RULES: tuple[Rule[OpenRLHFRun], ...] = (
         "use the spec k2@loss/is:token/behaviour:sampler/floor:0.5",
     ),
     Rule(
+        "openrlhf-engine-mismatch",
+        OPENRLHF,
+        "note",
+        (ESTIMATOR,),
+        lambda run: _native_loss(run) and not run.corrects,
+        "vLLM samples the tokens, and nothing in the KL corrects for the difference between its probabilities and the "
+        "trainer's",
+        f"{STEP}: rollout_log_probs does not reach the KL; OpenRLHF#1098",
+        "use the spec k2@loss/is:token/behaviour:sampler/floor:0.5",
+    ),
+    Rule(
+        "openrlhf-k3-overflow",
+        OPENRLHF,
+        "warning",
+        (ESTIMATOR,),
+        lambda run: _native_loss(run) and run.text(ESTIMATOR) == "k3",
+        "before 0.11.2 the exp in k3 is not bounded: it overflows on a token that the policy has nearly dropped, and "
+        "the clamp after it then gives a gradient of NaN",
+        f"{APPROX} before 0.11.2; OpenRLHF#525, OpenRLHF#1120, OpenRLHF#1160, OpenRLHF#1335",
+        "use OpenRLHF 0.11.2, or a spec",
+        versions="<0.11.2",
+    ),
+    Rule(
         "openrlhf-always-token-mean",
         OPENRLHF,
         "note",

@@ -66,7 +66,7 @@ RULES: tuple[Rule[TRLRun], ...] = (
         ("beta",),
         lambda run: _no_beta(run) and not run.given("kl"),
         "beta is 0, so there is no KL term and TRL loads no reference model",
-        "GRPOConfig.beta, 0 by default since TRL 0.19; trl#2806",
+        "GRPOConfig.beta, 0 by default since TRL 0.19; trl#2806, trl#4040",
         "set beta, if the policy is to stay near its start",
     ),
     Rule(
@@ -195,6 +195,17 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "tokens",
         f"{LOSS}; docs: Migration",
         "divide beta by the mean length of a response (--suggest has the number)",
+    ),
+    Rule(
+        "trl-constant-divisor",
+        TRL,
+        "note",
+        ("loss_type", "max_completion_length"),
+        lambda run: _grpo(run) and run.text("loss_type") == "dr_grpo",
+        "dr_grpo divides by the number of responses times max_completion_length, so beta is weaker than under dapo, by "
+        "the ratio of the mean length of a response to that limit, and it changes with the limit",
+        f"{LOSS}; docs: Migration",
+        "--suggest has the equivalent beta",
     ),
     Rule(
         "trl-luspo-padding",

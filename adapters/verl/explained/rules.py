@@ -184,6 +184,17 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "use the spec k2@loss/is:token/behaviour:sampler/floor:0.5, with rollout.calculate_log_probs=True",
     ),
     Rule(
+        "verl-engine-mismatch",
+        VERL,
+        "note",
+        (f"{ROLLOUT}name", LOSS_KEY),
+        lambda run: _in_loss(run) and not run.text(f"{CORRECTION}rollout_is"),
+        "another engine than the trainer samples the tokens, and nothing in the KL corrects for the difference of "
+        "their probabilities",
+        f"{LOSS}: rollout_log_probs is not selected; verl#2953, verl#6780",
+        "use the spec k2@loss/is:token/behaviour:sampler/floor:0.5, with rollout.calculate_log_probs=True",
+    ),
+    Rule(
         "verl-rejection-shrinks-the-kl",
         VERL,
         "warning",
