@@ -312,7 +312,20 @@ ROWS += [
         (REWARD, LOSS + "algorithm.adv_estimator=grpo"),
     ),
 ]
+C = "algorithm.rollout_correction."
+
 ROWS += [
+    Row(
+        "verl-bypass-drops-the-correction",
+        "verl",
+        f"{C}bypass_mode=True {C}rollout_is=token",
+        (
+            f"{C}bypass_mode=True",
+            f"{C}rollout_is=token",
+            f"{C}bypass_mode=True {C}rollout_is=token trainer.use_v1=False",
+        ),
+        "0.9.1",
+    ),
     Row("trl-constant-divisor", "trl", "beta=0.1 loss_type=dr_grpo", ("beta=0.1", "loss_type=dr_grpo")),
     Row(
         "verl-engine-mismatch",

@@ -13,6 +13,7 @@ from kl_plugins.adapters.verl.explained.defaults import (
     ESTIMATORS,
     MODEL,
     ROLLOUT,
+    TRAINER,
 )
 from kl_plugins.adapters.verl.explained.defaults import RULES as MODES
 from kl_plugins.adapters.verl.refusals import WITHOUT_KL
@@ -81,6 +82,10 @@ def _zero_betas(run: VerlRun) -> list[str]:
 
 def _adaptive(run: VerlRun) -> bool:
     return run.text(f"{ALGORITHM}kl_ctrl.type") == "adaptive"
+
+
+def _corrections(run: VerlRun) -> list[str]:
+    return [key for key in (f"{CORRECTION}rollout_is", f"{CORRECTION}rollout_rs") if run.text(key)]
 
 
 def _lora(run: VerlRun) -> bool:
@@ -219,6 +224,24 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "mismatch of engine and trainer",
         "trainer_base (bypass_mode); verl#4912, verl#4272",
         "set bypass_mode to False, or use the KL in the loss",
+    ),
+    Rule(
+        "verl-bypass-drops-the-correction",
+        VERL,
+        "warning",
+        lambda run: (*_corrections(run), f"{CORRECTION}bypass_mode"),
+        lambda run: (
+            bool(_corrections(run))
+            and run.flag(f"{CORRECTION}bypass_mode")
+            and run.flag(f"{TRAINER}use_v1")
+            and run.text(f"{ACTOR}policy_loss.loss_mode") != "bypass_mode"
+        ),
+        "the v1 trainers take the engine's log-probs as the old ones under bypass_mode and do nothing more: rollout_is "
+        "and rollout_rs have no effect, neither on the policy loss nor on the KL",
+        "trainer_base._compute_old_log_prob (only the older trainer calls apply_bypass_mode); verl#4912, verl#4272",
+        "set bypass_mode to False, or trainer.use_v1 to False",
+        versions=">=0.9",
+        ignored=_corrections,
     ),
     Rule(
         "verl-reward-divided-by-std",
