@@ -466,6 +466,7 @@ ROWS += [
         "openrlhf",
         IN_LOSS + f"{K}target 0.1 --train.dynamic_batch_enable",
         (IN_LOSS + f"{K}target 0.1", IN_LOSS + "--train.dynamic_batch_enable"),
+        "0.11.2",
     ),
     Row(
         "openrlhf-whitened",

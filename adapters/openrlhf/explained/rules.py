@@ -206,6 +206,7 @@ RULES: tuple[Rule[OpenRLHFRun], ...] = (
         "beta although the KL is above the target",
         "ppo_utils.replay_buffer (line 171 in 0.11.2)",
         "use a spec: kl-plugins gives the controller the mean over all tokens",
+        versions="<=0.11.2",
     ),
     Rule(
         "openrlhf-whitened",

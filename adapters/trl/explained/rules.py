@@ -191,8 +191,8 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "warning",
         ("loss_type", "beta"),
         lambda run: _grpo(run) and run.text("loss_type") == "luspo",
-        "luspo adds up the tokens of a response, so beta is as many times as strong as under dapo as a response has "
-        "tokens",
+        "luspo adds up the tokens of a response: with responses of 200 tokens, beta is 200 times as strong as under "
+        "dapo",
         f"{LOSS}; docs: Migration",
         "divide beta by the mean length of a response (--suggest has the number)",
     ),
@@ -327,8 +327,8 @@ RULES: tuple[Rule[TRLRun], ...] = (
         "warning",
         lambda run: (),
         lambda run: "unsloth" in run.settings.imports,
-        "the program imports Unsloth, which replaces TRL's trainers by its own: they compute loss and KL themselves, "
-        "and what is said here about TRL need not hold",
+        "the program imports Unsloth, which replaces TRL's trainers by its own. They compute loss and KL themselves, "
+        "so what is said here about TRL may not hold",
         "unsloth-zoo#890; unsloth-zoo rl_replacements.py",
         "start a process that does not import it, if you need one of the settings above",
     ),

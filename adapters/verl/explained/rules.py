@@ -260,7 +260,7 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "error",
         (f"{ALGORITHM}adv_estimator", USE_REWARD),
         lambda run: _in_reward(run) and run.algorithm in WITHOUT_KL,
-        lambda run: f"a KL in the reward has no effect here: {WITHOUT_KL[run.algorithm]}",
+        lambda run: f"a KL in the reward has no effect under {run.algorithm}: {WITHOUT_KL[run.algorithm]}",
         "core_algos.compute_gdpo_outcome_advantage, core_algos.compute_grpo_passk_outcome_advantage",
         "use the KL in the loss",
     ),
@@ -302,8 +302,8 @@ RULES: tuple[Rule[VerlRun], ...] = (
         "warning",
         (f"{ACTOR}loss_agg_mode", LOSS_BETA),
         lambda run: any(term.rule == "responses" for term in run.terms),
-        "the KL of a response is a sum over its tokens, so beta is as many times as strong as under token-mean as a "
-        "response has tokens",
+        "the KL of a response is a sum over its tokens: with responses of 200 tokens, beta is 200 times as strong as "
+        "under token-mean",
         "core_algos.agg_loss; docs: Migration",
         "divide beta by the mean length of a response (--suggest has the number)",
     ),
