@@ -18,9 +18,6 @@ from kl_plugins.adapters.top_k import KEY, packed
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
 
-COPY_BYTES = 2**28
-"""Limit of the memory for the logits that are copied at a time, in bytes."""
-
 
 def reference_numbers(logits: Tensor, action_mask: Tensor, attention_mask: Tensor, k: int) -> Tensor:
     """Compute what ``top:`` keeps of the reference in the states that the response tokens were drawn in.
@@ -34,10 +31,12 @@ def reference_numbers(logits: Tensor, action_mask: Tensor, attention_mask: Tenso
     Returns:
         (n, 2 k + 1) float32 for the n response tokens of all sequences, as ``adapters.top_k.packed`` packs them.
     """
-    rows = response_rows(action_mask.bool(), attention_mask, logits.shape[:-1]).nonzero()[:, 0]
-    flat, size = logits.flatten(0, -2), max(1, COPY_BYTES // (logits.element_size() * logits.shape[-1]))
-    parts: list[Tensor] = list(torch.split(rows, size))
-    return torch.cat([packed(reference_top_k(flat[part], k)) for part in parts])
+    rows = response_rows(action_mask.bool(), attention_mask, logits.shape[:-1]).nonzero()[:, 0].cpu()
+    # Each run of neighbouring rows is one slice, because a selection of rows would copy their logits.
+    runs: tuple[Tensor, ...] = torch.tensor_split(rows, (rows.diff() != 1).nonzero()[:, 0] + 1)
+    slices = [slice(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [slice(0, 0)]
+    flat = logits.flatten(0, -2)
+    return torch.cat([packed(reference_top_k(flat[part], k)) for part in slices])
 
 
 def carry(spec: KLSpec, samples: Sequence[Any], found: Sequence[Tensor]) -> None:
