@@ -7,11 +7,13 @@ import math
 
 import pytest
 import ray
+import torch
 
-from kl_plugins.adapters.openrlhf.top_k import arrived
-from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.openrlhf.top_k import arrived, reference_numbers
+from kl_plugins.adapters.top_k import KEY, packed
 from kl_plugins.patches.openrlhf import reference
 from kl_plugins.receipts import MissingReceiptError
+from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
 from tests.support.openrlhf import by_hand, remote
 from tests.support.openrlhf.assets import VOCABULARY
@@ -64,6 +66,18 @@ def test_the_gradient_is_that_of_set_bucket_and_remainder(computed, case):
     assert 0.2 < in_bucket < 1
     assert (weight > 0.05) == (MOVED in case)
     assert abs(missed) < 1e-6
+
+
+def test_numbers_are_those_of_the_response_tokens_states():
+    # A response of several turns, one without tokens of the policy, and one of a single token; all of other lengths.
+    logits, mask = torch.randn(3, 9, 20), torch.zeros(3, 8, dtype=torch.long)
+    mask[0, [2, 3, 6]], mask[2, 7] = 1, 1
+    attention = torch.ones(3, 9, dtype=torch.long)
+    attention[0, 8:], attention[1, 5:] = 0, 0
+    expected = packed(reference_top_k(logits[:, :-1][mask.bool()], 4))
+    assert torch.equal(reference_numbers(logits, mask, attention, 4), expected)
+    assert torch.equal(reference_numbers(logits[attention.bool()][None], mask, attention, 4), expected)
+    assert reference_numbers(logits, 0 * mask, attention, 4).shape == (0, 9)
 
 
 def test_under_lora_it_is_the_same(harness, rollouts, assets):
