@@ -208,6 +208,13 @@ class ConfiguredRun(ABC):
             value.lower() not in ("", "false", "0", "no", "none", "off", "n") if isinstance(value, str) else bool(value)
         )
 
+    def typed(self, key: str) -> Any:
+        """Return a setting in the type of the host's default; as it is given if the default is no number."""
+        assumed = self.defaults.get(key)
+        if isinstance(assumed, bool):
+            return self.flag(key)
+        return self.number(key) if isinstance(assumed, (int, float)) else self.value(key)
+
     def spec_in(self, key: str) -> KLSpec | None:
         """Return the spec that a setting holds, or None if it is not a valid one; what is wrong becomes a finding.
 

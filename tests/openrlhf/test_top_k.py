@@ -97,7 +97,7 @@ def update(harness, rollouts, text, *flags):
 
 
 def distance(found, expected):
-    """Of two gradients, relative."""
+    """Return the relative distance of two gradients."""
     gap = sum((found[name] - values).square().sum() for name, values in expected.items())
     return float((gap / sum(values.square().sum() for values in expected.values())).sqrt())
 

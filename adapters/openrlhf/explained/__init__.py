@@ -82,17 +82,12 @@ class OpenRLHFRun(ConfiguredRun):
     def args(self) -> Any:
         """The flags and defaults as OpenRLHF's nested arguments."""
         root: dict[str, Any] = {}
-        for key, assumed in self.defaults.items():
+        for key in self.defaults:
             *groups, name = key.split(".")
             place = root
             for group in groups:
                 place = place.setdefault(group, {})
-            if isinstance(assumed, bool):
-                place[name] = self.flag(key)
-            elif isinstance(assumed, (int, float)):
-                place[name] = self.number(key)
-            else:
-                place[name] = self.value(key)
+            place[name] = self.typed(key)
         return _namespace(root)
 
     @property

@@ -74,15 +74,7 @@ class VerlRun(ConfiguredRun):
         """The settings and defaults by key, with the types that veRL's config has."""
         found: dict[str, Any] = {}
         for key in {**self.defaults, **{setting.key: None for setting in self.settings}}:
-            assumed = self.defaults.get(key)
-            if isinstance(assumed, bool):
-                found[key] = self.flag(key)
-            elif isinstance(assumed, (int, float)):
-                found[key] = self.number(key)
-            elif key in OPTIONAL_NUMBERS:
-                found[key] = self.optional(key)
-            else:
-                found[key] = self.value(key)
+            found[key] = self.optional(key) if key in OPTIONAL_NUMBERS else self.typed(key)
         return found
 
     @cached_property

@@ -13,7 +13,7 @@ from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from tests.support.trl import trainers
 
 TEMPERATURE = 0.7
-"""Of every trainer here; not 1, so that a forgotten division shows."""
+"""Temperature of every trainer here. It is not 1, so that a forgotten division is noticed."""
 
 
 def moved_on(model: Any, folder: Path, spec: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
