@@ -35,7 +35,7 @@ _KERNEL = ("kernel", *_DEVICE, "--dtypes", "bfloat16")
 _GPU_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/core/exact")
 _DEMO = ("demo_llm", *_DEVICE)
 _STEPS = ("llm.trl_steps", *_DEVICE)
-_LARGE = ("--large-vocabulary", "--arms", "trl,k2@loss,exact@loss")
+_LARGE = ("--large-vocabulary", "--arms", "trl,k2@loss,exact@loss/top,exact@loss")
 _STALE = ("llm.staleness", *_DEVICE)
 _TWO_ARMS = ("--arms", "none,default")
 

@@ -1,6 +1,8 @@
 """The contestants of the benchmark; each turns a problem into a scalar loss whose gradient reaches the policy.
 
-Contestants of the kind ``exact`` compute the KL over the whole vocabulary. Those of the kind ``sampled`` compute what a
+Contestants of the kind ``exact`` compute the KL over the whole vocabulary. Those of the kind ``top-k`` choose the
+reference's most probable tokens and compute the KL over these tokens and one bucket; the log-prob of the label under
+the reference is given to them, because a host computes it in any case. Those of the kind ``sampled`` compute what a
 host computes for a sampled k3, the log-probs of the labels under policy and reference. kl-plugins always returns these
 log-probs in addition to the KL, so the naive contestants that start from logits do the same; the fastest of them also
 takes part without log-probs. Peers run their own installed code. A peer that is not installed is left out, and its name
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel.problems import Problem
-from kl_plugins import exact_kl, linear_kl
+from kl_plugins import exact_kl, linear_kl, linear_reference_top_k, reference_top_k
+from kl_plugins.spec.grammar import DEFAULT_TOP
 
 Loss = Callable[[Problem], Tensor]
 
@@ -29,7 +32,7 @@ class Contestant(NamedTuple):
 
     Attributes:
         name: its name in tables.
-        kind: ``exact`` or ``sampled``.
+        kind: ``exact``, ``top-k`` or ``sampled``.
         ours: whether it belongs to kl-plugins.
         loss: computes the scalar loss of a problem.
     """
@@ -53,6 +56,7 @@ def of_logits(device: str) -> Iterator[Contestant | AbsentPeerError]:
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
     if device == "cpu":  # on a GPU this reference implementation is hundreds of times slower than the kernels
         yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
+    yield Contestant(f"kl-plugins, top {DEFAULT_TOP}", "top-k", True, _our_top_k(DEFAULT_TOP))
     yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
     # One is compiled for sizes that may change, as in training; the other as torch compiles by default.
     for name, dynamic in (("compile(naive)", True), ("compile(naive), static", None)):
@@ -69,6 +73,7 @@ def of_hidden_states(device: str) -> Iterator[Contestant | AbsentPeerError]:
     """Yield the contestants that start from hidden states and heads; they are the same on every device."""
     yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
     yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
+    yield Contestant(f"kl-plugins, top {DEFAULT_TOP}", "top-k", True, _our_linear_top_k(DEFAULT_TOP))
     yield Contestant("naive", "exact", False, _naive_linear(_naive))
     yield Contestant("compile(naive)", "exact", False, _naive_linear(torch.compile(_naive, dynamic=True)))
     for peer in (_trl_divergence, _liger_divergence, _trl_log_probs, _verl_log_probs):
@@ -95,6 +100,29 @@ def _our_linear(*, joint: bool) -> Loss:
         if joint:
             return linear_kl(*arguments, kl_weight=it.token_weight).loss
         return (linear_kl(*arguments).kl * it.token_weight).sum()
+
+    return loss
+
+
+def _our_top_k(k: int) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        kept = reference_top_k(it.reference, k)
+        found = exact_kl(it.policy, None, it.labels, reference=kept, ref_logp=it.ref_logp)
+        return (found.kl * it.token_weight).sum()
+
+    return loss
+
+
+def _our_linear_top_k(k: int) -> Loss:
+    def loss(it: Problem) -> Tensor:
+        assert it.weight is not None
+        assert it.ref_weight is not None
+        kept = linear_reference_top_k(it.reference, it.ref_weight, k)
+        found = linear_kl(
+            it.policy, it.weight, None, None, it.labels, reference=kept, ref_logp=it.ref_logp,
+            differentiable_logp=False,  # a host has its own log-probs, with their gradient
+        )  # fmt: skip
+        return (found.kl * it.token_weight).sum()
 
     return loss
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 LOGIT_STD, SHIFT = 4.0, 0.1
 """Standard deviations of the logits, and of the difference between the logits of policy and reference, in nats."""
+ROWS = 256
+"""Number of rows whose float32 logits exist at the same time while a problem is made."""
 
 
 class Size(NamedTuple):
@@ -39,6 +41,7 @@ class Problem(NamedTuple):
         weight: (V, D) head of the policy, or None.
         ref_weight: (V, D) head of the reference, or None.
         labels: (N,) int64 tokens.
+        ref_logp: (N,) log-probs of the labels under the reference, nats, float32.
         token_weight: (N,) weight of each token's term in the loss.
     """
 
@@ -48,6 +51,7 @@ class Problem(NamedTuple):
     weight: Tensor | None
     ref_weight: Tensor | None
     labels: Tensor
+    ref_logp: Tensor
     token_weight: Tensor
 
     def clear(self) -> None:
@@ -67,10 +71,28 @@ def problem(size: Size, dtype: torch.dtype, device: str, seed: int = 0) -> Probl
     labels = torch.randint(size.vocab, (size.tokens,), generator=generator, device=device)
     weight = torch.rand(size.tokens, generator=generator, device=device) / size.tokens
     if size.width == 0:
-        reference = normal(size.tokens, size.vocab, std=LOGIT_STD)
-        policy = (reference + normal(size.tokens, size.vocab, std=SHIFT)).to(dtype).requires_grad_()
-        return Problem(size, policy, reference.to(dtype), None, None, labels, weight)
+        exact = normal(size.tokens, size.vocab, std=LOGIT_STD)
+        policy = (exact + normal(size.tokens, size.vocab, std=SHIFT)).to(dtype).requires_grad_()
+        reference = exact.to(dtype)
+        return Problem(size, policy, reference, None, None, labels, label_log_probs(reference, None, labels), weight)
     hidden = normal(size.tokens, size.width, std=1.0)
     policy = (hidden + normal(size.tokens, size.width, std=SHIFT / LOGIT_STD)).to(dtype).requires_grad_()
     head = normal(size.vocab, size.width, std=LOGIT_STD / size.width**0.5).to(dtype)
-    return Problem(size, policy, hidden.to(dtype), head.clone().requires_grad_(), head, labels, weight)
+    reference = hidden.to(dtype)
+    logp = label_log_probs(reference, head, labels)
+    return Problem(size, policy, reference, head.clone().requires_grad_(), head, labels, logp, weight)
+
+
+def label_log_probs(rows: Tensor, head: Tensor | None, labels: Tensor) -> Tensor:
+    """Return the log-probs of the labels, nats, float32, of shape (N,).
+
+    Args:
+        rows: (N, V) logits, or (N, D) hidden states.
+        head: (V, D) output head; None if ``rows`` are logits.
+        labels: (N,) int64 tokens.
+    """
+    parts = []
+    for part, chosen in zip(rows.split(ROWS), labels.split(ROWS), strict=True):
+        logits = part.float() if head is None else part.float() @ head.T.float()
+        parts.append(logits.gather(-1, chosen[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)

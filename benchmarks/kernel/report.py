@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+HATCHES = {"sampled": "//", "top-k": ".."}
+LEGEND = "blue: kl-plugins; hatched: sampled k3; dotted: top-k tokens and a bucket; both are not the exact KL"
+
 
 def table(case: dict[str, Any]) -> Table:
     """Make the table of one problem."""
@@ -39,7 +42,7 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
         rows = case["rows"][::-1]
         names = [row["contestant"] for row in rows]
         colours = ["tab:blue" if row["ours"] else "tab:grey" for row in rows]
-        hatches = ["//" if row["kind"] == "sampled" else "" for row in rows]
+        hatches = [HATCHES.get(row["kind"], "") for row in rows]
         medians = [row["seconds"]["median"] * 1e3 for row in rows]
         errors = [
             [1e3 * abs(row["seconds"]["median"] - row["seconds"][end]) for row in rows] for end in ("lower", "upper")
@@ -52,6 +55,6 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
         for side in (left, right):
             side.title.set_fontsize(9)
             side.tick_params(labelsize=8)
-    figure.suptitle("blue: kl-plugins; hatched: sampled k3, not the exact KL", fontsize=9)
+    figure.suptitle(LEGEND, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)

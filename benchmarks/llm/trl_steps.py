@@ -29,7 +29,7 @@ from .settings import HOST, NONE, Settings, checked_arm, versions
 from .tasks import Prompts, prompts_of
 from .train import arguments, classes, clock, longest
 
-ARMS = (NONE, HOST, "default", "k2@loss", "exact@loss", "k1@advantage")
+ARMS = (NONE, HOST, "default", "exact@loss/top", "exact@loss", "k2@loss", "k1@advantage")
 GPU = Settings(device="cuda", steps=5, prompts=8, generations=8, tokens=256, learning_rate=1e-6)
 CPU = replace(GPU, device="cpu", steps=2, prompts=2, generations=4, tokens=32)
 SMOKE = Settings(steps=2, prompts=2, generations=2, tokens=6)
