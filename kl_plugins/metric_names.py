@@ -60,3 +60,38 @@ MEANINGS: dict[str, str] = {
 
 LEAST_KL = 1e-4
 """``kl/disagree`` is 0 if ``kl/value`` is below this (nats), because it would then only compare noise with noise."""
+
+COMPARED = ("host", "k1", "k2", "k3")
+"""What a probe compares with the observed spec: the host's own KL, and sampled estimators without a weight."""
+
+LEVELS = ("token", "prefix", "sequence")
+"""The levels of the weight that a probe looks at. ``is:decision`` has the weights of ``is:prefix``."""
+
+PROBE_SUMS = "probe/"
+"""Prefix of the sums that the metrics of a probe are made of; they are no metrics themselves."""
+
+_NAMES = {"host": "the host's own KL", **{name: f"{name} without a weight" for name in COMPARED[1:]}}
+
+OBSERVATION: dict[str, str] = {
+    "kl/observed": "only under observe, where the spec is measured and not applied: share of the response tokens on "
+    "which it was computed; below 1 where log-probs are missing or not finite",
+    **{
+        f"kl/probe/{name}/cosine": f"cosine between the coefficients of {said} and of the observed spec, over the "
+        "tokens: 1 is the same direction, 0 none in common"
+        for name, said in _NAMES.items()
+    },
+    **{
+        f"kl/probe/{name}/norm_ratio": f"norm of the coefficients of {said}, divided by that of the observed spec; the "
+        "beta that makes both equally strong is divided by it"
+        for name, said in _NAMES.items()
+    },
+    **{f"kl/probe/{level}/weight": f"mean of an exact is:{level} weight; 1 in expectation" for level in LEVELS},
+    **{
+        f"kl/probe/{level}/ess": f"effective share of the tokens under an exact is:{level} weight; 1 is fresh"
+        for level in LEVELS
+    },
+    "kl/probe/host/dead_frac": "share of the tokens that get no gradient from the host's own KL although policy and "
+    "reference differ, because a clamp of the host holds its value",
+    "kl/probe/kept_mass": "mean probability that truncated sampling (top-p, top-k, min-p) keeps",
+}
+"""Meaning of the metrics that exist only under ``observe`` and in the steps of its probes."""

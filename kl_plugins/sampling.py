@@ -68,6 +68,11 @@ class Sampling:
         """Whether top-p, top-k or min-p excludes some tokens."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    @property
+    def shows_kept_mass(self) -> bool:
+        """Whether a sampler's log-prob is the policy's minus the log of the kept probability mass."""
+        return self.truncated and not (self.penalised or self.raw or self.unknown)
+
     def __str__(self) -> str:
         found = [f"temperature {self.temperature:g}"] if self.temperature != 1 else []
         found += [f"top_p {self.top_p:g}"] if self.top_p < 1 else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kl_plugins.cli.listing import build_catalogue
 from kl_plugins.explain.options import markdown_table
+from kl_plugins.metric_names import OBSERVATION
 from kl_plugins.metrics import MEANINGS, REDUCTIONS
 from kl_plugins.spec.target import TARGETS
 from tests.pages.parts import table
@@ -72,4 +73,6 @@ def metrics() -> str:
     """Return a table of all metrics, whose names begin with ``kl/``."""
     rows = [(f"`{key}`", MEANINGS[key], JOINED[how]) for key, how in REDUCTIONS.items()]
     rows.append(("`kl/beta`", "the coefficient that was applied", "mean over micro-batches"))
+    joined = {"kl/observed": "mean over micro-batches"}
+    rows += [(f"`{key}`", said, joined.get(key, JOINED["pooled"])) for key, said in OBSERVATION.items()]
     return table(("metric", "meaning", "over micro-batches, ranks and the logging window"), rows)
