@@ -21,12 +21,16 @@ from packaging.specifiers import SpecifierSet
 from kl_plugins.adapters.versions import ALLOW_UNTESTED, refuse_untested
 from kl_plugins.hosts import Finding, Host
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 
 PATCHES = "kl_plugins.patches.{host}"
 """Name of the package of a host's patches, the only way from adapters to patches."""
 
 parse = lru_cache(maxsize=64)(KLSpec.parse)
 """Reads a spec's text once per process; hosts ask for it in every micro-batch."""
+
+parse_observation = lru_cache(maxsize=64)(Observation.parse)
+"""Reads a text with ``observe`` once per process."""
 
 
 class Sources(Protocol):
@@ -152,9 +156,12 @@ class HostAdapter(ABC):
             UnsupportedHostError: this host, or a part of it that the settings pick, was not checked.
         """
         specs = self.specs_of(config)
+        for key, observation, problem in self.unobservable(config):
+            raise ValueError(f"kl-plugins: {key}{observation} cannot be used here: {problem}")
         if specs:
             for key, spec, problem in self.refusals(specs, config):
                 raise ValueError(f"kl-plugins: {key}{spec} cannot be used here: {problem}")
+        if specs or self.observation_of(config) is not None:
             self.hooks.check_process()
             self.hooks.sources.check()
             for problem in self.untested(config):
@@ -170,6 +177,18 @@ class HostAdapter(ABC):
     @abstractmethod
     def refusals(self, specs: Any, config: Any) -> Iterator[tuple[str, KLSpec, str]]:
         """Give each contradiction: the setting up to the spec (``kl_loss_type=``), the spec, and the problem."""
+
+    def observation_of(self, config: Any) -> Observation | None:
+        """Read what the settings ask to observe, with its spec; None if they do not.
+
+        Raises:
+            KLSpecError: the text with ``observe`` is not valid.
+        """
+        return None
+
+    def unobservable(self, config: Any) -> Iterator[tuple[str, Observation, str]]:
+        """Give each reason why a run cannot be observed: the setting up to the text, the text, and the problem."""
+        yield from ()
 
     def untested(self, config: Any) -> Iterator[str]:
         """Name each part of the host that the settings pick and that the tests do not run."""

@@ -51,7 +51,7 @@ def resumed(saved: Mapping[str, Any] | None, spec: KLSpec | str) -> dict[str, An
         )
         return None
     if saved[SPEC] != str(spec):
-        if os.environ.get(ALLOW_VARIABLE) != "1":
+        if not allowed():
             raise SpecChangedError(
                 f"kl-plugins: the checkpoint was written under {saved[SPEC]}, and this run is configured with {spec}. "
                 f"Resume with {saved[SPEC]}, start a new run, or set {ALLOW_VARIABLE}=1 to change the regulariser in "
@@ -62,6 +62,11 @@ def resumed(saved: Mapping[str, Any] | None, spec: KLSpec | str) -> dict[str, An
         )
     state: dict[str, Any] | None = saved.get(CONTROLLER)
     return state
+
+
+def allowed() -> bool:
+    """Whether the user allows a run to change its regulariser when it resumes."""
+    return os.environ.get(ALLOW_VARIABLE) == "1"
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

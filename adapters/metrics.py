@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.backend import say_once
+from kl_plugins.metric_names import PROBE_SUMS
 from kl_plugins.metrics import LEAST_KL, REDUCTIONS
+from kl_plugins.probe import probe_metrics
 from kl_plugins.spec import KLSpec
 
 TOKENS, BATCHES = "tokens", "batches"
@@ -23,7 +25,7 @@ TOKENS, BATCHES = "tokens", "batches"
 SQUARED_COEFFICIENT, SQUARED_WEIGHT = "coef/square", "weight/square"
 """Keys of the sums that ``kl/coef/std`` and ``kl/ess`` are computed from."""
 
-PER_BATCH = ("kl/active", "kl/beta")
+PER_BATCH = ("kl/active", "kl/beta", "kl/observed")
 """Keys that describe a micro-batch, and not its tokens: a micro-batch without tokens counts as well."""
 
 MANY = 0.5
@@ -41,7 +43,8 @@ def sums_and_maxima(
     Nothing is read back from the device.
 
     Args:
-        found: 0-d tensors by key, the same keys on every rank; see :data:`kl_plugins.metrics.REDUCTIONS`.
+        found: 0-d tensors by key, the same keys on every rank; see :data:`kl_plugins.metrics.REDUCTIONS`. The sums of
+            a probe are among them in the steps that have one.
         mask: (B, T), True on response tokens.
         beta: the coefficient that was applied to this micro-batch.
 
@@ -54,7 +57,10 @@ def sums_and_maxima(
     sums, maxima = {TOKENS: tokens, BATCHES: one, "kl/beta": one * beta}, {}
     values = {key: value.detach().to(dtype) for key, value in found.items()}
     for key, value in values.items():
-        how = REDUCTIONS[key]
+        if key.startswith(PROBE_SUMS):
+            sums[key] = value
+            continue
+        how = REDUCTIONS.get(key, "mean")
         if how == "max":
             maxima[key] = value
         elif how == "mean":
@@ -75,7 +81,8 @@ def joined(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, 
         maxima: the largest value of each maximum.
 
     Returns:
-        One number by key: those of :data:`kl_plugins.metrics.REDUCTIONS`, and ``kl/beta``.
+        One number by key: those of :data:`kl_plugins.metrics.REDUCTIONS`, ``kl/beta``, and under ``observe`` those of
+        :data:`kl_plugins.metric_names.OBSERVATION`.
     """
     tokens, batches = max(sums[TOKENS], 1.0), max(sums[BATCHES], 1.0)
     found = {
@@ -88,7 +95,7 @@ def joined(sums: Mapping[str, float], maxima: Mapping[str, float]) -> dict[str, 
     found["kl/ess"] = min(weight**2 / square, 1.0) if square > 0 else 0.0
     k1, k3 = found["kl/reverse_k1"], found["kl/value"]
     found["kl/disagree"] = abs(k1 - k3) / k3 if k3 >= LEAST_KL else 0.0
-    return {**found, **maxima}
+    return {**found, **maxima, **probe_metrics(sums)}
 
 
 def warn_if_floored(spec: KLSpec, found: Mapping[str, float]) -> None:

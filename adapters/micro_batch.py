@@ -15,7 +15,9 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import OLD, SAMPLER, count_not_finite, finite_or, used
+from kl_plugins.adapters.observe import HostKL, measured
 from kl_plugins.adapters.session import Session
+from kl_plugins.probe import HostTerm
 from kl_plugins.term import kl_term
 
 Kind = TypeVar("Kind")
@@ -51,6 +53,16 @@ class KLSource:
         """
         raise NotImplementedError
 
+    def observe(self, logp: Tensor, ref_logp: Tensor, host: HostKL | HostTerm | None = None) -> None:
+        """Measure the observed spec on what the host's KL function gets, and change nothing.
+
+        Args:
+            logp: (B, T) log-probs of the policy, nats.
+            ref_logp: (B, T) log-probs of the reference, nats.
+            host: the host's own KL function or what it does to each token, for probes.
+        """
+        raise NotImplementedError
+
 
 def unknown_place(text: str, host_title: str, places: str) -> RuntimeError:
     """Make the error for a host's KL function that was called where nothing was entered that knows the KL.
@@ -67,7 +79,7 @@ def unknown_place(text: str, host_title: str, places: str) -> RuntimeError:
 
 @dataclass
 class LossBatch(KLSource):
-    """A micro-batch of a ``@loss`` spec: its tensors beside policy and reference log-probs; all (B, T).
+    """A micro-batch of a ``@loss`` or observed spec: its tensors beside policy and reference log-probs; all (B, T).
 
     Attributes:
         loss: what the host calls the code that computes one loss, for messages.
@@ -80,7 +92,7 @@ class LossBatch(KLSource):
             kept tokens and one bucket.
         remainder: contribution of the sampled tokens that ``top:`` leaves out of ``exact``, nats.
         kl: the estimator's own values, detached, nats; filled by :meth:`term`.
-        metrics: 0-d tensors; filled by :meth:`term`.
+        metrics: 0-d tensors; filled by :meth:`term` or :meth:`observe`.
     """
 
     loss: ClassVar[str] = "loss"
@@ -124,6 +136,24 @@ class LossBatch(KLSource):
         self.metrics, self.kl = term.metrics, term.loss.detach()
         session.add(count_not_finite(entering, self.mask), own, ref_logp.detach(), self.mask)
         return term.loss
+
+    def observe(self, logp: Tensor, ref_logp: Tensor, host: HostKL | HostTerm | None = None) -> None:
+        """Measure the observed spec on the first KL that the host computes in this micro-batch; see the base class."""
+        session = self.session
+        if self.metrics is not None:
+            return
+        self.metrics, self.mask = measured(
+            session.spec,
+            logp,
+            ref_logp,
+            self.mask,
+            old=self.old_logp,
+            sampler=self.sampler_logp,
+            source=self.source,
+            probing=session.probing,
+            host=host,
+            truncated=session.truncated,
+        )
 
 
 @contextmanager

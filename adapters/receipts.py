@@ -16,6 +16,7 @@ from kl_plugins.hosts import Host
 from kl_plugins.receipts import MissingReceiptError, Receipt, check_receipts
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 from kl_plugins.spec.target import caveats_with_source
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def made(
     wrapped: tuple[tuple[str, ...], str],
     rank: int = 0,
     world_size: int = 1,
+    observation: Observation | None = None,
 ) -> Receipt:
     """Make the receipt of this process.
 
@@ -63,6 +65,7 @@ def made(
         wrapped: names of the wrapped functions that the spec works through, and the digest of their sources.
         rank: of this process in the host's worker group.
         world_size: of that group.
+        observation: what the user asked to observe; None where the spec is applied.
     """
     sampling = statement.sampling
     return Receipt(
@@ -73,6 +76,7 @@ def made(
         patches=wrapped[0],
         fingerprint=wrapped[1],
         spec=str(spec),
+        observes="" if observation is None else str(observation),
         target=spec.target,
         behaviour=statement.behaviour,
         reward_site=statement.reward_site,
@@ -101,7 +105,9 @@ def timeout(default: float = DEFAULT_TIMEOUT) -> float:
     return float(os.environ.get(TIMEOUT_VARIABLE, default))
 
 
-def collect(ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec, behaviour: str, remedy: str) -> list[Receipt]:
+def collect(
+    ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec | Observation, behaviour: str, remedy: str
+) -> list[Receipt]:
     """Ask every worker for its receipt, and check them all.
 
     Args:
@@ -109,7 +115,7 @@ def collect(ray: Any, workers: Sequence[Any], host: Host, spec: KLSpec, behaviou
         workers: handles of Ray actors, by rank; their number is the number of receipts expected. A worker without
             kl-plugins can answer as well.
         host: the host; ``kl_plugins.patches.<host>.worker`` makes the receipt, in the worker.
-        spec: the spec that they should run.
+        spec: the spec that they should run, or what they should observe.
         behaviour: where the behaviour policy's log-probs come from.
         remedy: what to do about a worker that has no receipt.
 

@@ -14,6 +14,7 @@ COMPARED = (
     "patches",
     "fingerprint",
     "spec",
+    "observes",
     "behaviour",
     "reward_site",
     "aggregation",
@@ -43,6 +44,7 @@ class Receipt:
         cost: work that the spec causes in this host in addition to the host's own; empty if there is none.
         aggregation: how this host turns per-token terms into one loss.
         sampling: how the host samples responses, and which log-probs the engine reports.
+        observes: the text of the setting with ``observe``, if the spec is only measured; empty if it is applied.
         caveats: reasons in the spec or in this host's settings why the estimate deviates from the target.
         pid: process id.
         node: host name of the machine.
@@ -61,6 +63,7 @@ class Receipt:
     cost: str = ""
     aggregation: str = ""
     sampling: str = ""
+    observes: str = ""
     caveats: tuple[str, ...] = ()
     pid: int = field(default_factory=os.getpid)
     node: str = field(default_factory=socket.gethostname)
@@ -72,8 +75,13 @@ class Receipt:
         aggregation = f", aggregation {self.aggregation}" if self.aggregation else ""
         sampling = f", sampling: {self.sampling}" if self.sampling else ""
         caveats = f", caveats: {'; '.join(self.caveats)}" if self.caveats else ""
+        active = f"{self.spec} active in {self.host} {self.host_version}"
+        if self.observes:
+            active = (
+                f"{self.observes} observes, changes nothing, in {self.host} {self.host_version}: measures {self.spec}"
+            )
         return (
-            f"kl-plugins: {self.spec} active in {self.host} {self.host_version}, "
+            f"kl-plugins: {active}, "
             f"rank {self.rank} of {self.world_size} (pid {self.pid} on {self.node}), "
             f"target {self.target}, behaviour {self.behaviour}{aggregation}{sampling}{site}{cost}, "
             f"patched {', '.join(self.patches)} [{self.fingerprint[:12]}]{caveats}"

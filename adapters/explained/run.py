@@ -243,6 +243,18 @@ class ConfiguredRun(ABC):
         return f"{key}={self.defaults.get(key)} (default of {self.name})"
 
 
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Return the settings of a run that is being set up, in the form in which a config's settings are read.
+
+    Args:
+        values: values by the host's own dotted keys.
+    """
+    found = Settings()
+    for key, value in values.items():
+        found.add(key, value, "the run")
+    return found
+
+
 class Tree(Mapping[str, Any]):
     """Nested settings with the attributes and the ``get`` of a config object; what is missing is an empty tree.
 

@@ -18,6 +18,7 @@ from kl_plugins.adapters.base import HostAdapter, parse
 from kl_plugins.adapters.trl import unsloth
 from kl_plugins.hosts import Finding, Host
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation, looks_like_observation
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.trl.classes import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -56,7 +57,7 @@ class TRLAdapter(HostAdapter):
     """TRL under kl-plugins; its settings are a :class:`~kl_plugins.adapters.trl.config.Run`."""
 
     def specs_of(self, config: Run) -> KLSpec | None:
-        """Return the spec of a run, or None if it has none.
+        """Return the spec of a run, or None if it has none or only observes one.
 
         Args:
             config: the run.
@@ -66,7 +67,7 @@ class TRLAdapter(HostAdapter):
             UnsupportedHostError: Unsloth is in this process, so the spec would have no effect.
         """
         text = config.text
-        if text is None:
+        if text is None or looks_like_observation(text):
             return None
         spec = parse(text)
         unsloth.refuse(f"{FIELD}={text!r} cannot be used here")
@@ -83,6 +84,31 @@ class TRLAdapter(HostAdapter):
 
         for problem in refusals.problems(specs, config):
             yield f"{FIELD}=", specs, problem
+
+    def observation_of(self, config: Run) -> Observation | None:
+        """Return what a run asks to observe, or None.
+
+        Args:
+            config: the run.
+        """
+        if not looks_like_observation(config.text):
+            return None
+        from kl_plugins.adapters.trl import observe
+
+        return observe.observation_of(config)
+
+    def unobservable(self, config: Run) -> Iterator[tuple[str, Observation, str]]:
+        """Give each reason why a run cannot be observed.
+
+        Args:
+            config: the run.
+        """
+        observation = self.observation_of(config)
+        if observation is not None:
+            from kl_plugins.adapters.trl import observe
+
+            for problem in observe.problems(observation, config):
+                yield f"{FIELD}=", observation, problem
 
     def further_findings(self, found: str) -> Iterator[Finding]:
         """Give the line of ``kl-plugins doctor`` about Unsloth, if it is installed.

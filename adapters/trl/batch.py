@@ -17,6 +17,9 @@ from kl_plugins.adapters.trl.exact import StepKL
 from kl_plugins.adapters.trl.session import Session
 from kl_plugins.adapters.trl.top_k import Kept
 from kl_plugins.metrics import penalty_metrics
+from kl_plugins.observed import observed
+from kl_plugins.probe import HostTerm
+from kl_plugins.spec import KLSpec
 
 OLD, REFERENCE, SAMPLER = "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"
 """GRPO's own keys of a micro-batch. RLOO keeps none of them, so the first two are added there."""
@@ -144,7 +147,7 @@ class RolloutCalls(Calls):
 
 @dataclass
 class Recording(RolloutCalls):
-    """A rollout of a ``@loss`` spec with ``top:``.
+    """A rollout of a ``@loss`` spec with ``top:``, or one of RLOO that is observed.
 
     Attributes:
         session: of the trainer.
@@ -166,6 +169,19 @@ class Recording(RolloutCalls):
         kept = self.kept()
         assert kept is not None
         output[KEY] = kept.numbers
+        return output
+
+    def keep_log_probs(self, output: dict[str, Any]) -> dict[str, Any]:
+        """Put the log-probs of policy and reference into a rollout, which RLOO does not keep.
+
+        Args:
+            output: TRL's rollout.
+
+        Returns:
+            The rollout.
+        """
+        if len(self.calls) == 2:  # otherwise TRL scored no reference
+            output[OLD], output[REFERENCE] = self.calls[0].logp, self.calls[-1].logp
         return output
 
 
@@ -205,6 +221,8 @@ class MicroBatch(LossBatch, Calls):
             ValueError: the sampler's log-probs are missing.
         """
         source, old, sampler = session.behaviour, inputs.get(OLD), inputs.get(SAMPLER)
+        if session.observation is not None:
+            return cls(session, response_mask(inputs), old, sampler, source, inputs=inputs)
         if source == "sampler" and sampler is None:
             raise ValueError(
                 "kl-plugins: the sampler's log-probs were expected, but TRL handed none over; return 'logprobs' from "
@@ -271,6 +289,28 @@ class MicroBatch(LossBatch, Calls):
             )
         return session.applied * loss
 
+    def observe_policy(self, native: KLSpec | None) -> None:
+        """Measure the observed spec on the log-probs that TRL has just computed, and change nothing.
+
+        Args:
+            native: the spec whose gradient TRL's own KL has; None if there is none.
+        """
+        if not self.calls:
+            return
+        logp, reference = self.calls[-1].logp.detach(), self.inputs.get(REFERENCE)
+        if reference is None:  # the coefficient was set to 0 during the run, so TRL scored no reference
+            reference = torch.full_like(logp, torch.nan)
+        if self.old_logp is None and (self.sampler_logp is None or self.source in ("old", "current")):
+            self.old_logp = logp  # TRL drops the old log-probs where they equal the policy's
+        if self.source == "current":
+            self.source = "old"
+        host = None
+        if native is not None and self.session.probing:
+            own = observed(native, logp, reference, self.mask, old_logp=self.old_logp, sampler_logp=self.sampler_logp)
+            # In the loss TRL clamps nothing, so its gradient is the coefficient.
+            host = HostTerm(own.coefficient, own.coefficient if native.placement == "loss" else None)
+        self.observe(logp, reference, host)
+
     def finish(self, log: MutableMapping[str, list[float]]) -> None:
         """Check the log-probs and log the metrics; on every rank, for every micro-batch, before backward.
 
@@ -283,7 +323,12 @@ class MicroBatch(LossBatch, Calls):
         """
         session, reference = self.session, self.inputs[REFERENCE]
         beta = session.applied
-        if self.metrics is None:
+        if session.observation is not None:
+            if self.metrics is None:
+                return
+            logp = self.calls[-1].logp.detach()
+            session.add(count_not_finite({}, self.mask), logp, logp, self.mask)  # a check that always passes
+        elif self.metrics is None:
             logp, beta = self.calls[-1].logp.detach(), float(self.inputs[BETA])
             old = finite_or(self.old_logp, logp)
             self.metrics = penalty_metrics(self.inputs[PENALTY], logp, reference, old, self.mask)

@@ -23,7 +23,8 @@ from kl_plugins.spec import KLSpec
 
 HELP = (
     "KL spec of kl-plugins, <estimator>@<placement>[/<option>[:<value>]]..., for example k2@loss/is:token, or a preset "
-    "such as default. It replaces TRL's own KL term; beta is its coefficient and must not be 0. null: stock TRL."
+    "such as default. It replaces TRL's own KL term; beta is its coefficient and must not be 0. observe, or "
+    "observe:SPEC, measures and changes nothing. null: stock TRL."
 )
 """Text of the ``kl`` field for TRL's command line."""
 

@@ -18,6 +18,7 @@ from kl_plugins.adapters.receipts import announce
 from kl_plugins.adapters.trl.exact import AGREED, Deviation, StateKL, require_agreement
 from kl_plugins.adapters.trl.ranks import Found, Together, Window, exchange, together
 from kl_plugins.receipts import Receipt
+from kl_plugins.spec import KLSpec
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.trl.batch import Scored
@@ -42,6 +43,7 @@ class Session(shared.Session):
         passed: our code that TRL has gone through since the last optimizer step (``loss``) or ever (``rollout``).
         deviation: how far log-probs computed for exact terms are from TRL's own.
         windows: metrics since TRL last logged, in training and in evaluation.
+        native: under an observation, the spec whose gradient TRL's own KL has; None if there is none.
     """
 
     accelerator: Any
@@ -52,8 +54,14 @@ class Session(shared.Session):
     passed: set[str] = field(default_factory=set)
     deviation: Deviation = AGREED
     windows: dict[bool, Window] = field(default_factory=lambda: {True: Window(), False: Window()})
+    native: KLSpec | None = None
     _host_beta: float = math.nan
     _shown: tuple[Tensor, ...] = ()
+
+    @property
+    def probing(self) -> bool:
+        """Whether the present optimizer step has a probe; evaluation has none."""
+        return self.training and super().probing
 
     @property
     def is_score(self) -> bool:

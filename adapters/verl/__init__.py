@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kl_plugins.adapters.verl.config import Specs
     from kl_plugins.receipts import Receipt
     from kl_plugins.spec import KLSpec
+    from kl_plugins.spec.observation import Observation
 
 __all__ = ["attach", "detach", "diagnose", "require_receipts", "run"]
 
@@ -85,6 +86,22 @@ class VerlAdapter(HostAdapter):
         from kl_plugins.adapters.verl.refusals import contradictions
 
         return contradictions(specs, config)
+
+    def observation_of(self, config: Any) -> Observation | None:
+        """Read what the config asks to observe, in either key."""
+        from kl_plugins.adapters.verl.observe import observation_of
+
+        found = observation_of(config)
+        return None if found is None else found.observation
+
+    def unobservable(self, config: Any) -> Iterator[tuple[str, Observation, str]]:
+        """Give each reason why a run cannot be observed."""
+        from kl_plugins.adapters.verl.observe import observation_of, problems
+
+        found = observation_of(config)
+        if found is not None:
+            for problem in problems(found, config):
+                yield f"{found.key}=", found.observation, problem
 
     def untested(self, config: Any) -> Iterator[str]:
         """Name the engines, kernels and trainers that the config picks and that the tests do not run."""
@@ -164,12 +181,14 @@ def require_receipts(worker_group: Any, spec: str) -> list[Receipt]:
 
     Args:
         worker_group: a ``RayWorkerGroup`` whose workers have their loss function.
-        spec: the ``@loss`` spec that they should run.
+        spec: the ``@loss`` spec that they should run, or a text with ``observe``.
 
     Raises:
         MissingReceiptError: a worker gave none, or runs something else; it is named.
     """
     from kl_plugins.adapters.base import parse
+    from kl_plugins.adapters.verl.observe import observed_in
     from kl_plugins.adapters.verl.session import collect
 
-    return collect(worker_group, parse(spec))
+    found = observed_in(LOSS_KEY, spec)
+    return collect(worker_group, parse(spec)) if found is None else collect(worker_group, found.observation)

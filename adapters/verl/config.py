@@ -13,6 +13,7 @@ from kl_plugins.adapters.verl import LOSS_KEY, SCORE_KEY
 from kl_plugins.aggregation import Aggregation, Kind
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
+from kl_plugins.spec.observation import looks_like_observation
 
 KINDS: dict[str, Kind] = {
     "token-mean": "token mean",
@@ -46,13 +47,13 @@ class Specs(NamedTuple):
 
 
 def spec_in(key: str, text: Any) -> KLSpec | None:
-    """Read the spec that a key holds; None for one of veRL's own estimator names.
+    """Read the spec that a key holds; None for one of veRL's own estimator names, alone or with ``observe``.
 
     Raises:
         KLSpecError: the text is not a valid spec.
         ValueError: the spec belongs in the other key.
     """
-    if not looks_like_spec(text):
+    if looks_like_observation(text) or not looks_like_spec(text):
         return None
     spec = parse(text)
     home = LOSS_KEY if spec.placement == "loss" else SCORE_KEY

@@ -13,6 +13,7 @@ from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_col
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,
+    observing,
     recording,
     reference_scored,
     rolling_out,
@@ -30,6 +31,8 @@ def compute_loss(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
+    if session.observation is not None:
+        return observing(wrapped, trainer, session, args, kwargs)
     updated = updating(trainer, session, args, kwargs, averaged=True)
     with updated as batch, substituted_beta(trainer, batch.times_beta):
         return wrapped(model_of(args, kwargs), batch.inputs)
@@ -41,7 +44,7 @@ def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs
     Under a ``@loss`` spec with ``top:``, the pass of the reference is recorded here for the updates.
     """
     session = session_of(trainer)
-    if session is None:
+    if session is None or session.observation is not None:
         return wrapped(*args, **kwargs)
     if session.spec.placement == "loss":
         if session.spec.top is None:

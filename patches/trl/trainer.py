@@ -14,7 +14,7 @@ from torch import Tensor
 from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import current, entered
 from kl_plugins.adapters.receipts import made
-from kl_plugins.adapters.trl import ADAPTER, HOST
+from kl_plugins.adapters.trl import ADAPTER, HOST, observe
 from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Recording, Scored
 from kl_plugins.adapters.trl.config import TAKEN, Run, statement_of
 from kl_plugins.adapters.trl.score import Rollout
@@ -22,6 +22,7 @@ from kl_plugins.adapters.trl.session import KLCallback, Session
 from kl_plugins.patches.trl import HOOKS
 from kl_plugins.patches.trl.exact import TrainerStates
 from kl_plugins.receipts import Receipt
+from kl_plugins.spec.observation import Observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its session; absent on a trainer without a spec, which then is stock TRL."""
@@ -57,9 +58,12 @@ def init(algorithm: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
     own = vars(getattr(module, f"{algorithm}Trainer"))
     checked = [name.rpartition(".")[2] for name in HOOKS.sources.checked if name.startswith(f"{module.__name__}:")]
     run = Run(algorithm, arguments.get("args"), arguments, type(trainer), {name: own[name] for name in checked})
-    spec = ADAPTER.checked(run)
-    if spec is None:
+    spec, observation = ADAPTER.checked(run), ADAPTER.observation_of(run)
+    if spec is None and observation is None:
         wrapped(*args, **kwargs)
+        return
+    if observation is not None:
+        _init_observed(wrapped, trainer, args, kwargs, observation, run)
         return
     statement = statement_of(spec, run)
     setattr(run.config, TAKEN, True)
@@ -82,6 +86,35 @@ def init(algorithm: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
     )
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(KLCallback(session))
+
+
+def _init_observed(wrapped: Any, trainer: Any, args: Any, kwargs: Any, observation: Observation, run: Run) -> None:
+    """Build a trainer that trains as TRL's own and whose KL is observed."""
+    spec, statement = observation.measured, observe.statement_of(observation, run)
+    module = importlib.import_module(f"trl.trainer.{run.algorithm.lower()}_trainer")
+    setattr(run.config, TAKEN, True)
+    wrapped(*args, **kwargs)
+
+    def receipt() -> Receipt:
+        accelerator, functions = trainer.accelerator, HOOKS.summary(modules=(module.__name__,))
+        ranks = accelerator.process_index, accelerator.num_processes
+        return made(HOST, spec, statement, functions, *ranks, observation=observation)
+
+    session = Session(
+        HOST,
+        spec,
+        Controller(None, float(trainer.beta), "trainer.beta"),
+        statement.behaviour,
+        observation=observation,
+        truncated=statement.sampling is not None and statement.sampling.shows_kept_mass,
+        accelerator=trainer.accelerator,
+        receipt=receipt,
+        score_policy=lambda call: call.logp,  # never called: nothing is scored for an observation
+    )
+    term = observe.native_term(run)
+    session.native = term.spec if term is not None and term.equal else None
+    setattr(trainer, ATTRIBUTE, session)
+    trainer.add_callback(observe.ObservingCallback(session))
 
 
 def _policy_scorer(
@@ -143,6 +176,25 @@ def updating(
     with entered(batch), batch.watched():
         yield batch
     batch.finish(log_of(trainer))
+
+
+def observing(wrapped: Any, trainer: Any, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let TRL compute its own loss, and measure the observed spec on the log-probs of that loss.
+
+    Args:
+        wrapped: TRL's ``_compute_loss``.
+        trainer: the trainer.
+        session: the trainer's.
+        args: positional arguments.
+        kwargs: keyword arguments.
+
+    Returns:
+        TRL's loss, as it is.
+    """
+    with updating(trainer, session, args, kwargs, averaged=False) as batch:
+        loss = wrapped(*args, **kwargs)
+        batch.observe_policy(session.native)
+    return loss
 
 
 def model_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
