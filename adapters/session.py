@@ -13,6 +13,7 @@ from kl_plugins.adapters.controller import BetaChangedError, Controller
 from kl_plugins.adapters.log_probs import NAMES, require_finite
 from kl_plugins.hosts import Host
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 
 Total = Callable[[Tensor], Tensor]
 """Sums a tensor over the data-parallel ranks, a collective in which every rank takes part."""
@@ -33,6 +34,11 @@ class Session:
         confirmed: the trainer has asked for this process's receipt.
         reference: gives the reference's logits, where the spec needs them.
         applied: the coefficient of the current micro-batch.
+        observation: what the user asked to observe; the spec is then measured and not applied.
+        truncated: responses are sampled from a part of the distribution, and the sampler's log-probs are that part's.
+        steps: optimizer steps under an observation; the present one is counted.
+        counted: the tokens of this process belong into sums over ranks. Of several processes that share a sequence,
+            and so hold the same tokens, one is counted.
     """
 
     host: Host
@@ -42,8 +48,22 @@ class Session:
     confirmed: bool = False
     reference: Any = None
     applied: float = 0.0
+    observation: Observation | None = None
+    truncated: bool = False
+    steps: int = 0
+    counted: bool = True
     _counts: Tensor | None = field(default=None, repr=False)
     _changed: BetaChangedError | None = None
+
+    @property
+    def text(self) -> str:
+        """What receipts name: the canonical text of the observation or of the spec."""
+        return str(self.spec if self.observation is None else self.observation)
+
+    @property
+    def probing(self) -> bool:
+        """Whether the present optimizer step has a probe."""
+        return self.observation is not None and self.observation.probes(self.steps)
 
     def require_confirmed(self, call: str) -> None:
         """Raise before an update if no trainer has asked for this process's receipt.
@@ -102,7 +122,7 @@ class Session:
         """Look at everything that an optimizer step is made of, just before the step, and advance beta.
 
         Args:
-            total: sums a vector over the ranks: the counts by name, the response tokens, whether the
+            total: sums a vector over all ranks, counted or not: the counts by name, the response tokens, whether the
                 coefficient was changed, what the controller observed, and ``further``.
             further: 1-d, numbers of the host's own to sum along.
 
@@ -121,9 +141,10 @@ class Session:
                 f"{self.spec}; this engine or trainer is not known"
             )
         dtype = torch.float32 if self._counts.device.type == "mps" else torch.float64  # MPS has no float64
-        counts = self._counts.to(dtype)
+        counts, observed = self._counts.to(dtype), self.controller.observed
         changed = counts.new_full((1,), float(self._changed is not None))
-        observed = self.controller.observed
+        if not self.counted:
+            counts, observed = torch.zeros_like(counts), None if observed is None else torch.zeros_like(observed)
         parts = [counts, changed, *(part.to(counts) for part in (observed, further) if part is not None)]
         summed = total(torch.cat(parts))
         numbers = summed.tolist()
