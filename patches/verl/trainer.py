@@ -12,9 +12,11 @@ from kl_plugins.adapters import receipts
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.metrics import warn_if_floored
 from kl_plugins.adapters.micro_batch import entered
+from kl_plugins.adapters.observe import require_unregularised, warn_unobserved
 from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, metrics, score
 from kl_plugins.adapters.verl.config import Specs, behaviour_source, sampling_of, spec_in, statement_of
+from kl_plugins.adapters.verl.observe import Observed, ScoreObservation, observation_of
 from kl_plugins.adapters.verl.refusals import check_sessions, check_trainer
 from kl_plugins.adapters.verl.score import ScoreController, Shaping
 from kl_plugins.adapters.verl.session import collect, require_reference
@@ -40,11 +42,13 @@ class TrainerSession:
         specs: of its config.
         score: the controller of a score spec.
         kept: under ``top:``, the reference's numbers of the present batch in the older trainer, (B, j) nested.
+        observed: what the config asks to observe, or None.
     """
 
     specs: Specs
     score: ScoreController | None = None
     kept: Any = None
+    observed: Observed | None = None
 
 
 def session_of(trainer: Any) -> TrainerSession | None:
@@ -56,12 +60,15 @@ def session_of(trainer: Any) -> TrainerSession | None:
 def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around a trainer's ``__init__``: the checks once more, where the trainer runs; then its session."""
     config = arguments(wrapped, args, kwargs)["config"]
-    specs = ADAPTER.checked(config)
+    specs, observed = ADAPTER.checked(config), observation_of(config)
     wrapped(*args, **kwargs)
-    if not specs:
+    if not specs and observed is None:
         return
     check_trainer(type(trainer))
-    session = TrainerSession(specs)
+    session = TrainerSession(specs, observed=observed)
+    if observed is not None and not observed.in_loss:
+        # veRL's function for the KL in the reward gets this object, and not the trainer.
+        setattr(trainer.kl_ctrl_in_reward, ATTRIBUTE, ScoreObservation.of(observed, config))
     if specs.score is not None:
         session.score = trainer.kl_ctrl_in_reward = ScoreController(specs.score, trainer.kl_ctrl_in_reward)
     setattr(trainer, ATTRIBUTE, session)
@@ -79,6 +86,16 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
         collect(trainer.actor_rollout_wg, session.specs.loss, source, sampling_of(config))
         if session.specs.loss.top is not None and trainer.ref_policy_wg is not trainer.actor_rollout_wg:
             require_reference(trainer.ref_policy_wg, session.specs.loss, source)
+    observed = session.observed
+    if observed is not None and observed.in_loss:
+        source = behaviour_source(observed.observation.measured, config)
+        collect(trainer.actor_rollout_wg, observed.observation, source, sampling_of(config))
+    elif observed is not None:
+        spec, source = observed.observation.measured, behaviour_source(observed.observation.measured, config)
+        site = score.site(spec, config) if spec.placement == "reward" else ""
+        statement = statement_of(spec, actor, source, sampling_of(config), reward_site=site)
+        functions = HOOKS.summary(functions=SCORE_FUNCTIONS)
+        receipts.announce(receipts.made(HOST, spec, statement, functions, observation=observed.observation))
     spec = session.specs.score
     if spec is not None:
         statement = statement_of(spec, actor, sampling=sampling_of(config), reward_site=score.site(spec, config))
@@ -89,6 +106,13 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
 def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``apply_kl_penalty(data, kl_ctrl, kl_penalty)``: the penalty, into rewards or towards advantages."""
     named = arguments(wrapped, args, kwargs)
+    watching: ScoreObservation | None = getattr(named["kl_ctrl"], ATTRIBUTE, None)
+    if watching is not None:
+        measurement = watching.begin(named["data"].batch)
+        beta = float(named["kl_ctrl"].value)
+        with entered(measurement):
+            data, found = wrapped(*args, **kwargs)
+        return data, {**found, **measurement.found(beta)}
     spec = spec_in(SCORE_KEY, named["kl_penalty"])
     if spec is None:
         return wrapped(*args, **kwargs)
@@ -137,6 +161,10 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
                 "applied in it"
             )
         warn_if_floored(session.specs.loss, found)
+    if session.observed is not None and session.observed.in_loss:
+        given = named.get("metrics")
+        if not metrics.finish(output.meta_info["metrics"] if given is None else given, prefix="actor/"):
+            warn_unobserved(HOST.title, session.observed.observation)
     return output
 
 
@@ -163,7 +191,7 @@ def _keys(batch: Any) -> list[str]:
 def save_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around a trainer's checkpoint; the state goes first, because veRL marks the checkpoint as complete at its end."""
     session = session_of(trainer)
-    if session is not None:
+    if session is not None and session.specs:
         folder = Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}"
         state = None if session.score is None else session.score.saved()
         write_state(folder / STATE_FILE, record(session.specs.text, state))
@@ -178,7 +206,11 @@ def load_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwar
         settings = trainer.config.trainer
         path = settings.resume_from_path if settings.resume_mode == "resume_path" else None
         folder = Path(path or Path(settings.default_local_dir) / f"global_step_{step}")
-        state = resumed(read_state(folder / STATE_FILE), session.specs.text)
+        saved = read_state(folder / STATE_FILE)
+        if session.observed is not None and not session.specs:
+            require_unregularised(saved, session.observed.observation)
+            return result
+        state = resumed(saved, session.specs.text)
         if session.score is not None:
             adaptive = trainer.config.algorithm.kl_ctrl.type == "adaptive"
             session.score.restore(state, host_value=adaptive)
