@@ -16,6 +16,7 @@ from kl_plugins.hosts import Finding, Host
 if TYPE_CHECKING:
     from kl_plugins.receipts import Receipt
     from kl_plugins.spec import KLSpec
+    from kl_plugins.spec.observation import Observation
 
 __all__ = ["attach", "detach", "diagnose", "require_receipts", "run"]
 
@@ -66,6 +67,21 @@ class OpenRLHFAdapter(HostAdapter):
 
         for problem in contradictions(specs, config):
             yield f"{ESTIMATOR_FLAG} ", specs, problem
+
+    def observation_of(self, config: Any) -> Observation | None:
+        """Read what the arguments ask to observe."""
+        from kl_plugins.adapters.openrlhf.observe import observation_of
+
+        return observation_of(config)
+
+    def unobservable(self, config: Any) -> Iterator[tuple[str, Observation, str]]:
+        """Give each reason why a run cannot be observed."""
+        from kl_plugins.adapters.openrlhf.observe import observation_of, problems
+
+        observation = observation_of(config)
+        if observation is not None:
+            for problem in problems(observation, config):
+                yield f"{ESTIMATOR_FLAG} ", observation, problem
 
     def untested(self, config: Any) -> Iterator[str]:
         """Name the parts of OpenRLHF that the arguments pick and that the tests do not run."""
@@ -123,7 +139,7 @@ def run(module: str, argv: Sequence[str]) -> int:
 
 
 def require_receipts(actor_group: Any, args: Any) -> list[Receipt]:
-    """Ask every policy worker for its receipt, and let it train under the ``@loss`` spec of the arguments.
+    """Ask every policy worker for its receipt, and let it train under the arguments' ``@loss`` spec or ``observe``.
 
     OpenRLHF's own trainers do this before the first rollout; other trainers have to call it.
 
@@ -133,17 +149,22 @@ def require_receipts(actor_group: Any, args: Any) -> list[Receipt]:
         args: OpenRLHF's nested arguments.
 
     Returns:
-        One receipt per worker; none where the arguments ask for no ``@loss`` spec.
+        One receipt per worker; none where the arguments ask for no ``@loss`` spec and observe no KL in the loss.
 
     Raises:
         MissingReceiptError: a worker gave none, or runs something else; rank, pid and node are named.
     """
     from kl_plugins.adapters import receipts
     from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of
+    from kl_plugins.adapters.openrlhf.observe import observation_of
 
-    spec = spec_of(args)
-    if spec is None or spec.placement != "loss":
+    spec, observation = spec_of(args), observation_of(args)
+    if observation is not None and args.algo.kl.use_loss:
+        source, expected = behaviour_source(observation.measured, args), observation
+    elif spec is not None and spec.placement == "loss":
+        source, expected = behaviour_source(spec, args), spec
+    else:
         return []
     import ray
 
-    return receipts.collect(ray, actor_group._actor_handlers, HOST, spec, behaviour_source(spec, args), REMEDY)
+    return receipts.collect(ray, actor_group._actor_handlers, HOST, expected, source, REMEDY)

@@ -54,8 +54,9 @@ class MicroBatch(LossBatch):
         """
         source, old = session.behaviour, experience.action_log_probs
         # An agent may return log-probs that were not requested: the receipt says what the weight divides by.
-        given = None if source == "old" else experience.rollout_log_probs
-        sampler = unmarked(given, old, source == "sampler")
+        unwanted = source == "old" and session.observation is None
+        given = None if unwanted else experience.rollout_log_probs
+        sampler = unmarked(given, old, source == "sampler" and session.observation is None)
         batch = cls(session, experience.action_mask.bool(), old, sampler, source)
         if session.spec.top is not None:
             batch.numbers, batch.fits = arrived(session.spec, experience)

@@ -14,6 +14,7 @@ from kl_plugins.adapters.receipts import Statement
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
+from kl_plugins.spec.observation import looks_like_observation
 
 PROCESSED = "processed_logprobs"
 """The mode of vLLM in which its log-probs are those of the distribution that it samples from."""
@@ -38,7 +39,7 @@ AGENT_CAVEAT = "an agent of your own may sample with other settings, or return l
 
 
 def spec_of(args: Any) -> KLSpec | None:
-    """Read the spec that a run is asked for; None for one of OpenRLHF's own estimators.
+    """Read the spec that a run is asked for; None for one of OpenRLHF's own estimators, alone or with ``observe``.
 
     Args:
         args: OpenRLHF's nested arguments.
@@ -48,7 +49,7 @@ def spec_of(args: Any) -> KLSpec | None:
         ValueError: its placement and ``--algo.kl.use_loss`` contradict each other; the message names what to change.
     """
     text = args.algo.kl.estimator
-    if not looks_like_spec(text):
+    if looks_like_observation(text) or not looks_like_spec(text):
         return None
     spec = parse(text)
     if spec.placement == "loss" and not args.algo.kl.use_loss:

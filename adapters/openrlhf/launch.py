@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kl_plugins.adapters.base import parse
+from kl_plugins.adapters.base import parse, parse_observation
 from kl_plugins.adapters.openrlhf import ESTIMATOR_FLAG
 from kl_plugins.spec import KLSpecError, looks_like_spec
+from kl_plugins.spec.observation import looks_like_observation
 
 HOOK = "kl_plugins.adapters.openrlhf.attach"
 """What every worker process of the job calls before anything else."""
@@ -34,8 +35,9 @@ OWN_HOOK = "KL_PLUGINS_OWN_SETUP_HOOK"
 
 HELP = (
     "kl-plugins: or a KL spec, <estimator>@<placement>[/<option>[:<value>]]..., for example k2@loss/is:token, or a "
-    "preset such as default; @loss needs --algo.kl.use_loss, @reward and @advantage forbid it. "
-    "`kl-plugins explain SPEC` says which gradient it has, `kl-plugins list` what there is."
+    "preset such as default; @loss needs --algo.kl.use_loss, @reward and @advantage forbid it. k3/observe, or "
+    "k3/observe:SPEC, trains with k3 as OpenRLHF alone does, and measures. `kl-plugins explain SPEC` says which "
+    "gradient it has, `kl-plugins list` what there is."
 )
 
 
@@ -120,7 +122,7 @@ class Choices(Sequence[str]):
         self.native = tuple(native)
 
     def __contains__(self, text: object) -> bool:
-        return text in self.native or looks_like_spec(text)
+        return text in self.native or looks_like_spec(text) or looks_like_observation(text)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.native
@@ -142,9 +144,9 @@ def estimator(text: str) -> str:
     Raises:
         ArgumentTypeError: the text is a bad spec; says which part, what was expected, the nearest valid word.
     """
-    if looks_like_spec(text):
+    if looks_like_spec(text) or looks_like_observation(text):
         try:
-            parse(text)
+            _ = parse_observation(text) if looks_like_observation(text) else parse(text)
         except KLSpecError as error:
             raise ArgumentTypeError(str(error)) from None
     return text

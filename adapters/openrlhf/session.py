@@ -35,8 +35,11 @@ class WorkerSession(Session):
             batch: whose term was computed.
         """
         assert batch.metrics is not None
-        assert batch.kl is not None
         self.metrics.add(batch.metrics, batch.mask, self.applied)
+        if self.observation is not None:  # OpenRLHF's own number stays
+            self._kl = torch.zeros(2, dtype=torch.float64, device=batch.mask.device)
+            return
+        assert batch.kl is not None
         kl = torch.stack([batch.kl.double().masked_fill(~batch.mask, 0.0).sum(), batch.mask.sum().double()])
         self._kl = kl if self._kl is None else self._kl + kl
 
@@ -74,9 +77,9 @@ class WorkerSession(Session):
         """Join what OpenRLHF logs of everything since the last report; a collective over all ranks.
 
         Returns:
-            The ``kl/`` metrics; and as ``kl``, which ``--algo.kl.target`` reads, the estimator's mean over all tokens.
-            OpenRLHF's own number is that divided by the number of micro-batches under ``--train.dynamic_batch_enable``,
-            and too large where micro-batches hold different numbers of tokens.
+            The ``kl/`` metrics. Unless the spec is observed, also the estimator's mean over all tokens as ``kl``, which
+            ``--algo.kl.target`` reads. OpenRLHF's own number is that divided by the number of micro-batches under
+            ``--train.dynamic_batch_enable``, and too large where micro-batches hold different numbers of tokens.
         """
         packed, own = self.metrics.packed(), self._kl
         self._kl = None
@@ -89,4 +92,4 @@ class WorkerSession(Session):
         found = self.metrics.total((sums[:-2], maxima))
         if torch.distributed.get_rank() == 0:
             warn_if_floored(self.spec, found)
-        return {**found, "kl": kl / max(tokens, 1.0)}
+        return found if self.observation is not None else {**found, "kl": kl / max(tokens, 1.0)}

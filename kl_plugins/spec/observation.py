@@ -141,6 +141,9 @@ def _spec(text: str, written: str, offset: int) -> KLSpec:
             spec = KLSpec.parse(f"{written}/{ALLOW_BIASED}")
         except KLSpecError:
             start, end = error.start + offset, error.end + offset
+            if text[start:end].partition(":")[0] == PROBE:
+                problem = f"{text[start:end]!r} stands at the end, after the whole spec"
+                raise KLSpecError(text, start, end, problem, FORM) from None
             raise KLSpecError(text, start, end, error.problem, error.expected, error.nearest) from None
     if spec.beta is not None:
         start = text.index("beta:", offset) if "beta:" in text else offset

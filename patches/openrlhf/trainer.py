@@ -9,15 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from kl_plugins.adapters import checkpoints, receipts
+from kl_plugins.adapters.micro_batch import entered
+from kl_plugins.adapters.observe import require_unregularised, warn_unobserved
 from kl_plugins.adapters.openrlhf import ADAPTER, HOST, require_receipts
 from kl_plugins.adapters.openrlhf.batch import check_rollout
 from kl_plugins.adapters.openrlhf.config import spec_of, statement_of
+from kl_plugins.adapters.openrlhf.observe import RolloutMeasurement, observation_of
 from kl_plugins.adapters.openrlhf.refusals import require_processed
 from kl_plugins.adapters.openrlhf.score import ScoreController, shaping
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.openrlhf import HOOKS, MAKER, reference, worker
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its run; absent on a trainer without a spec, which then is stock OpenRLHF."""
@@ -28,9 +32,10 @@ STATE_KEY = "kl_plugins"
 
 @dataclass
 class TrainerRun:
-    """Spec of one trainer, and whether its workers have shown their receipts."""
+    """Spec of one trainer, what it observes instead, and whether its workers have shown their receipts."""
 
     spec: KLSpec
+    observation: Observation | None = None
     confirmed: bool = False
 
 
@@ -42,9 +47,13 @@ def run_of(trainer: Any) -> TrainerRun | None:
 
 def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around ``BasePPOTrainer.__init__``: the checks once more, where the trainer runs."""
-    spec = ADAPTER.checked(arguments(wrapped, args, kwargs)["strategy"].args)
+    settings = arguments(wrapped, args, kwargs)["strategy"].args
+    spec, observation = ADAPTER.checked(settings), observation_of(settings)
     wrapped(*args, **kwargs)
-    if spec is not None:
+    if observation is not None:
+        setattr(trainer, ATTRIBUTE, TrainerRun(observation.measured, observation))
+        _bind_hooks(trainer)
+    elif spec is not None:
         trainer.kl_ctl = trainer.experience_maker.kl_ctl
         setattr(trainer, ATTRIBUTE, TrainerRun(spec))
         _bind_hooks(trainer)
@@ -64,6 +73,12 @@ def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...
     run = run_of(trainer)
     if run is None:
         return wrapped(*args, **kwargs)
+    if run.observation is not None:
+        require_receipts(trainer.actor_model_group, trainer.args)
+        run.confirmed = True
+        states = wrapped(*args, **kwargs)
+        require_unregularised(states.get(STATE_KEY), run.observation)
+        return states
     if run.spec.placement == "loss":
         require_processed(trainer.vllm_engines, run.spec, trainer.args)
         require_receipts(trainer.actor_model_group, trainer.args)
@@ -86,6 +101,9 @@ def train_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: d
     status, step = wrapped(*args, **kwargs)
     if isinstance(trainer.kl_ctl, ScoreController):
         status.update(trainer.kl_ctl.metrics.total())
+    measurement = measurement_of(trainer.experience_maker)
+    if measurement is not None:
+        status.update(measurement.metrics.total())
     return status, step
 
 
@@ -94,6 +112,11 @@ def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: di
     run = run_of(trainer)
     if run is None:
         return wrapped(*args, **kwargs)
+    if run.observation is not None:
+        status = wrapped(*args, **kwargs)
+        if trainer.args.algo.kl.use_loss and "policy_loss" in status and "kl/active" not in status:
+            warn_unobserved(HOST.title, run.observation)
+        return status
     if isinstance(trainer.kl_ctl, ScoreController) and trainer.kl_ctl.penalties:
         raise RuntimeError(
             f"kl-plugins: the penalty of {run.spec} was computed, but never reached the advantages; this trainer "
@@ -109,15 +132,31 @@ def ppo_train(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: di
 
 def init_maker(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Around ``RemoteExperienceMaker.__init__``: the checks and the receipt; a score spec takes over the controller."""
-    spec = ADAPTER.checked(arguments(wrapped, args, kwargs)["strategy"].args)
+    settings = arguments(wrapped, args, kwargs)["strategy"].args
+    spec, observation = ADAPTER.checked(settings), observation_of(settings)
     wrapped(*args, **kwargs)
+    if observation is not None and not settings.algo.kl.use_loss:
+        statement, functions = statement_of(observation.measured, settings), HOOKS.summary([MAKER])
+        receipts.announce(receipts.made(HOST, observation.measured, statement, functions, observation=observation))
+        setattr(maker, ATTRIBUTE, RolloutMeasurement(observation, settings))
     if spec is not None and spec.placement != "loss":
         receipts.announce(receipts.made(HOST, spec, statement_of(spec, maker.args), HOOKS.summary([MAKER])))
         maker.kl_ctl = ScoreController(spec, maker.kl_ctl)
 
 
+def measurement_of(maker: Any) -> RolloutMeasurement | None:
+    """Return what measures the KL in the rewards of an experience maker; None where nothing is observed there."""
+    measurement: RolloutMeasurement | None = vars(maker).get(ATTRIBUTE)
+    return measurement
+
+
 def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the forward passes over a rollout batch, which end in the KL or in the numbers of ``top:``."""
+    measurement = measurement_of(maker)
+    if measurement is not None:
+        measurement.begin(arguments(wrapped, args, kwargs)["samples_list"], float(maker.kl_ctl.value))
+        with entered(measurement):
+            return wrapped(*args, **kwargs)
     spec = spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)
@@ -161,7 +200,7 @@ def save_best_checkpoint(wrapped: Function, trainer: Any, args: tuple[Any, ...],
 
 def _saving(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], due: bool) -> Any:
     run = run_of(trainer)
-    if run is not None and due:
+    if run is not None and run.observation is None and due:
         given = arguments(wrapped, args, kwargs)["client_states"]
         states = {} if given is None else given  # in place: OpenRLHF goes on with the same dict
         states[STATE_KEY] = _saved(trainer, run)
