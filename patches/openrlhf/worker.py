@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters import receipts
+from kl_plugins.adapters.base import parse_observation
 from kl_plugins.adapters.controller import Controller
-from kl_plugins.adapters.micro_batch import KLSource, carried, current, unknown_place
+from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, unknown_place
 from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, HOST
 from kl_plugins.adapters.openrlhf.batch import MicroBatch
-from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
+from kl_plugins.adapters.openrlhf.config import (
+    behaviour_source,
+    corrects_policy_loss,
+    sampling_of,
+    spec_of,
+    statement_of,
+)
 from kl_plugins.adapters.openrlhf.exact import states_kl
+from kl_plugins.adapters.openrlhf.observe import default_word, observation_of
 from kl_plugins.adapters.openrlhf.session import WorkerSession
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import hooked
 from kl_plugins.patches.openrlhf import ACTOR, HOOKS, STRATEGY, reference
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import looks_like_spec
+from kl_plugins.spec.observation import Observation, looks_like_observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of an ``ActorPPOTrainer`` that holds its session; absent where it trains as stock OpenRLHF."""
@@ -42,6 +51,9 @@ def session_of(trainer: Any) -> WorkerSession | None:
     session: WorkerSession | None = vars(trainer).get(ATTRIBUTE)
     if session is None:
         args = trainer.args
+        observation = observation_of(args)
+        if observation is not None:
+            return _observing(trainer, observation)
         spec = spec_of(args)
         if spec is None or spec.placement != "loss":
             return None
@@ -53,10 +65,30 @@ def session_of(trainer: Any) -> WorkerSession | None:
     return session
 
 
+def _observing(trainer: Any, observation: Observation) -> WorkerSession | None:
+    """Make the session of a trainer whose KL in the loss is observed; None where the KL is in the reward."""
+    args, spec = trainer.args, observation.measured
+    if not args.algo.kl.use_loss:
+        return None
+    control = Controller(None, args.algo.kl.init_coef, COEFFICIENT_FLAG)
+    session = WorkerSession(
+        HOST,
+        spec,
+        control,
+        behaviour_source(spec, args),
+        observation=observation,
+        truncated=sampling_of(args).shows_kept_mass and corrects_policy_loss(args),
+    )
+    setattr(trainer, ATTRIBUTE, session)
+    return session
+
+
 def approx_kl(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``compute_approx_kl``, by the names under which training step and experience maker call it."""
     named = arguments(wrapped, args, kwargs)
     text = named["kl_estimator"]
+    if looks_like_observation(text):
+        return _observed(wrapped, args, kwargs, named)
     if not looks_like_spec(text):
         return wrapped(*args, **kwargs)
     source = current(KLSource)
@@ -65,11 +97,27 @@ def approx_kl(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: d
     return source.term(named["log_probs"], named["log_probs_base"])
 
 
+def _observed(wrapped: Function, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Any:
+    """Let OpenRLHF compute its own KL under its own word, and measure the observed spec on the same log-probs."""
+    word = parse_observation(named["kl_estimator"]).native or default_word()
+    args, kwargs = replaced(wrapped, args, kwargs, kl_estimator=word)
+    kl = wrapped(*args, **kwargs)
+    source = current(KLSource)
+    if source is not None:
+        others = {**named, "kl_estimator": word, "log_probs_base": named["log_probs_base"].detach()}
+        source.observe(
+            named["log_probs"], named["log_probs_base"], lambda logp: wrapped(**{**others, "log_probs": logp})
+        )
+    return kl
+
+
 def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around one micro-batch: its tensors are carried to the KL function; beta follows the spec's schedule."""
     session = session_of(trainer)
     if session is None:
         return wrapped(*args, **kwargs)
+    if session.observation is not None:
+        return _observed_step(wrapped, trainer, session, args, kwargs)
     session.require_confirmed("require_receipts(actor_group, args)")
     named = arguments(wrapped, args, kwargs)
     batch = MicroBatch.read(session, named["experience"])
@@ -87,10 +135,24 @@ def training_step(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs
     return status
 
 
+def _observed_step(
+    wrapped: Function, trainer: Any, session: WorkerSession, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Let OpenRLHF train on one micro-batch as it does alone, and keep the metrics of the observed spec."""
+    named = arguments(wrapped, args, kwargs)
+    batch = MicroBatch.read(session, named["experience"])
+    session.applied, session.steps = float(named["kl_ctl"]), int(trainer.actor.model.global_steps) + 1
+    with entered(batch):
+        status = wrapped(*args, **kwargs)
+    if batch.metrics is not None:
+        session.keep(batch)
+    return status
+
+
 def optimizer_step(wrapped: Function, strategy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around DeepSpeed's step, the last place where all ranks can stop together before weights change."""
     batch = current(MicroBatch)
-    if batch is not None:
+    if batch is not None and batch.session.observation is None:
         model = arguments(wrapped, args, kwargs)["model"]
         engine = getattr(model, "model", model)  # OpenRLHF's Actor holds the engine
         if engine.is_gradient_accumulation_boundary():
@@ -126,7 +188,7 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     if not hooked(type(trainer), "training_step"):
         raise RuntimeError(f"its {type(trainer).__qualname__} overrides the training step that has the hook")
     session = session_of(trainer)
-    if session is None or str(session.spec) != spec:
+    if session is None or session.text != spec:
         raise RuntimeError(f"it was started with {trainer.args.algo.kl.estimator}, not with {spec}")
     if session.behaviour != behaviour:
         raise RuntimeError(f"it takes the behaviour policy's log-probs from {session.behaviour}, not from {behaviour}")
@@ -134,7 +196,8 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         session.reference = reference_of(trainer)
     statement = statement_of(session.spec, trainer.args)
     wrapped = HOOKS.summary([ACTOR, STRATEGY])
-    made = receipts.made(HOST, session.spec, statement, wrapped, int(process._rank), int(process._world_size))
+    ranks = int(process._rank), int(process._world_size)
+    made = receipts.made(HOST, session.spec, statement, wrapped, *ranks, observation=session.observation)
     session.confirmed = True
     receipts.announce(made)
     return made
