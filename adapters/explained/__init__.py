@@ -25,6 +25,7 @@ def explanation(run: R, rules: Iterable[Rule[R]], version_from: str, length: flo
         version_from: where the assumed version comes from.
         length: mean number of tokens of a response; None if it is not known.
     """
+    run.look_through_observe()
     every: list[Rule[R]] = [*rules, *COMMON]
     without_effect = ignored(every, run)
     relevant = [setting for setting in run.settings if setting.key in run.defaults or setting.key in run.kl_keys]
@@ -33,7 +34,7 @@ def explanation(run: R, rules: Iterable[Rule[R]], version_from: str, length: flo
         version=str(run.version),
         version_from=version_from,
         algorithm=run.algorithm,
-        settings=tuple(str(setting) for setting in relevant),
+        settings=tuple(run.shown(setting.key) for setting in relevant),
         statements=dict(statements(run, without_effect)),
         findings=findings(every, run),
         suggestions=tuple(suggestions(run, length)),

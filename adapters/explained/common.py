@@ -86,6 +86,18 @@ def unknown_keys(run: ConfiguredRun) -> list[str]:
     return [s.key for s in run.settings if (s.key in run.defaults or s.key in run.kl_keys) and unknown(s)]
 
 
+def measured(run: ConfiguredRun) -> str:
+    """Return what the settings with ``observe`` of a run do, in words."""
+    said = []
+    for _, observation in run.observed.values():
+        spec = "the spec that has the gradient of the run's own KL, or is nearest to it"
+        if observation.spec is not None:
+            spec = str(observation.spec)
+        probe = "" if observation.probe is None else f", with a probe every {observation.probe} optimizer steps"
+        said.append(f"observe changes nothing in training. It measures {spec} on the same tokens{probe}")
+    return "; ".join(said)
+
+
 def _by_response(term: Term) -> bool:
     return term.rule == "response"
 
@@ -195,6 +207,16 @@ COMMON: tuple[Rule[ConfiguredRun], ...] = (
         ),
         "arXiv 1707.06347 (PPO); arXiv 2510.01555",
         "use a KL in the loss, for example the spec `default`",
+    ),
+    Rule(
+        "observed",
+        ALL_HOSTS,
+        "note",
+        lambda run: run.observed,
+        lambda run: bool(run.observed),
+        measured,
+        "docs: Observe a run",
+        "everything else on this page is about the host's own KL, under which the run trains",
     ),
     Rule(
         "negative-beta",

@@ -15,8 +15,9 @@ from kl_plugins.adapters.aggregations import RULES, Rule
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.hosts import Host
 from kl_plugins.sampling import Sampling
-from kl_plugins.settings import Settings, Unknown
+from kl_plugins.settings import Setting, Settings, Unknown
 from kl_plugins.spec import KLSpec, KLSpecError
+from kl_plugins.spec.observation import Observation, looks_like_observation
 from kl_plugins.spec.options import ALLOW_BIASED
 
 RESOLVED = 150
@@ -105,6 +106,8 @@ class ConfiguredRun(ABC):
         self.settings = settings
         self.problems: list[tuple[str, str]] = []
         """Specs that cannot be read or used: the key, and what is wrong."""
+        self.observed: dict[str, tuple[Setting, Observation]] = {}
+        """Settings with ``observe``, by key; :attr:`settings` then holds what the host trains with."""
 
     # What each host fills in.
 
@@ -157,7 +160,37 @@ class ConfiguredRun(ABC):
     def paste(self, spec: str, beta: float, placement: str) -> tuple[str, ...]:
         """Return the lines that select a spec and a beta, in the host's own form."""
 
+    @property
+    def spec_keys(self) -> tuple[str, ...]:
+        """The settings that can hold a spec or ``observe``."""
+        return ()
+
+    def unobservable(self, key: str) -> Iterator[str]:
+        """Give the reasons why the KL of a setting cannot be observed, as far as a config shows them.
+
+        Args:
+            key: a setting with ``observe``.
+        """
+        yield from ()
+
     # What all hosts have in common.
+
+    def look_through_observe(self) -> None:
+        """Put what the host trains with in the place of each setting with ``observe``, and keep the observation."""
+        for key in self.spec_keys:
+            setting = self.settings.get(key)
+            if setting is None or not looks_like_observation(setting.value):
+                continue
+            native = None
+            try:
+                observation = Observation.parse(setting.value)
+            except KLSpecError as error:
+                self.problems.append((key, f"it is not a valid text with observe: {error.problem}"))
+            else:
+                native = observation.native
+                self.observed[key] = (setting, observation)
+            self.settings.add(key, self.defaults.get(key) if native is None else native, setting.place)
+            self.problems += [(key, problem) for problem in self.unobservable(key)]
 
     @cached_property
     def name(self) -> str:
@@ -237,7 +270,7 @@ class ConfiguredRun(ABC):
 
     def shown(self, key: str) -> str:
         """Return a setting with its value and the place where it was found."""
-        found = self.settings.get(key)
+        found = self.observed[key][0] if key in self.observed else self.settings.get(key)
         if found is not None:
             return str(found)
         return f"{key}={self.defaults.get(key)} (default of {self.name})"

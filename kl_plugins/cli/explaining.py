@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from kl_plugins.cli.output import Page, Row, fail, fail_spec, print_json
 from kl_plugins.explain import Explanation, explain
+from kl_plugins.explain.notes import observing
 from kl_plugins.hosts import discover_hosts
 from kl_plugins.spec import KLSpecError
+from kl_plugins.spec.observation import Observation, looks_like_observation
 
 if TYPE_CHECKING:
     from kl_plugins.hosts import HostRegistry
@@ -27,6 +29,8 @@ def explain_command(text: str, as_json: bool) -> int:
     """
     registry = discover_hosts()
     try:
+        if looks_like_observation(text) and not (observation := Observation.parse(text)).named:
+            return _observe(observation, registry, as_json)
         explanation = explain(text, registry.hosts.values())
     except KLSpecError as error:
         if Path(text).is_file():
@@ -38,6 +42,20 @@ def explain_command(text: str, as_json: bool) -> int:
     if as_json:
         return print_json(explanation.to_dict())
     _print(explanation, registry)
+    return 0
+
+
+def _observe(observation: Observation, registry: HostRegistry, as_json: bool) -> int:
+    """Print what ``observe`` without a spec does; which spec that is, only the settings of a host say."""
+    hosts = "|".join(name for name, host in registry.hosts.items() if host.explainer)
+    ask = f"Which spec that is, your config says: kl-plugins explain --host {hosts} CONFIG"
+    note = observing(observation).partition(" Everything below")[0]
+    if as_json:
+        return print_json({"written": str(observation), "notes": [note, ask]})
+    page = Page()
+    page.title(str(observation))
+    page.paragraph(note)
+    page.paragraph(ask)
     return 0
 
 

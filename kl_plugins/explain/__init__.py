@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from kl_plugins.aggregation import MEANINGS
 from kl_plugins.explain.bias import Estimate, off_policy, on_policy, why_none
 from kl_plugins.explain.formulas import formulas
-from kl_plugins.explain.notes import notes
+from kl_plugins.explain.notes import notes, observing
 from kl_plugins.explain.options import Option, options_in_effect
 from kl_plugins.explain.sources import Source, sources
 from kl_plugins.spec import PRESETS, KLSpec, KLSpecError
+from kl_plugins.spec.observation import Observation, looks_like_observation
 from kl_plugins.spec.options import ALLOW_BIASED
 from kl_plugins.spec.presets import NOTES
 from kl_plugins.spec.target import TARGETS
@@ -72,10 +73,10 @@ class Explanation:
 
 
 def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
-    """Explain a spec or preset, including one that would need ``allow:biased`` to run.
+    """Explain a spec or preset, including one that would need ``allow:biased`` to run, or one that is only observed.
 
     Args:
-        text: a spec or the name of a preset.
+        text: a spec, the name of a preset, or a text with ``observe`` and a spec.
         hosts: hosts whose configuration keys are explained.
 
     Returns:
@@ -83,14 +84,16 @@ def explain(text: str, hosts: Iterable[Host] = ()) -> Explanation:
 
     Raises:
         KLSpecError: if the text is not a valid spec.
+        ValueError: if the text observes the host's own KL, which no spec describes without the host's settings.
     """
-    spec, forgiven = _parse_forgiving(text)
+    observation = Observation.parse(text) if looks_like_observation(text) else None
+    spec, forgiven = _parse_forgiving(text) if observation is None else (observation.measured, False)
     hosts = tuple(hosts)
     return Explanation(
         written=text,
         spec=str(spec),
         needs_allow_biased=forgiven,
-        notes=notes(spec),
+        notes=notes(spec) if observation is None else (observing(observation), *notes(spec)),
         formulas=formulas(spec),
         target=spec.target,
         target_text=TARGETS[spec.target],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kl_plugins.explain.formulas import row_of
 from kl_plugins.explain.stability import stability
 from kl_plugins.spec import PRESETS, KLSpec
+from kl_plugins.spec.observation import Observation
 
 _DIVERGENCES = {
     "abs": "twice the total variation, sum_a |policy(a) - reference(a)|",
@@ -30,6 +31,22 @@ WHICH_ONE = (
     "reference it needs 2 k + 1 numbers per token, which the pass that gives its log-probs gives as well. Take "
     "exact@loss if the reference's logits are beside the policy's: it has no token noise."
 )
+
+
+def observing(observation: Observation) -> str:
+    """Return what a KL setting with ``observe`` does.
+
+    Args:
+        observation: the setting.
+    """
+    own = "the framework's own KL" + (f" ({observation.native})" if observation.native else "")
+    spec = "the spec that has the gradient of that KL" if observation.spec is None else str(observation.spec)
+    probe = "" if observation.probe is None else f" Every {observation.probe} optimizer steps, a probe looks deeper."
+    return (
+        f"observe changes nothing: the run trains with {own} exactly as it does without kl-plugins, and {spec} is "
+        f"measured on the same tokens and logged as kl/ metrics.{probe} Everything below is about {spec}, if it were "
+        "applied. In veRL and OpenRLHF, the estimator's own word goes before observe: k3/observe."
+    )
 
 
 def notes(spec: KLSpec) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +67,18 @@ class OpenRLHFRun(ConfiguredRun):
     def defaults(self) -> Mapping[str, Any]:
         """OpenRLHF's defaults for the version."""
         return defaults.defaults(self.version)
+
+    @property
+    def spec_keys(self) -> tuple[str, ...]:
+        """The estimator."""
+        return (ESTIMATOR,)
+
+    def unobservable(self, key: str) -> Iterator[str]:
+        """Give the reasons why OpenRLHF's KL cannot be observed."""
+        if self.text(key) not in CLAMPS:
+            yield f"{self.text(key)!r} before observe is not one of OpenRLHF's estimators; use {', '.join(CLAMPS)}"
+        if self.number(COEFFICIENT) == 0:
+            yield "the coefficient is 0, so OpenRLHF loads no reference model; set it to a very small number"
 
     @property
     def kl_keys(self) -> frozenset[str]:

@@ -50,6 +50,19 @@ class TRLRun(ConfiguredRun):
         rloo = "rloo" in words.lower() or any(self.given(key) for key in RLOO_ONLY)
         return "RLOO" if rloo else "GRPO"
 
+    @property
+    def spec_keys(self) -> tuple[str, ...]:
+        """The ``kl`` field."""
+        return (FIELD,)
+
+    def unobservable(self, key: str) -> Iterator[str]:
+        """Give the reasons why TRL's KL cannot be observed."""
+        if self.value(key) is not None:
+            yield f"TRL has no setting for the estimator of its own KL; leave {self.value(key)!r} out"
+            self.settings.add(key, None, "kl-plugins")
+        if self.number("beta") == 0:
+            yield "beta is 0, so TRL loads no reference model and computes no KL; set beta to a very small number"
+
     @cached_property
     def defaults(self) -> Mapping[str, Any]:
         """TRL's defaults for the algorithm and the version."""

@@ -55,6 +55,19 @@ class VerlRun(ConfiguredRun):
         return defaults.defaults(self.version)
 
     @property
+    def spec_keys(self) -> tuple[str, ...]:
+        """The settings of the KL in the loss and of the one in the reward."""
+        return LOSS_KEY, SCORE_KEY
+
+    def unobservable(self, key: str) -> Iterator[str]:
+        """Give the reasons why veRL's KL cannot be observed."""
+        word, switch = self.text(key), USE_LOSS if key == LOSS_KEY else USE_REWARD
+        if word.removesuffix("+") not in ESTIMATORS:
+            yield f"{word!r} before observe is not one of veRL's estimators; use {', '.join(ESTIMATORS)}"
+        if not self.flag(switch):
+            yield f"{switch} is False, so veRL computes no such KL; set it to True, with a coefficient of 0 if needed"
+
+    @property
     def kl_keys(self) -> frozenset[str]:
         """veRL's settings whose names contain ``kl``."""
         return defaults.KL_KEYS
