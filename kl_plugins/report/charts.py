@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kl_plugins.metric_names import COMPARED, LEVELS
 from kl_plugins.report.native import Role
 from kl_plugins.report.run import Run, is_ours, meaning, unit
 from kl_plugins.report.series import Series
@@ -19,6 +20,15 @@ SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "How the term pulls",
         ("kl/beta", "@beta", "kl/coef/mean", "kl/coef/std", "kl/coef/max", "kl/dead_frac", "kl/active"),
+    ),
+    (
+        "Probes of the batch",
+        (
+            *(f"kl/probe/{name}/{what}" for what in ("cosine", "norm_ratio") for name in COMPARED),
+            "kl/probe/host/dead_frac",
+            *(f"kl/probe/{level}/{what}" for what in ("ess", "weight") for level in LEVELS),
+            "kl/probe/kept_mass",
+        ),
     ),
     ("Log-ratios", ("kl/log_ratio/mean", "kl/log_ratio/max", "kl/disagree")),
     ("Other metrics of kl-plugins", ("kl/*",)),

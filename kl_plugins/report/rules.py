@@ -203,6 +203,31 @@ RULES: tuple[Rule, ...] = (
         f"{FAQ}, the KL is NaN or infinite: the default of bound:",
     ),
     Rule(
+        "observed", ("kl/observed",), "note", facts.above, 0.0,
+        "kl/observed is logged",
+        "{when}, the spec was measured and not applied ({key}): the run trained with the framework's own KL, and the "
+        "findings about weights and coefficients say what the spec would have done.",
+        "To train with the spec, write it without observe.",
+        'docs: "Observe a run"',
+    ),
+    Rule(
+        "observed-partly", ("kl/observed",), "warning", facts.ever_below, 0.999,
+        "kl/observed below 1 in any step",
+        "{when}, the observed spec could not be computed on all tokens ({key} {value}).",
+        "Log-probs were missing or not finite there. If the spec weights by the sampler's log-probs, check that the "
+        "engine returns them.",
+        'docs: "Observe a run"',
+    ),
+    Rule(
+        "host-clamped", ("kl/probe/host/dead_frac",), "warning", facts.above, 0.01,
+        "kl/probe/host/dead_frac above 0.01, lasting or in a tenth of all probes",
+        "{when}, the framework's own KL gives no gradient to a share of {value} of all tokens, although policy and "
+        "reference differ there (median of {key}): its clamps hold the value.",
+        "These are the tokens on which policy and reference differ most. Use a spec of kl-plugins, whose clamps act on "
+        "values and never on gradients.",
+        'docs: "Explain a config", the rules about clamps; the limit is a rule of thumb',
+    ),
+    Rule(
         "beta-limit", ("kl/beta", "@beta"), "error", facts.ever_at_least, LARGEST_BETA,
         f"beta at {LARGEST_BETA:g}, the largest value that a controller sets",
         "{when}, beta is at its largest value ({value}): the controller's target cannot be reached.",

@@ -7,7 +7,7 @@ import pytest
 
 from kl_plugins.adapters.metrics import MANY
 from kl_plugins.controllers import LARGEST_BETA
-from kl_plugins.metric_names import MEANINGS
+from kl_plugins.metric_names import MEANINGS, OBSERVATION
 from kl_plugins.report.findings import NOT_ACTIVE, Finding, find
 from kl_plugins.report.native import HostLogs, NativeMetric
 from kl_plugins.report.rules import LEVELS, MOST_FLOORED, RULES
@@ -38,6 +38,9 @@ CASES: dict[str, tuple[str, list[float], list[float], str]] = {
     "estimators-disagree": ("kl/disagree", [2.0] * 5, [0.9] * 5, "In every logged step, the means of k1 and k3 differ"),
     "spread-coefficient": ("kl/coef/std", [9.0] * 5, [1.0] * 5, "In every logged step, the coefficients of the tokens"),
     "beyond-bound": ("kl/log_ratio/max", [1.0, 31.0, 1.0], [29.0] * 3, "In step 2, a token's log-ratio reached 31"),
+    "observed": ("kl/observed", [1.0] * 5, [], "In every logged step, the spec was measured and not applied"),
+    "observed-partly": ("kl/observed", [1.0, 0.5, 1.0], [1.0] * 5, "In step 2, the observed spec could not be"),
+    "host-clamped": ("kl/probe/host/dead_frac", [0.1] * 5, [0.0] * 5, "In every logged step, the framework's own KL"),
     "beta-limit": ("kl/beta", [1.0, LARGEST_BETA, 1.0], [1.0] * 3, "In step 2, beta is at its largest value (1e+06)"),
     "beta-stuck": ("kl/beta", MOVED + [1.0] * 9, MOVED, "From step 10 on, beta stays at 1, the end of the range"),
     "beta-zero": ("kl/beta", [0.1] * 5 + [0.0] * 5, [0.1] * 10, "From step 6 on, beta is 0, so the KL has no effect."),
@@ -116,7 +119,7 @@ def test_a_sound_run_has_no_findings() -> None:
     assert not findings_of(**{"kl/value": [0.0, 0.01, 0.02], "kl/ess": [1.0, 0.95, 0.97], "kl/active": [1.0] * 3})
 
 
-@pytest.mark.parametrize("key", [*MEANINGS, "kl/beta"])
+@pytest.mark.parametrize("key", [*MEANINGS, *OBSERVATION, "kl/beta"])
 def test_every_metric_has_a_meaning_and_its_unit_follows_from_it(key: str) -> None:
     assert meaning(key)
     assert (unit(key) == "nats") == ("nats" in meaning(key) and key != "kl/disagree")
