@@ -231,7 +231,7 @@ def _tile_statistics(rows: TopKRows, options: Options, dtype: torch.dtype) -> To
     bucket = torch.exp(log_tail - lse)
     level = (log_tail - lse - rows.log_tail.double()).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
     level = level.masked_fill(bucket == 0, 0.0)
-    kl, mean = _divergence(
+    kl, mean = cells_divergence(
         torch.cat([p, bucket[:, None]], -1),
         torch.cat([u, level[:, None]], -1),
         torch.cat([rows.logp, rows.log_tail[:, None]], -1).double().exp(),
@@ -255,8 +255,14 @@ def _cells(logits: Tensor, lse: Tensor, ref_logp: Tensor, options: Options) -> t
     return p, u.masked_fill(p == 0, 0.0)
 
 
-def _divergence(p: Tensor, u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the KL (N,) of cells (N, k + 1) and their mean log-ratio (N,), both in nats and float64."""
+def cells_divergence(p: Tensor, u: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the KL (N,) of cells (N, k + 1) and their mean log-ratio (N,), both in nats and float64.
+
+    Args:
+        p: (N, k + 1) probabilities under the policy, float64.
+        u: (N, k + 1) log(p / r), nats; any number where p is 0.
+        r: (N, k + 1) probabilities under the reference.
+    """
     # p exp(-u) equals r. Where the policy has no mass, the term is r itself.
     second = torch.where((u.abs() < 0.5) & (p > 0), p * (torch.expm1(-u) + u), r - p + p * u)
     return second.sum(-1), (p * u).sum(-1)

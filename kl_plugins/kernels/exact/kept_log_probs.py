@@ -1,0 +1,111 @@
+"""The KL over set and bucket of :mod:`bucket`, from the policy's log-probs of the set instead of its logits.
+
+A host computes the log-prob of each label anyway, with a pass over the whole vocabulary. Then the log-prob of another
+token a is known from two logits z alone, log p_a = z_a - z_label + log p_label, and its gradient goes through the
+host's own backward pass. So a KL over k tokens adds no pass over the vocabulary, forward or backward.
+
+The bucket's probability P is 1 minus the sum over the set here, and it has an absolute error of about 1e-6 in float32.
+The estimate stays unbiased with such an error, because L = log(P / R) cancels between the bucket and the remainder,
+both in the value and in the gradient. Only the noise of the remainder depends on L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.bucket import TopKReference, cells_divergence
+from kl_plugins.numerics import LINEAR_LIMIT
+
+SMALLEST_TAIL = 2.0**-24
+"""Smallest probability that a tail computed as a difference from 1 can have. Rounding makes smaller ones unreliable."""
+
+
+class KeptKL(NamedTuple):
+    """Results per row, (N,) each, float32 (float64 for float64 log-probs), nats; 0 in ignored rows.
+
+    Attributes:
+        kl: KL of the k + 1 cells, in [0, 1e4].
+        remainder: u - L of a label outside the set, within 1e4; 0 for a label in the set.
+        slopes: (N, k) derivative of the KL by the log-prob of each token of the set, p (u - L).
+    """
+
+    kl: Tensor
+    remainder: Tensor
+    slopes: Tensor
+
+
+class KeptRowsKL(torch.autograd.Function):
+    """(log_probs, logp, kept, in_set, *TopKReference without ids) -> KeptKL; only kl is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_probs: Tensor,
+        logp: Tensor,
+        kept: Tensor,
+        in_set: Tensor,
+        ref_logp: Tensor,
+        log_tail: Tensor,
+        label_logp: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Compute the results of the rows; the k + 1 numbers of each are computed in float64."""
+        with torch.autocast(log_probs.device.type, enabled=False):
+            ours, theirs = log_probs.double().clamp(max=0.0), ref_logp.double()
+            p = ours.exp()
+            u = (ours - theirs).clamp(-LINEAR_LIMIT, LINEAR_LIMIT).masked_fill(p == 0, 0.0)
+            # A set of the whole vocabulary has no bucket, so rounding must not give the policy's one a probability.
+            no_bucket = log_tail == -torch.inf
+            bucket = (1.0 - p.sum(-1)).clamp_min(0.0).masked_fill(no_bucket, 0.0)
+            empty = bucket == 0
+            level = (bucket.log() - log_tail.double()).masked_fill(empty, 0.0).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+            kl, _ = cells_divergence(
+                torch.cat([p, bucket[:, None]], -1),
+                torch.cat([u, level[:, None]], -1),
+                torch.cat([theirs, log_tail.double()[:, None]], -1).exp(),
+            )
+            inside = (logp.double() - label_logp.double() - level).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+            slopes = (p * (u - level[:, None])).masked_fill(~kept[:, None], 0.0)
+            found = KeptKL(
+                kl.clamp(0.0, LINEAR_LIMIT).masked_fill(~kept, 0.0),
+                inside.masked_fill(in_set | ~kept, 0.0),
+                slopes,
+            )
+            results = tuple(part.to(log_probs.dtype) for part in found)
+        ctx.save_for_backward(results[-1])
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply the slopes by the upstream gradient."""
+        (slopes,) = ctx.saved_tensors
+        return (grads[0][:, None] * slopes, *(None,) * 6)
+
+
+kept_rows: Callable[..., tuple[Tensor, ...]] = KeptRowsKL.apply
+"""Apply :class:`KeptRowsKL`."""
+
+
+def kl_of_log_probs(log_probs: Tensor, logp: Tensor, labels: Tensor, kept: Tensor, reference: TopKReference) -> KeptKL:
+    """Compute the KL over set and bucket from log-probs.
+
+    Args:
+        log_probs: (N, k) log-probs of the reference's ids under the policy, nats, float32 or float64, with their graph.
+        logp: (N,) log-probs of the labels under the policy, nats.
+        labels: (N,) int64.
+        kept: (N,) bool; other rows may hold any numbers and get 0 and no gradient.
+        reference: the reference of the rows.
+    """
+    in_set = (reference.ids == labels[:, None]).any(-1)
+    given = (log_probs, logp.detach(), kept, in_set, reference.logp, reference.log_tail, reference.label_logp)
+    return KeptKL(*kept_rows(*given))
+
+
+def log_of_tail(log_probs: Tensor) -> Tensor:
+    """Return the log of the probability that some log-probs (..., k) leave for all other tokens; (...), nats."""
+    left = 1.0 - log_probs.double().exp().sum(-1)
+    return left.clamp_min(SMALLEST_TAIL).log().to(log_probs.dtype)

@@ -1,0 +1,133 @@
+"""The KL over the reference's top-k tokens, from log-probs that a host computes anyway: no pass over the vocabulary.
+
+``exact_kl(..., reference=)`` computes the same from logits alone. The functions here are for places where the log-prob
+of each label is known in float32, for the policy with its graph, as in a trainer's loss. Then the log-prob of another
+token follows from two logits, and its gradient goes through the trainer's own backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kl_plugins.exact import TopKKL
+from kl_plugins.kernels.exact.arguments import check_floats, checked_labels, checked_reference, flat_rows, row_options
+from kl_plugins.kernels.exact.bucket import TopKReference
+from kl_plugins.kernels.exact.kept_log_probs import kl_of_log_probs, log_of_tail
+from kl_plugins.kernels.exact.reference import RefTopK
+from kl_plugins.kernels.exact.reference import top_tokens as rows_top_tokens
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
+
+__all__ = ["log_odds", "reference_of", "top_k_kl", "top_tokens"]
+
+
+@torch.no_grad()
+def top_tokens(logits: Tensor, k: int) -> Tensor:
+    """Return the ids of the k largest logits of each position, the largest first.
+
+    Args:
+        logits: (..., V), any float dtype.
+        k: number of tokens; the whole vocabulary if it has fewer.
+
+    Returns:
+        (..., k) int64.
+
+    Raises:
+        ValueError: if k is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: must be at least 1")
+    found = rows_top_tokens(flat_rows(logits), k)
+    return found.view(*logits.shape[:-1], found.shape[-1])
+
+
+def log_odds(
+    logits: Tensor, labels: Tensor, ids: Tensor, *, temperature: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """Return log(p_a / p_label) for some tokens a of each position.
+
+    It is the difference of two logits. Added to the log-prob of the label, it is the log-prob of a.
+
+    Args:
+        logits: (..., V), any float dtype, with their graph.
+        labels: (...) int64 tokens; a negative label stands for token 0.
+        ids: (..., k) int64 tokens.
+        temperature: divides the logits.
+        softcap: final logit soft-cap, for logits that were taken before the model's own capping.
+
+    Returns:
+        (..., k) nats, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: if an option is invalid.
+    """
+    options = row_options(temperature, softcap, None, "auto", None)
+    found = logits.gather(-1, torch.cat([ids.long(), labels.clamp_min(0).unsqueeze(-1)], -1))
+    found = scaled(found.to(torch.promote_types(found.dtype, torch.float32)), options.scale, options.softcap)
+    return found[..., :-1] - found[..., -1:]
+
+
+@torch.no_grad()
+def reference_of(ids: Tensor, log_probs: Tensor, vocabulary: int, *, temperature: float = 1.0) -> RefTopK:
+    """Return what ``top:`` needs of a reference whose log-probs are known.
+
+    Args:
+        ids: (..., k) int64, the reference's most probable tokens.
+        log_probs: (..., k) log-probs of these tokens under the reference, nats, float32 or float64.
+        vocabulary: number of tokens in the vocabulary.
+        temperature: the number by which the reference's logits were divided.
+
+    Returns:
+        The log of the tail is that of 1 minus the sum over the k tokens, at least that of 2**-24.
+    """
+    log_probs = log_probs.clamp_max(0.0)
+    log_tail = log_of_tail(log_probs)
+    if ids.shape[-1] >= vocabulary:
+        log_tail = torch.full_like(log_tail, -torch.inf)
+    return RefTopK(ids, log_probs, log_tail, temperature)
+
+
+def top_k_kl(
+    log_probs: Tensor,
+    logp: Tensor,
+    labels: Tensor,
+    *,
+    reference: RefTopK,
+    ref_logp: Tensor,
+    mask: Tensor | None = None,
+) -> TopKKL:
+    """Compute KL(policy || reference) over the reference's k tokens and one bucket for all others.
+
+    See ``docs/exact.md`` for the form and its accuracy. The bucket's probability is 1 minus the sum over the k tokens,
+    with an absolute error of about 1e-6 if the log-probs are float32.
+
+    Args:
+        log_probs: (..., k) log-probs of ``reference.ids`` under the policy, nats, with their graph: for example
+            ``log_odds(logits, labels, reference.ids) + logp.unsqueeze(-1)``. 16 bits are refused, because their
+            rounding is often larger than the bucket.
+        logp: (...) log-probs of the labels under the policy, nats.
+        labels: (...) int64 tokens; -100 leaves a position out.
+        reference: result of :func:`kl_plugins.reference_top_k` or :func:`reference_of` for the same positions and the
+            same temperature.
+        ref_logp: (...) log-probs of the labels under the reference, nats.
+        mask: (...) True for positions to use. All other positions give 0 and no gradient, even if they hold NaN.
+
+    Returns:
+        Each (...), nats, in the dtype of ``log_probs``. kl is differentiable; ``logp`` and ``ref_logp`` are the
+        arguments.
+
+    Raises:
+        ValueError: if a shape is invalid.
+        TypeError: if a dtype is not supported.
+    """
+    shape = logp.shape
+    check_floats(log_probs=log_probs, logp=logp)
+    if log_probs.element_size() < 4:
+        raise TypeError(f"log_probs hold {log_probs.dtype}, expected float32 or float64; pass the logits to exact_kl")
+    if log_probs.shape != reference.ids.shape:
+        raise ValueError(f"log_probs {tuple(log_probs.shape)} must be {tuple(reference.ids.shape)}, like reference.ids")
+    labels = checked_labels(labels, mask, shape).reshape(-1)
+    options = row_options(reference.temperature, None, None, "auto", None)
+    given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
+    found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given)
+    return TopKKL(found.kl.reshape(shape), logp, ref_logp, found.remainder.detach().reshape(shape))
