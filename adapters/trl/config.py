@@ -40,6 +40,9 @@ ROLLOUT_WITHOUT_VLLM = Version("0.29.1")
 SERVED_BY_VLLM = Version("1.11")
 """From this version on, the server is vLLM's own, and its command line sets the mode; TRL's server set it itself."""
 
+WITH_KNOWN_HEAD = Version("1.16")
+"""From this version on, ``top:`` reads TRL's own fused head; see ``patches/trl/fused_head.py``."""
+
 PROCESSED = "processed_logprobs"
 """vLLM's name for log-probs of the distribution that tokens were drawn from."""
 
@@ -244,6 +247,8 @@ def cost(spec: KLSpec) -> str:
         recorded = f"{numbers} numbers ({4 * numbers} bytes) per token from the reference's pass"
         if spec.placement != "loss":
             return f"{recorded}, and one more forward pass of the policy, with its head, per rollout"
+        if installed() >= WITH_KNOWN_HEAD:
+            return recorded
         return f"{recorded}, and the policy's head once more (forward and backward) per micro-batch"
     if spec.placement != "loss":
         return "one more forward pass of policy and reference, with their heads, per rollout"

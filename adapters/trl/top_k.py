@@ -15,6 +15,7 @@ from kl_plugins.adapters.top_k import KEY, label_log_probs, packed, unpacked
 from kl_plugins.adapters.trl.exact import OutputHead, scaled, states_before
 from kl_plugins.exact import TopKKL, linear_kl
 from kl_plugins.reference import linear_reference_top_k
+from kl_plugins.top_k import top_k_kl
 
 
 def top_k_of_states(hidden: Tensor, head: OutputHead, attended: Tensor, k: int, temperature: float) -> Tensor:
@@ -36,6 +37,54 @@ def top_k_of_states(hidden: Tensor, head: OutputHead, attended: Tensor, k: int, 
     found = numbers.new_zeros(*attended.shape, numbers.shape[-1])
     found[attended] = numbers
     return found
+
+
+class ScoredRows(NamedTuple):
+    """The states that one forward pass scores, and which rows of TRL's fused head they are.
+
+    The head gets either the states of all tokens but the last, or only those before attended tokens.
+
+    Attributes:
+        input_ids: (b, L) int64.
+        attended: (b, T) bool, of the last T tokens.
+    """
+
+    input_ids: Tensor
+    attended: Tensor
+
+    def to_rows(self, values: Tensor, rows: int) -> Tensor:
+        """Select what belongs to the rows of the head.
+
+        Args:
+            values: (b, T, ...) of the last T tokens.
+            rows: number of rows that the head was called with.
+
+        Returns:
+            (rows, ...), 0 in rows of earlier tokens.
+
+        Raises:
+            RuntimeError: the head scores other rows.
+        """
+        sequences, length = self.input_ids.shape
+        if rows == sequences * (length - 1):
+            whole = values.new_zeros(sequences, length - 1, *values.shape[2:])
+            whole[:, -self.attended.shape[1] :] = values
+            return whole.flatten(0, 1)
+        if rows == int(self.attended.sum()):
+            return values[self.attended]
+        raise RuntimeError(
+            f"kl-plugins: TRL's fused head scores {rows} rows of {sequences} sequences with {length} tokens each, "
+            f"{int(self.attended.sum())} of them in completions; this way to score is not known. Use a sampled spec, "
+            "such as k2@loss/is:token"
+        )
+
+    def from_rows(self, values: Tensor) -> Tensor:
+        """Undo :meth:`to_rows`: (rows, ...) becomes (b, T, ...), 0 where not attended."""
+        sequences, length = self.input_ids.shape
+        if len(values) == sequences * (length - 1):
+            return values.view(sequences, length - 1, *values.shape[1:])[:, -self.attended.shape[1] :]
+        whole = values.new_zeros(*self.attended.shape, *values.shape[1:])
+        return whole.index_put((self.attended,), values)
 
 
 class Kept(NamedTuple):
@@ -66,6 +115,29 @@ class Kept(NamedTuple):
                 f"makes rollouts or micro-batches of its own has to carry {KEY} along, row by row"
             )
         return cls(inputs[KEY], ref_logp)
+
+    def ids(self, first: int, scored: ScoredRows) -> Tensor:
+        """Return the kept tokens (b, T, k) of one forward pass; ``first`` as in :meth:`kl_of_states`."""
+        return unpacked(self.numbers[first : first + len(scored.attended)]).ids
+
+    def kl_of_log_probs(
+        self, first: int, log_probs: Tensor, logp: Tensor, scored: ScoredRows, temperature: float
+    ) -> TopKKL:
+        """Compute what :meth:`kl_of_states` does from TRL's own log-probs and those of the kept tokens.
+
+        Args:
+            first: as in :meth:`kl_of_states`.
+            log_probs: (b, T, k) of the kept tokens under the policy, nats, with their graph.
+            logp: (b, T) TRL's log-probs of the tokens under the policy, nats.
+            scored: the states of the forward pass.
+            temperature: has divided the logits of the policy and of the reference.
+        """
+        rows = slice(first, first + len(logp))
+        labels = scored.input_ids[:, -logp.shape[1] :]
+        reference, ref_logp = unpacked(self.numbers[rows], temperature), self.ref_logp[rows]
+        sides = log_probs, logp.detach(), labels
+        found = top_k_kl(*sides, reference=reference, ref_logp=ref_logp, mask=scored.attended)
+        return found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
 
     def kl_of_states(
         self, first: int, hidden: Tensor, head: OutputHead, input_ids: Tensor, attended: Tensor, temperature: float

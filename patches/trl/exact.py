@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.top_k import packed
 from kl_plugins.adapters.trl.batch import Scored
 from kl_plugins.adapters.trl.exact import (
     Deviation,
@@ -25,8 +26,10 @@ from kl_plugins.adapters.trl.exact import (
     in_16_bits,
     kl_of_states,
 )
-from kl_plugins.adapters.trl.top_k import Kept, top_k_of_states
+from kl_plugins.adapters.trl.top_k import Kept, ScoredRows, top_k_of_states
 from kl_plugins.exact import ExactKL, TopKKL
+from kl_plugins.patches.trl import fused_head
+from kl_plugins.top_k import reference_of
 
 
 class TrainerStates:
@@ -46,6 +49,7 @@ class TrainerStates:
         self._no_checkpointing = no_checkpointing
         self._top = top
         self._rounded = self._ref_rounded = False
+        self._fused = top is not None and fused_head.is_known()
 
     @property
     def model(self) -> str:
@@ -67,13 +71,23 @@ class TrainerStates:
             return
         reference = self._bare(model)
 
+        temperature, scored = self._trainer.temperature, list[ScoredRows]()
+
         def after_backbone(backbone: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden = output.last_hidden_state
             self._ref_rounded = in_16_bits(hidden)
             attended = kwargs["attention_mask"][:, -positions:].bool()
-            results.append(top_k_of_states(hidden, head_of(reference), attended, top, self._trainer.temperature))
+            if self._fused:
+                scored.append(ScoredRows(kwargs["input_ids"], attended))
+            else:
+                results.append(top_k_of_states(hidden, head_of(reference), attended, top, temperature))
 
-        with _hook(reference.base_model, after_backbone):
+        def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
+            kept = reference_of(ids, log_probs, head_of(reference).weight.shape[0], temperature=temperature)
+            states = scored.pop()
+            results.append(states.from_rows(packed(kept)).masked_fill(~states.attended[..., None], 0.0))
+
+        with _hook(reference.base_model, after_backbone), self._head_watched(lambda rows: top, from_head):
             yield results
 
     @contextmanager
@@ -86,24 +100,40 @@ class TrainerStates:
             kept: what was recorded of the reference at all rows together; None: the reference runs as well.
         """
         results: list[StepKL] = []
-        policy = self._bare(self._trainer.model)
+        policy, temperature, scored = self._bare(self._trainer.model), self._trainer.temperature, list[ScoredRows]()
 
         def after_backbone(backbone: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden = output.last_hidden_state
-            grad = torch.enable_grad() if differentiable and torch.is_grad_enabled() else torch.no_grad()
-            with grad:
+            attended = kwargs["attention_mask"][:, -positions:].bool()
+            self._rounded = in_16_bits(hidden)
+            if kept is not None and self._fused:
+                scored.append(ScoredRows(kwargs["input_ids"], attended))
+                return
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
                 if kept is None:
                     results.append(self._kl(policy, hidden, args, kwargs, positions))
                     return
-                # TRL passes its rows through the model in order, all at once or batch by batch.
-                first = sum(len(result.kl) for result in results)
-                attended = kwargs["attention_mask"][:, -positions:].bool()
-                self._rounded = in_16_bits(hidden)
                 sides = hidden, head_of(policy), kwargs["input_ids"], attended
-                results.append(kept.kl_of_states(first, *sides, self._trainer.temperature))
+                results.append(kept.kl_of_states(_rows_in(results), *sides, temperature))
 
-        with _hook(policy.base_model, after_backbone):
+        def wanted(rows: int) -> Tensor:
+            assert kept is not None
+            return scored[-1].to_rows(kept.ids(_rows_in(results), scored[-1]), rows)
+
+        def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
+            assert kept is not None
+            states = scored.pop()
+            with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+                sides = states.from_rows(log_probs), states.from_rows(logp), states
+                results.append(kept.kl_of_log_probs(_rows_in(results), *sides, temperature))
+
+        with _hook(policy.base_model, after_backbone), self._head_watched(wanted if kept else None, from_head):
             yield results
+
+    def _head_watched(
+        self, wanted: Callable[[int], Tensor | int] | None, found: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        return fused_head.watched(wanted, found) if wanted is not None and self._fused else nullcontext()
 
     def of_rollout(
         self, call: Scored, score_policy: Callable[[Scored], Tensor], kept: Kept | None = None
@@ -146,7 +176,6 @@ class TrainerStates:
         return States(merged.kl, merged.remainder if isinstance(merged, TopKKL) else None, Deviation(head, of_kept))
 
     def _kl(self, policy: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any], positions: int) -> ExactKL:
-        self._rounded = in_16_bits(hidden)
         found: list[ExactKL] = []
         grad = torch.is_grad_enabled()
         reference, as_reference = self._reference()
@@ -193,6 +222,11 @@ class TrainerStates:
     def _bare(self, model: Any) -> Any:
         model = self._trainer.accelerator.unwrap_model(model)
         return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _rows_in(results: list[StepKL]) -> int:
+    """Return the number of rows that have gone through the model; TRL passes its rows in order, batch by batch."""
+    return sum(len(result.kl) for result in results)
 
 
 @contextmanager

@@ -12,8 +12,21 @@ from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl import exact as adapter
 from kl_plugins.patches.trl import exact as patches
-from tests.support.trl import trainers
+from kl_plugins.patches.trl import fused_head
+from tests.support.trl import kernels, trainers
 from tests.support.trl.states import TEMPERATURE, by_hand, capped_model, moved_on
+
+SHARED, OWN = "TRL's head", "own head"
+"""``top:`` reads TRL's fused head where it knows it, and multiplies the policy's head once more elsewhere."""
+
+
+@pytest.fixture(params=[SHARED, OWN], autouse=True)
+def head(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == OWN:
+        monkeypatch.setattr(fused_head, "is_known", lambda: False)
+    assert fused_head.is_known() == (request.param == SHARED)
+    return request.param
+
 
 K = 3
 """Tokens of 15 in the set, so that part of the drawn tokens lie in the bucket."""
@@ -69,6 +82,19 @@ def test_soft_cap_of_both_models_is_kept(model: str, tmp_path: Path) -> None:
     check_gradient(built, inputs, is_token=False)
 
 
+@pytest.mark.parametrize("head", [SHARED], indirect=True)
+@pytest.mark.parametrize("settings", [{}, BATCHED])
+def test_with_kernels_the_head_scores_attended_tokens_alone(
+    settings: dict[str, Any], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels.use(monkeypatch)
+    built, inputs = moved_on(
+        model, tmp_path, f"exact@loss/top:{K}", mask_truncated_completions=False, **MEAN, **settings
+    )
+    assert not inputs["completion_mask"].all()
+    check_gradient(built, inputs, is_token=False)
+
+
 def test_later_terms_take_set_bucket_and_remainder(model: str, tmp_path: Path) -> None:
     spec = f"exact@loss/top:{K}/horizon:sequence/is:decision/behaviour:old"
     built, inputs = moved_on(model, tmp_path, spec, **MEAN)
@@ -121,18 +147,19 @@ def test_the_reference_runs_only_where_trl_scores_it(spec: str, model: str, tmp_
 
 
 def test_one_model_that_is_both_is_recorded_as_the_reference_only(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = trainers.build(
         GRPOTrainer, GRPOConfig, model, tmp_path, kl=f"exact@loss/top:{K}", lora=True, num_iterations=2
     )
-    original, recorded = patches.top_k_of_states, []
+    name = "packed" if head == SHARED else "top_k_of_states"
+    original, recorded = getattr(patches, name), []
 
     def record(*given: Any) -> torch.Tensor:
         recorded.append(original(*given))
         return recorded[-1]
 
-    monkeypatch.setattr(patches, "top_k_of_states", record)
+    monkeypatch.setattr(patches, name, record)
     inputs, _, _ = trainers.rollout_and_gradient(built)
     assert "old_per_token_logps" in inputs, "TRL should have scored the policy as well"
     assert len(recorded) == 1
@@ -179,6 +206,7 @@ def test_numbers_of_other_tokens_stop_the_run(axis: int, model: str, tmp_path: P
         built.train()
 
 
+@pytest.mark.parametrize("head", [OWN], indirect=True)
 @pytest.mark.parametrize("spec", ["exact@loss/top:8", "exact@advantage/top:8"])
 def test_a_reference_that_is_more_than_its_head_shows_is_refused(
     spec: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
