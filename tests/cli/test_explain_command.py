@@ -108,3 +108,21 @@ def test_says_what_the_hosts_aggregation_does_to_the_target() -> None:
     for host in ("trl", "verl", "openrlhf"):
         assert it["host_aggregation"][host]
     assert "short responses count more" in words(run_cli("explain", "k2@loss").stdout)
+
+
+def test_explains_what_is_observed() -> None:
+    result = run_cli("explain", "k3/observe:k2@loss/probe:50")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "observe changes nothing: the run trains with the framework's own KL (k3)" in words(result.stdout)
+    assert "k2@loss is measured on the same tokens" in words(result.stdout)
+    assert "Every 50 optimizer steps" in words(result.stdout)
+    assert document(run_cli("explain", "k3/observe:k2@loss", "--json"))["spec"] == "k2@loss"
+
+
+def test_observe_alone_sends_to_the_config() -> None:
+    result = run_cli("explain", "observe")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "the spec that has the gradient of that KL is measured" in words(result.stdout)
+    assert "kl-plugins explain --host" in words(result.stdout)
+    assert len(document(run_cli("explain", "observe", "--json"))["notes"]) == 2
+    assert run_cli("explain", "observe/probe").returncode == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kl_plugins.metrics import REDUCTIONS
-from tests.contract.driver import Driver, Fault, Outcome, Request, Sampled
+from tests.contract.driver import BETA, Driver, Fault, Outcome, Request, Sampled
 
 NOT_FINITE = (math.nan, math.inf, -math.inf)
 
@@ -227,6 +227,91 @@ def unused(driver: Driver) -> None:
     assert attached.gradient is not None
     assert torch.equal(stock.gradient, attached.gradient)
     assert stock.metrics == attached.metrics
+
+
+OBSERVED = "k2@loss/is:token/floor:0.5"
+"""A spec that the host does not train under in any of these checks."""
+
+
+def observed(driver: Driver) -> None:
+    """Check that observe changes no bit of three updates, and that its metrics are those of the applied spec."""
+    steps = (BETA,) * 3
+    stock = driver.update(Request(None, betas=steps))
+    found = driver.update(Request(driver.observing(OBSERVED, "/probe:2"), betas=steps))
+    _unchanged(stock, found)
+    applied = driver.update(Request(OBSERVED)).metrics[0]
+    for key in set(REDUCTIONS) - {"kl/exact"}:
+        # In the first step the weights are the same.
+        assert found.metrics[0][key] == pytest.approx(applied[key], rel=1e-6, abs=1e-9), key
+    assert [one["kl/observed"] for one in found.metrics] == [1.0] * 3
+    assert "kl/observed" not in applied
+    probes = [{key: value for key, value in one.items() if key.startswith("kl/probe/")} for one in found.metrics]
+    assert not probes[0]
+    assert not probes[2]
+    assert 0.9 < probes[1]["kl/probe/k2/cosine"] < 1  # the same but for the weight
+    # The host trains with k3, and the log-ratios of the batch are within its clamps.
+    assert probes[1]["kl/probe/host/cosine"] == pytest.approx(probes[1]["kl/probe/k3/cosine"], rel=1e-4)
+    assert probes[1]["kl/probe/host/dead_frac"] == 0
+    assert 0 < probes[1]["kl/probe/sequence/ess"] < probes[1]["kl/probe/token/ess"] < 1
+
+
+def observed_native(driver: Driver) -> None:
+    """Check that observe alone measures the spec that has the gradient of the host's own KL."""
+    found = driver.update(Request(driver.observing("", "/probe:1")))
+    own = driver.update(Request("k3@loss"))
+    for key in set(REDUCTIONS) - {"kl/exact"}:
+        assert found.metrics[0][key] == pytest.approx(own.metrics[0][key], rel=1e-6, abs=1e-9), key
+    assert found.metrics[0]["kl/probe/host/cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert found.metrics[0]["kl/probe/host/norm_ratio"] == pytest.approx(1.0, rel=1e-5)
+    assert found.gradient is not None
+    assert own.gradient is not None
+    torch.testing.assert_close(found.gradient, own.gradient, rtol=1e-4, atol=1e-6)
+
+
+def observed_on_two_ranks(driver: Driver) -> None:
+    """Check the same with two ranks, and that their metrics are those of the whole batch in one process."""
+    text = driver.observing(OBSERVED, "/probe:1")
+    stock, found = driver.update(Request(None, ranks=2)), driver.update(Request(text, ranks=2))
+    _unchanged(stock, found)
+    whole = driver.update(Request(text, micro_batches=2)).metrics[0]
+    assert found.metrics[0] == pytest.approx(whole, rel=1e-3, abs=1e-6)
+
+
+def observed_not_finite(driver: Driver) -> None:
+    """Check that a log-prob which stops a run under the spec does not stop a run that observes it."""
+    found = driver.update(Request(driver.observing(BY_SAMPLER), Fault("sampler", math.nan)))
+    _unchanged(driver.update(Request(None)), found)
+    assert 0 < found.metrics[-1]["kl/observed"] < 1
+
+
+def observed_is_said(driver: Driver) -> None:
+    """Check the receipt of an observation, and the errors about what cannot be observed."""
+    receipt = driver.receipt(driver.observing(OBSERVED))
+    assert receipt.spec == OBSERVED
+    assert "observes, changes nothing" in receipt.line()
+    assert f"measures {OBSERVED}" in receipt.line()
+    assert "observes" not in driver.receipt(OBSERVED).line()
+    assert driver.refusal(driver.observing("k1@reward")) == ""
+    assert "exact terms cannot be observed" in driver.refusal(driver.observing("exact@loss/top"))
+    assert "'k9'" in driver.refusal(f"k9/observe:{OBSERVED}")
+
+
+def resume_under_observe(driver: Driver) -> None:
+    """Check that a run does not go from a spec to the host's own KL unnoticed."""
+    resumed = driver.resume("k2@loss", driver.observing("k2@loss"))
+    assert resumed.error is not None
+    for words in ("k2@loss", "observes and trains with the host's own KL", "KL_PLUGINS_ALLOW_SPEC_CHANGE"):
+        assert words in resumed.error
+    assert resumed.intact
+
+
+def _unchanged(stock: Outcome, found: Outcome) -> None:
+    """Check that two outcomes are the same bit by bit, and that both trained."""
+    assert stock.errors == found.errors == (None,) * len(stock.errors)
+    assert stock.gradient is not None
+    assert found.gradient is not None
+    assert float(stock.gradient.abs().max()) > 0
+    assert torch.equal(stock.gradient, found.gradient)
 
 
 def whole_program(driver: Driver) -> None:

@@ -125,6 +125,14 @@ class Driver(Protocol):
     key: str
     """Name of the right setting or place, which the error about a spec in a wrong setting must contain."""
 
+    def observing(self, spec: str, probe: str = "") -> str:
+        """Return the host's KL setting that trains with the host's own KL of ``Request(None)`` and observes a spec.
+
+        Args:
+            spec: the spec; empty for the one that equals the host's own KL.
+            probe: ``/probe:<n>``, or empty.
+        """
+
     def update(self, request: Request) -> Outcome:
         """Run a ``@loss`` spec through the host's update function."""
 

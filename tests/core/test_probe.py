@@ -96,13 +96,13 @@ def test_parts_join_into_the_whole() -> None:
     mask = torch.rand(6, 5, generator=random) < 0.7
     spec = KLSpec.parse("k2@loss/is:token")
 
-    def found(rows: list[list[int]], probed: bool = True) -> dict[str, float]:
+    def found(rows: list[list[int]], probed: bool = True, truncated: bool = True) -> dict[str, float]:
         accumulator = Accumulator()
         for part in rows:
             host = HostTerm(-ref[part], logp[part])
             one = measured(
                 spec, logp[part], ref[part], mask[part], old=old[part], sampler=sampler[part], probing=probed,
-                host=host, truncated=True,
+                host=host, truncated=truncated,
             )  # fmt: skip
             accumulator.add(one.metrics, one.kept, 0.1)
         return accumulator.total()
@@ -111,3 +111,4 @@ def test_parts_join_into_the_whole() -> None:
     assert {key for key in whole if key in OBSERVATION} == set(OBSERVATION)
     assert found([[0], [1, 2, 3], [4, 5]]) == pytest.approx(whole)
     assert {key for key in found([[0, 1], [2, 3, 4, 5]], probed=False) if key in OBSERVATION} == {OBSERVED}
+    assert set(OBSERVATION) - set(found([list(range(6))], truncated=False)) == {"kl/probe/kept_mass"}

@@ -24,6 +24,7 @@ from openrlhf.trainer.ray import vllm_engine
 from kl_plugins import KLSpec
 from kl_plugins.adapters.openrlhf import require_receipts
 from kl_plugins.receipts import Receipt
+from kl_plugins.spec.observation import looks_like_observation
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
 from tests.support.openrlhf import by_hand, cli, remote
 from tests.support.openrlhf.command_line import ONE_STEP, parse
@@ -89,6 +90,10 @@ class OpenRLHFDriver:
         ray.cloudpickle.register_pickle_by_value(by_hand)
 
     # Updates
+
+    def observing(self, spec: str, probe: str = "") -> str:
+        """See :meth:`tests.contract.driver.Driver.observing`."""
+        return f"k3/observe{spec and ':'}{spec}{probe}"
 
     def update(self, request: Request) -> Outcome:
         """See :meth:`tests.contract.driver.Driver.update`."""
@@ -228,7 +233,7 @@ class OpenRLHFDriver:
 def _flags(spec: str, sampler: bool) -> list[str]:
     """The command line of a spec, or of one of the host's own estimators as a loss."""
     found = [ESTIMATOR, spec]
-    if "@" not in spec or KLSpec.parse(spec).placement == "loss":
+    if "@" not in spec or looks_like_observation(spec) or KLSpec.parse(spec).placement == "loss":
         found.append(USE)
     return [*found, *(CORRECTED if sampler else ())]
 

@@ -140,7 +140,7 @@ class Harness:
 
     def receipts(self, trainer: Any) -> list[Any]:
         """Ask every policy actor for its receipt, as the host's ``fit`` does under the plugin before anything else."""
-        if "@" not in trainer.args.algo.kl.estimator:
+        if not {"@", "/"} & set(trainer.args.algo.kl.estimator):  # neither a spec nor observe
             return []
         from kl_plugins.adapters.openrlhf import require_receipts
 

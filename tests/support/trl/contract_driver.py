@@ -49,6 +49,10 @@ class TRLDriver:
         if self._pair is not None:
             self._pair.stop()
 
+    def observing(self, spec: str, probe: str = "") -> str:
+        """See :meth:`tests.contract.driver.Driver.observing`."""
+        return f"observe{spec and ':'}{spec}{probe}"
+
     def update(self, request: Request) -> Outcome:
         """``GRPOTrainer.train()`` on the fixed batch."""
         if request.ranks == 1:

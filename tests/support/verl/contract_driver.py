@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kl_plugins import KLSpec
+from kl_plugins.adapters.verl import LOSS_KEY
 from kl_plugins.adapters.verl.config import behaviour_source, sampling_of
 from kl_plugins.adapters.verl.metrics import finish
+from kl_plugins.adapters.verl.observe import observed_in
 from kl_plugins.adapters.verl.score import ScoreController
 from kl_plugins.adapters.verl.session import collect
 from kl_plugins.receipts import Receipt
@@ -54,6 +56,10 @@ class VerlDriver:
         """
         self._single, self._pair, self._stock = single, pair, stock
         self._batch, self._assets, self._folder = make_batch(model), assets, folder
+
+    def observing(self, spec: str, probe: str = "") -> str:
+        """See :meth:`tests.contract.driver.Driver.observing`."""
+        return f"low_var_kl/observe{spec and ':'}{spec}{probe}"
 
     def update(self, request: Request) -> Outcome:
         """See the protocol."""
@@ -130,7 +136,7 @@ class VerlDriver:
         """See the protocol."""
         from verl.utils.config import validate_config
 
-        config = _config(spec, sampled, sampler, in_loss_key=wrong_key or "@loss" in spec)
+        config = _config(spec, sampled, sampler, in_loss_key=wrong_key or "@loss" in spec or "observe" in spec)
         try:
             validate_config(config, use_reference_policy=True, use_critic=False)
         except Exception as error:
@@ -139,10 +145,11 @@ class VerlDriver:
 
     def receipt(self, spec: str, *, sampled: Sampled = PLAIN, sampler: bool = True) -> Receipt:
         """See the protocol."""
-        config, parsed = _config(spec, sampled, sampler), KLSpec.parse(spec)
+        config, seen = _config(spec, sampled, sampler), observed_in(LOSS_KEY, spec)
+        parsed = KLSpec.parse(spec) if seen is None else seen.observation.measured
         self._single.use(spec, receipts=False, reset=False)
-        source = behaviour_source(parsed, config)
-        (found,) = collect(self._single.workers, parsed, source, sampling_of(config))
+        source, expected = behaviour_source(parsed, config), parsed if seen is None else seen.observation
+        (found,) = collect(self._single.workers, expected, source, sampling_of(config))
         return found
 
     def resume(self, before: str, after: str) -> Resumed:
