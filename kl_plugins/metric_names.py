@@ -81,8 +81,8 @@ OBSERVATION: dict[str, str] = {
         for name, said in _NAMES.items()
     },
     **{
-        f"kl/probe/{name}/norm_ratio": f"norm of the coefficients of {said}, divided by that of the observed spec; the "
-        "beta that makes both equally strong is divided by it"
+        f"kl/probe/{name}/norm_ratio": f"norm of the coefficients of {said}, divided by that of the observed spec; "
+        "the spec pulls as strongly at beta times this number"
         for name, said in _NAMES.items()
     },
     **{f"kl/probe/{level}/weight": f"mean of an exact is:{level} weight; 1 in expectation" for level in LEVELS},
