@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kl_plugins import KLSpec
 from kl_plugins.metrics import REDUCTIONS
+from kl_plugins.spec.observation import Observation, looks_like_observation
 
 MICRO_BATCHES = 2
 """Number of micro-batches per rank and optimizer step."""
@@ -18,10 +19,11 @@ NATIVE = {"trl": "k3", "verl": "low_var_kl", "openrlhf": "k3"}
 SCHEDULE = "k2@loss/is:token/behaviour:old/beta:adaptive-0.1-64"
 TOP_K = "exact@loss/top:8"
 """The models of these runs have small vocabularies, so k is small. The bytes by k are those of :func:`carried`."""
+OBSERVED = "observe:k2@loss/is:token"
 SPECS = {
-    "trl": ("k3@loss", SCHEDULE, "exact@loss", TOP_K, "k1@reward", "k1@advantage"),
-    "verl": ("k3@loss", SCHEDULE, TOP_K),
-    "openrlhf": ("k3@loss", SCHEDULE, TOP_K, "k1@reward", "k1@advantage"),
+    "trl": ("k3@loss", SCHEDULE, "exact@loss", TOP_K, "k1@reward", "k1@advantage", OBSERVED),
+    "verl": ("k3@loss", SCHEDULE, TOP_K, f"low_var_kl/{OBSERVED}"),
+    "openrlhf": ("k3@loss", SCHEDULE, TOP_K, "k1@reward", "k1@advantage", f"k3/{OBSERVED}"),
 }
 MOST_CARRIED = 600
 """Largest accepted number of bytes per response token that the driver receives for the default k."""
@@ -91,12 +93,14 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
 
     Args:
         host: ``trl``, ``verl`` or ``openrlhf``.
-        text: the spec.
+        text: the spec, or a text with ``observe``.
         micro_batches: number of micro-batches per rank and optimizer step.
         sequences: number of sequences per rank and rollout batch, with one rollout batch per optimizer step.
     """
-    spec = KLSpec.parse(text)
+    observed = looks_like_observation(text)
+    spec = Observation.parse(text).measured if observed else KLSpec.parse(text)
     means, largest = keys(spec)
+    means += observed  # the share of the tokens that were observed
     controller = (12,) if spec.beta is not None and spec.placement == "loss" else ()  # three float32 sums
     if host == "trl":
         pooled = sum(how == "pooled" for how in REDUCTIONS.values())
@@ -109,6 +113,8 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
         # Once per rollout; with a KL in the reward, one float32 per completion is also gathered.
         rollout = {"loss": (), "advantage": (check,), "reward": (check, 4 * sequences)}[spec.placement]
         return Added(metrics + rollout, controller)
+    if host == "verl" and observed:
+        return Added()  # There is nothing to check before the step.
     if host == "verl":
         # All numbers are float64 and are sent once per optimizer step: four counts of log-probs that are not finite,
         # the number of response tokens, and whether a coefficient was changed although there is a schedule. With a
@@ -125,4 +131,5 @@ def paper(host: str, text: str, micro_batches: int, sequences: int) -> Added:
     check = 8 * (5 + 1 + 3 * bool(controller) + spec.needs_exact)
     # Once per rollout batch, not per micro-batch: means with beta, tokens and micro-batches, two sums of squares for
     # the pooled metrics, and the estimator's mean with its tokens; then maxima.
-    return Added((), (8 * (means - pooled + 3 + 2 + 2), 8 * largest, check))
+    metrics = (8 * (means - pooled + 3 + 2 + 2), 8 * largest)
+    return Added((), metrics if observed else (*metrics, check))

@@ -13,6 +13,7 @@ from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from benchmarks.drivers import verl
 from kl_plugins import KLSpec
 from kl_plugins.adapters.top_k import KEY
+from kl_plugins.spec.observation import looks_like_observation
 from tests.support.verl import assets
 from tests.support.verl.workers import PROMPTS, Group, make_batch
 
@@ -22,7 +23,7 @@ def counted(group: Group, batch: Any, kl: str) -> dict[str, Any]:
     from tests.support.verl import roles  # imports veRL, which has to be prepared first
 
     group.use(kl)
-    top = KLSpec.parse(kl).top if "@" in kl else None
+    top = KLSpec.parse(kl).top if "@" in kl and not looks_like_observation(kl) else None
     if top is not None:
         batch = roles.scored(batch, group.workers, top, "infer_batch")
     sent = sum(count.size(row) for row in batch.extra.get(KEY, ()))

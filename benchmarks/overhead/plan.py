@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kl_plugins.spec.observation import looks_like_observation
+
 HOST, SPEC, AGAIN = "host", "spec", "host again"
 ARMS = (HOST, SPEC, AGAIN)
 """The host's own KL is measured twice. The difference between the two is the machine's noise."""
@@ -35,12 +37,12 @@ SMOKE = Size(hidden=64, layers=2, vocabulary=512, prompt=4, response=16)
 
 @dataclass(frozen=True)
 class Pair:
-    """A host's own KL and a spec.
+    """A host's own KL and a spec, or the host's own KL without and with ``observe``.
 
     Attributes:
         name: name of the host's setting.
         native: settings of the host's worker.
-        spec: spec of kl-plugins.
+        spec: spec of kl-plugins, or a text with ``observe``.
         same_gradient: whether both have the same gradient. If not, the result is the cost of another gradient.
         target: largest accepted increase of a step's duration, as a share of the duration; None if there is no target.
     """
@@ -50,6 +52,19 @@ class Pair:
     spec: str
     same_gradient: bool = True
     target: float | None = 0.01
+
+    @property
+    def observes(self) -> bool:
+        """Whether the host's own KL trains in both arms."""
+        return looks_like_observation(self.spec)
+
+
+OBSERVED = "k2@loss/is:token"
+"""The spec that is measured where the host's own KL is observed."""
+
+
+def _observed(name: str, native: dict[str, Any], prefix: str = "") -> Pair:
+    return Pair(name, native, f"{prefix}observe:{OBSERVED}")
 
 
 def _top_k(name: str, native: dict[str, Any]) -> Pair:
@@ -62,11 +77,13 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
         Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
         Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False, target=None),
         _top_k("k3", {"use_bias_correction_kl": False}),
+        _observed("k3", {"use_bias_correction_kl": False}),
     ),
     "verl": (
         Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),
         Pair("k2", {"estimator": "k2"}, "k2@loss"),
         _top_k("k2", {"estimator": "k2"}),
+        _observed("low_var_kl", {"estimator": "low_var_kl"}, "low_var_kl/"),
     ),
     "openrlhf": (
         Pair("k3", {"estimator": "k3"}, "k3@loss"),
@@ -76,6 +93,7 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
             "k2@loss/is:token/behaviour:old/cap:10",
         ),
         _top_k("k3", {"estimator": "k3"}),
+        _observed("k3", {"estimator": "k3"}, "k3/"),
     ),
 }
 

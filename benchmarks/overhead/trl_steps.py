@@ -52,7 +52,7 @@ class Runner:
             output_dir=str(self.folder / "out"), max_steps=1 + self.plan.steps, num_generations=work.GROUP,
             per_device_train_batch_size=size.sequences, max_completion_length=size.response, beta=work.BETA,
             learning_rate=1e-6, shuffle_dataset=False, use_cpu=not torch.cuda.is_available(),
-            **({} if spec else pair.native),
+            **({} if spec and not pair.observes else pair.native),
         )  # fmt: skip
         trainer.add_callback(clock)
         base = memory.restart()

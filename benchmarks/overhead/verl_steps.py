@@ -48,7 +48,7 @@ def main(plan: Path, folder: Path, output: Path) -> None:
 
         def run(pair: Pair, spec: bool) -> Block:
             group.use(pair.spec if spec else pair.native["estimator"], kl_loss_coef=work.BETA)
-            top = KLSpec.parse(pair.spec).top if spec else None
+            top = KLSpec.parse(pair.spec).top if spec and not pair.observes else None
             base, seconds = 0, []
             for index in range(1 + read.steps):
                 if index == 1:

@@ -70,6 +70,11 @@ def test_paper_by_hand() -> None:
     assert paper("verl", SCHEDULE, 9, 4).reductions == (72,)
     assert paper("verl", TOP_K, 9, 4).reductions == (56,)
     assert paper("openrlhf", "k1@reward", 9, 4) == paper("verl", "k1@advantage", 9, 4) == Added()
+    # An observation checks nothing before a step, and has one metric more.
+    assert paper("trl", "observe:k2@loss", 3, 4).gathers == tuple(b + 8 for b in paper("trl", "k2@loss", 3, 4).gathers)
+    assert paper("verl", "k3/observe:k2@loss", 9, 4) == Added()
+    applied = paper("openrlhf", "k2@loss", 9, 4).reductions
+    assert paper("openrlhf", "k3/observe:k2@loss", 9, 4).reductions == (applied[0] + 8, applied[1])
     both = Added((10,), (100,))
     assert (both.traffic(4), both.hops(4), both.hops(4, tree=True), both.hops(5, tree=True)) == (30 + 150, 9, 6, 9)
     assert Added((10,), (100,)).traffic(1) == 0

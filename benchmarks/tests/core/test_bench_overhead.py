@@ -12,6 +12,7 @@ from benchmarks.overhead.measure import MET, MISSED, NO_TARGET, UNDECIDED, Block
 from benchmarks.overhead.plan import AGAIN, ARMS, HOST, PAIRS, SMOKE, SPEC, Pair, Plan
 from benchmarks.overhead.report import plot, table
 from kl_plugins import KLSpec
+from kl_plugins.spec.observation import Observation
 
 
 def test_every_arm_takes_every_place_in_the_order() -> None:
@@ -80,7 +81,9 @@ def test_plans_survive_their_file_and_pairs_are_specs(tmp_path: Path) -> None:
         plan.write(tmp_path / host)
         assert Plan.read(tmp_path / host) == plan
         for pair in pairs:
-            assert KLSpec.parse(pair.spec).placement == "loss"
+            spec = Observation.parse(pair.spec).measured if pair.observes else KLSpec.parse(pair.spec)
+            assert spec.placement == "loss"
+        assert sum(pair.observes for pair in pairs) == 1
 
 
 def test_the_first_blocks_of_a_pair_are_thrown_away(tmp_path: Path) -> None:
@@ -111,6 +114,6 @@ def test_report(tmp_path: Path) -> None:
     same = blocks([1.0] * 3, [1.0] * 3, [1.0] * 3)
     rows = [{"host": "trl", **vars(pair), **summary(same, pair.target)} for pair in PAIRS["trl"]]
     json.dumps(rows)
-    assert list(table(rows).columns[6].cells) == [f"1%: {MET}", f"1%: {MET}", NO_TARGET, f"3%: {MET}"]
+    assert list(table(rows).columns[6].cells) == [f"1%: {MET}", f"1%: {MET}", NO_TARGET, f"3%: {MET}", f"1%: {MET}"]
     plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").exists()

@@ -119,7 +119,7 @@ def test_overhead_says_what_a_spec_adds_and_how_that_lies_against_the_target(tmp
     page, _ = render(tmp_path)
     assert "+10.0 (+10.0 to +10.0)" in page
     assert "+0.5 (+0.5 to +0.5) %" in page
-    assert page.count("<td>1%: met</td>") == 2
+    assert page.count("<td>1%: met</td>") == 3
     assert page.count("<td>no target</td>") == page.count("<td>3%: met</td>") == 1
 
 
