@@ -159,6 +159,7 @@ def require_receipts(actor_group: Any, args: Any) -> list[Receipt]:
     from kl_plugins.adapters.openrlhf.observe import observation_of
 
     spec, observation = spec_of(args), observation_of(args)
+    expected: KLSpec | Observation
     if observation is not None and args.algo.kl.use_loss:
         source, expected = behaviour_source(observation.measured, args), observation
     elif spec is not None and spec.placement == "loss":

@@ -300,7 +300,7 @@ class MicroBatch(LossBatch, Calls):
         logp, reference = self.calls[-1].logp.detach(), self.inputs.get(REFERENCE)
         if reference is None:  # the coefficient was set to 0 during the run, so TRL scored no reference
             reference = torch.full_like(logp, torch.nan)
-        if self.old_logp is None and (self.sampler_logp is None or self.source in ("old", "current")):
+        if self.old_logp is None:
             self.old_logp = logp  # TRL drops the old log-probs where they equal the policy's
         if self.source == "current":
             self.source = "old"
@@ -321,7 +321,7 @@ class MicroBatch(LossBatch, Calls):
             LogProbError: a log-prob that the spec needs is not finite, on any rank.
             BetaChangedError: the host's coefficient was changed against the spec's schedule, on any rank.
         """
-        session, reference = self.session, self.inputs[REFERENCE]
+        session, reference = self.session, self.inputs.get(REFERENCE)
         beta = session.applied
         if session.observation is not None:
             if self.metrics is None:
@@ -329,6 +329,7 @@ class MicroBatch(LossBatch, Calls):
             logp = self.calls[-1].logp.detach()
             session.add(count_not_finite({}, self.mask), logp, logp, self.mask)  # a check that always passes
         elif self.metrics is None:
+            assert reference is not None
             logp, beta = self.calls[-1].logp.detach(), float(self.inputs[BETA])
             old = finite_or(self.old_logp, logp)
             self.metrics = penalty_metrics(self.inputs[PENALTY], logp, reference, old, self.mask)

@@ -98,7 +98,7 @@ class Observation:
         Args:
             step: the number of the step; the first one is 1.
         """
-        return self.probe is not None and step % self.probe == 0
+        return self.probe is not None and step > 0 and step % self.probe == 0
 
     def __str__(self) -> str:
         native = "" if self.native is None else f"{self.native}/"

@@ -91,11 +91,11 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
         source = behaviour_source(observed.observation.measured, config)
         collect(trainer.actor_rollout_wg, observed.observation, source, sampling_of(config))
     elif observed is not None:
-        spec, source = observed.observation.measured, behaviour_source(observed.observation.measured, config)
-        site = score.site(spec, config) if spec.placement == "reward" else ""
-        statement = statement_of(spec, actor, source, sampling_of(config), reward_site=site)
-        functions = HOOKS.summary(functions=SCORE_FUNCTIONS)
-        receipts.announce(receipts.made(HOST, spec, statement, functions, observation=observed.observation))
+        measured = observed.observation.measured
+        source, functions = behaviour_source(measured, config), HOOKS.summary(functions=SCORE_FUNCTIONS)
+        site = score.site(measured, config) if measured.placement == "reward" else ""
+        statement = statement_of(measured, actor, source, sampling_of(config), reward_site=site)
+        receipts.announce(receipts.made(HOST, measured, statement, functions, observation=observed.observation))
     spec = session.specs.score
     if spec is not None:
         statement = statement_of(spec, actor, sampling=sampling_of(config), reward_site=score.site(spec, config))

@@ -51,13 +51,16 @@ def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp
     assert found[2][-1]["kl/beta"] == trainers.BETA
 
 
-def test_observe_alone_measures_what_trl_does(model, tmp_path):
-    # With the default of this TRL, k3 times the live ratio; its value is TRL's own, apart from the ratio.
-    _, _, found = trained(adapter.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl="observe/probe:1")
-    host, _, _ = trained(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path, use_bias_correction_kl=False)
-    assert found[0]["kl/value"] == pytest.approx(host[0]["kl"], rel=1e-4, abs=1e-7)
+@pytest.mark.parametrize("weighted", [False, True], ids=["k3", "k3 times the ratio"])
+def test_observe_alone_measures_what_trl_does(weighted, model, tmp_path):
+    classes = adapter.GRPOTrainer, adapter.GRPOConfig
+    host, _, found = trained(*classes, model, tmp_path, kl="observe/probe:1", use_bias_correction_kl=weighted)
+    assert len(found) == 3
+    if not weighted:  # TRL logs the mean of its KL; with the ratio that is no mean of k3
+        assert [one["kl/value"] for one in found] == pytest.approx([one["kl"] for one in host[:3]], rel=1e-4, abs=1e-7)
     assert found[-1]["kl/probe/host/cosine"] == pytest.approx(1.0)
     assert found[-1]["kl/probe/host/norm_ratio"] == pytest.approx(1.0)
+    assert (found[-1]["kl/probe/k3/cosine"] == pytest.approx(1.0)) is not weighted
 
 
 def test_rloo_by_hand(model, tmp_path):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 
 from kl_plugins import KLSpec, kl_penalty
@@ -16,33 +15,9 @@ from kl_plugins.adapters.log_probs import LogProbError
 from kl_plugins.adapters.verl import refusals
 from kl_plugins.adapters.verl.score import PENALTY, ScoreController
 from tests.support.verl.ray_support import TRAINERS
+from tests.support.verl.rewards import BETA, ROWS, rollout
 
-ROWS, LENGTH, BETA = 6, 5, 0.3
 ALGORITHM = OmegaConf.create({"use_pf_ppo": False, "gamma": 1.0})
-
-
-def rollout(seed=0):
-    random = torch.Generator().manual_seed(seed)
-
-    def noise(scale=1.0):
-        return scale * torch.randn(ROWS, LENGTH, generator=random)
-
-    lengths = torch.tensor([5, 3, 4, 5, 1, 2])
-    mask = (torch.arange(LENGTH) < lengths.unsqueeze(1)).long()
-    scores = torch.zeros(ROWS, LENGTH)
-    scores[torch.arange(ROWS), lengths - 1] = torch.rand(ROWS, generator=random)
-    logp = -1.5 + noise(0.3)
-    tensors = {
-        "old_log_probs": logp,
-        "ref_log_prob": logp + noise(0.5),
-        "rollout_log_probs": logp + noise(0.01),
-        "response_mask": mask,
-        "token_level_scores": scores,
-        "values": noise(),
-    }
-    data = DataProto.from_single_dict(tensors)
-    data.non_tensor_batch["uid"] = np.array(["a", "a", "b", "b", "c", "c"], dtype=object)
-    return data
 
 
 def shaped(text, data=None, control=None):
