@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.pages.messages import ROOT, Message, messages_in
 from tests.pages.parts import table
 
-EARLY = ("refusals", "config", "unsloth", "launch", "sampling", "versions")
+EARLY = ("refusals", "observe", "config", "unsloth", "launch", "sampling", "versions")
 """Names of the files whose refusals come before a model is loaded; the refusals of all other files come later."""
 
 SHARED = (
@@ -20,6 +20,7 @@ SHARED = (
     "adapters/controller.py",
     "adapters/log_probs.py",
     "adapters/micro_batch.py",
+    "adapters/observe.py",
     "adapters/session.py",
     "adapters/versions.py",
     "patches/engine/fingerprint.py",
