@@ -186,6 +186,27 @@ class Recording(RolloutCalls):
 
 
 @dataclass
+class UnchangedRandomness(Recording):
+    """A rollout that is observed although beta is 0: TRL alone would not score the reference."""
+
+    @contextmanager
+    def scoring(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Within the block, TRL makes one call; one with the adapter off draws no random number that others miss.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: its keyword arguments.
+        """
+        model = named(args, kwargs)["model"]
+        if not any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+            yield
+            return
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+            yield
+
+
+@dataclass
 class MicroBatch(LossBatch, Calls):
     """A micro-batch on its way through ``_compute_loss``, under a spec of any placement.
 

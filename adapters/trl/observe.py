@@ -75,11 +75,13 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
             f"TRL has no setting for the estimator of its own KL, so nothing may stand before observe; leave "
             f"{observation.native!r} out"
         )
-    if config.beta == 0:
+    if config.beta == 0 and run.arguments is not None and not scores_reference(run):
         yield (
             "beta is 0, so TRL loads no reference model and computes no KL; set beta to a very small number, such as "
             "1e-10, to observe a run that trains without a KL"
         )
+    if config.beta == 0 and not observation.named:
+        yield "beta is 0, so the run has no KL of its own that observe could measure; name a spec: observe:k2@loss"
     if getattr(config, "use_liger_kernel", False) and installed() < LIGER_LOSS_REMOVED and run.algorithm == "GRPO":
         yield f"TRL {installed()} computes the loss in one fused Liger kernel; set use_liger_kernel to false"
     source = behaviour_source(spec, config, run.sampler_expected or run.arguments is None)
@@ -93,6 +95,19 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
                 "none; set use_vllm, or leave behaviour out (the old log-probs are then used)"
             )
         yield from overridden(parse("k1@reward" if run.algorithm == "RLOO" else "k2@loss"), run)
+
+
+def scores_reference(run: Run) -> bool:
+    """Whether kl-plugins has to let TRL score a reference, and can: GRPO with beta 0, whose policy has an adapter.
+
+    The reference is then the model with its adapter off, so that no second model is loaded.
+
+    Args:
+        run: the run, with the trainer's arguments.
+    """
+    given = run.arguments or {}
+    adapted = given.get("peft_config") is not None or hasattr(given.get("model"), "peft_config")
+    return bool(run.algorithm == "GRPO" and run.config.beta == 0 and adapted)
 
 
 def statement_of(observation: Observation, run: Run) -> Statement:
@@ -112,6 +127,7 @@ def statement_of(observation: Observation, run: Run) -> Statement:
         sampling=sampling_of(run.config, mode_in(run.config, run.own_rollout, installed())),
         caveats=nearest,
         reward_site=reward_site(run.algorithm, run.config) if spec.placement == "reward" else "",
+        cost="a forward pass with the adapter off per rollout, because beta is 0" if scores_reference(run) else "",
     )
 
 

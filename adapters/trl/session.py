@@ -44,6 +44,7 @@ class Session(shared.Session):
         deviation: how far log-probs computed for exact terms are from TRL's own.
         windows: metrics since TRL last logged, in training and in evaluation.
         native: under an observation, the spec whose gradient TRL's own KL has; None if there is none.
+        scores_reference: under an observation, TRL is made to score the reference although beta is 0.
     """
 
     accelerator: Any
@@ -55,6 +56,7 @@ class Session(shared.Session):
     deviation: Deviation = AGREED
     windows: dict[bool, Window] = field(default_factory=lambda: {True: Window(), False: Window()})
     native: KLSpec | None = None
+    scores_reference: bool = False
     _host_beta: float = math.nan
     _shown: tuple[Tensor, ...] = ()
 

@@ -13,6 +13,7 @@ from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_col
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,
+    observed_rollout,
     observing,
     recording,
     reference_scored,
@@ -44,8 +45,10 @@ def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs
     Under a ``@loss`` spec with ``top:``, the pass of the reference is recorded here for the updates.
     """
     session = session_of(trainer)
-    if session is None or session.observation is not None:
+    if session is None:
         return wrapped(*args, **kwargs)
+    if session.observation is not None:
+        return observed_rollout(wrapped, trainer, session, args, kwargs)
     if session.spec.placement == "loss":
         if session.spec.top is None:
             with reference_scored(trainer):

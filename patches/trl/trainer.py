@@ -15,7 +15,7 @@ from kl_plugins.adapters.controller import Controller
 from kl_plugins.adapters.micro_batch import current, entered
 from kl_plugins.adapters.receipts import made
 from kl_plugins.adapters.trl import ADAPTER, HOST, observe
-from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Recording, Scored
+from kl_plugins.adapters.trl.batch import Calls, MicroBatch, Recording, Scored, UnchangedRandomness
 from kl_plugins.adapters.trl.config import TAKEN, Run, statement_of
 from kl_plugins.adapters.trl.score import Rollout
 from kl_plugins.adapters.trl.session import KLCallback, Session
@@ -113,6 +113,7 @@ def _init_observed(wrapped: Any, trainer: Any, args: Any, kwargs: Any, observati
     )
     term = observe.native_term(run)
     session.native = term.spec if term is not None and term.equal else None
+    session.scores_reference = observe.scores_reference(run)
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(observe.ObservingCallback(session))
 
@@ -147,6 +148,24 @@ def recording(session: Session) -> Iterator[Recording]:
     recorded = Recording(session)
     with entered(recorded):
         yield recorded
+
+
+def observed_rollout(
+    wrapped: Any, trainer: Any, session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Let GRPO generate and score completions; the reference is scored as well where TRL alone leaves it out.
+
+    Args:
+        wrapped: TRL's ``_generate_and_score_completions``.
+        trainer: the trainer.
+        session: the trainer's.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    if not session.scores_reference:
+        return wrapped(*args, **kwargs)
+    with entered(UnchangedRandomness(session)), reference_scored(trainer):
+        return wrapped(*args, **kwargs)
 
 
 @contextmanager

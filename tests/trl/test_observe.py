@@ -32,11 +32,12 @@ def trained(trainer, config, model, folder, lora=False, **changes):
     [
         ("GRPO", "observe", {}, False),
         ("GRPO", "observe:k2@loss/is:token/probe:2", {"loss_type": "grpo", "use_bias_correction_kl": False}, True),
+        ("GRPO", "observe:k2@loss/is:token", {"beta": 0.0}, True),
         ("GRPO", "observe:k1@advantage/probe:1", {"top_entropy_quantile": 0.5}, False),
         ("RLOO", "observe/probe:1", {}, False),
         ("RLOO", "observe:k2@loss/is:sequence", {"normalize_advantages": True}, False),
     ],
-    ids=["native", "loss", "advantage", "rloo-native", "rloo-loss"],
+    ids=["native", "loss", "beta 0", "advantage", "rloo-native", "rloo-loss"],
 )
 def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp_path):
     names = f"{algorithm}Trainer", f"{algorithm}Config"
@@ -48,7 +49,7 @@ def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp
     assert not any(stock[2])
     assert all(one["kl/observed"] == 1 and one["kl/active"] == 1 for one in found[2])
     assert found[2][-1]["kl/value"] > 0
-    assert found[2][-1]["kl/beta"] == trainers.BETA
+    assert found[2][-1]["kl/beta"] == changes.get("beta", trainers.BETA)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["k3", "k3 times the ratio"])
@@ -114,7 +115,8 @@ def test_resume_with_and_without(model, tmp_path):
 @pytest.mark.parametrize(
     ("text", "changes", "says"),
     [
-        ("observe", {"beta": 0.0}, "beta is 0, so TRL loads no reference model and computes no KL"),
+        ("observe:k2@loss", {"beta": 0.0}, "beta is 0, so TRL loads no reference model and computes no KL"),
+        ("observe", {"beta": 0.0}, "no KL of its own that observe could measure"),
         ("k3/observe", {}, "leave 'k3' out"),
         ("observe:k2@loss/behaviour:sampler/is:token", {}, "needs the sampler's log-probs"),
     ],
