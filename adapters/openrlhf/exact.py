@@ -15,6 +15,7 @@ from torch import Tensor
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
 from kl_plugins.adapters.top_k import label_log_probs, unpacked
 from kl_plugins.exact import exact_kl
+from kl_plugins.top_k import log_odds, top_k_kl
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.openrlhf.batch import MicroBatch
@@ -36,11 +37,14 @@ def response_rows(mask: Tensor, attention_mask: Tensor, shape: torch.Size) -> Te
     return (rows if shape == rows.shape else rows[attention_mask.bool()]).flatten()
 
 
-def states_kl(batch: MicroBatch, logits: Tensor, experience: Any, reference: Callable[[], Tensor] | None) -> Tensor:
+def states_kl(
+    batch: MicroBatch, logp: Tensor, logits: Tensor, experience: Any, reference: Callable[[], Tensor] | None
+) -> Tensor:
     """Compute KL(policy || reference) in the states that the response tokens were drawn in, and give it to the batch.
 
     Args:
         batch: a micro-batch of a spec with exact terms; gets its ``exact``, and under ``top:`` its ``remainder``.
+        logp: (B, A) OpenRLHF's log-probs of the response tokens, computed from the logits, nats, with their graph.
         logits: (B, L, V) of the policy, scaled by the temperature, with their graph; (1, N, V) if they are packed.
         experience: OpenRLHF's micro-batch; its ``sequences`` are (B, L).
         reference: gives the same logits of the reference; None under ``top:``.
@@ -54,28 +58,26 @@ def states_kl(batch: MicroBatch, logits: Tensor, experience: Any, reference: Cal
     tokens = experience.sequences[:, -mask.shape[1] :][mask]
     host_ref_logp = experience.base_action_log_probs[mask].float()
 
-    def by_row(values: Tensor, elsewhere: float) -> Tensor:
+    def by_row(values: Tensor, elsewhere: int) -> Tensor:
         # Whole rows, most of them left out. A selection of the logits would be a copy.
         found = values.new_full((len(rows), *values.shape[1:]), elsewhere)
         found[rows] = values
         return found.view(*shape, *values.shape[1:])
 
     def by_token(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
-            mask, values.flatten()[rows]
-        )
+        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
 
-    labels = by_row(tokens, -100)
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.estimator == "exact"):
         if reference is not None:
-            whole = exact_kl(logits, reference(), labels)
-            batch.exact, ref_logp = by_token(whole.kl), whole.ref_logp.flatten()[rows]
+            whole = exact_kl(logits, reference(), by_row(tokens, -100))
+            batch.exact, ref_logp = by_token(whole.kl.flatten()[rows]), whole.ref_logp.flatten()[rows]
         else:
             assert batch.numbers is not None
-            kept = unpacked(by_row(batch.numbers, 0.0))
-            found = exact_kl(logits, None, labels, reference=kept, ref_logp=by_row(host_ref_logp, 0.0))
+            kept, own = unpacked(batch.numbers), logp[mask]
+            odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0)).flatten(0, -2)[rows]
+            found = top_k_kl(odds + own[:, None], own, tokens, reference=kept, ref_logp=host_ref_logp)
             batch.exact, batch.remainder = by_token(found.kl), by_token(found.remainder)
-            ref_logp = label_log_probs(unpacked(batch.numbers), tokens, host_ref_logp)
+            ref_logp = label_log_probs(kept, tokens, host_ref_logp)
     difference = (ref_logp.detach().float() - host_ref_logp).abs().sum()
     return difference if batch.fits else torch.full_like(difference, torch.inf)
 

@@ -8,6 +8,7 @@ tensor per sequence. OpenRLHF splits and merges such a list together with the se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,15 +16,19 @@ from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.exact import response_rows
 from kl_plugins.adapters.top_k import KEY, packed
-from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
+from kl_plugins.top_k import log_odds, reference_of, top_tokens
 
 
-def reference_numbers(logits: Tensor, action_mask: Tensor, attention_mask: Tensor, k: int) -> Tensor:
+def reference_numbers(
+    logits: Tensor, logp: Tensor, sequences: Tensor, action_mask: Tensor, attention_mask: Tensor, k: int
+) -> Tensor:
     """Compute what ``top:`` keeps of the reference in the states that the response tokens were drawn in.
 
     Args:
         logits: (B, L, V) of the reference, scaled by the temperature; (1, N, V) where OpenRLHF packs the sequences.
+        logp: (B, A) OpenRLHF's log-probs of the response tokens, computed from these logits, nats, float32.
+        sequences: (B, L) tokens.
         action_mask: (B, A) response tokens.
         attention_mask: (B, L) tokens that are no padding.
         k: number of tokens to keep.
@@ -31,12 +36,18 @@ def reference_numbers(logits: Tensor, action_mask: Tensor, attention_mask: Tenso
     Returns:
         (n, 2 k + 1) float32 for the n response tokens of all sequences, as ``adapters.top_k.packed`` packs them.
     """
-    rows = response_rows(action_mask.bool(), attention_mask, logits.shape[:-1]).nonzero()[:, 0].cpu()
+    mask = action_mask.bool()
+    labels, own = sequences[:, -mask.shape[1] :][mask], logp[mask]
+    rows = response_rows(mask, attention_mask, logits.shape[:-1]).nonzero()[:, 0].cpu()
     # Each run of neighbouring rows is one slice, because a selection of rows would copy their logits.
-    runs: tuple[Tensor, ...] = torch.tensor_split(rows, (rows.diff() != 1).nonzero()[:, 0] + 1)
-    slices = [slice(int(run[0]), int(run[-1]) + 1) for run in runs if len(run)] or [slice(0, 0)]
-    flat = logits.flatten(0, -2)
-    return torch.cat([packed(reference_top_k(flat[part], k)) for part in slices])
+    starts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
+    flat, found = logits.flatten(0, -2), []
+    for start, stop in pairwise(starts):
+        part = flat[int(rows[start]) : int(rows[start]) + stop - start] if stop > start else flat[:0]
+        ids = top_tokens(part, k)
+        log_probs = log_odds(part, labels[start:stop], ids) + own[start:stop, None]
+        found.append(packed(reference_of(ids, log_probs, flat.shape[-1])))
+    return torch.cat(found)
 
 
 def carry(spec: KLSpec, samples: Sequence[Any], found: Sequence[Tensor]) -> None:

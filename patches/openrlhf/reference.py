@@ -48,7 +48,8 @@ class Recorder:
     def _after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         log_probs, found = output
         given = arguments(self.model.forward, args, kwargs)
-        numbers = reference_numbers(found["logits"], given["action_mask"], given["attention_mask"], self.k)
+        tokens = given["sequences"], given["action_mask"], given["attention_mask"]
+        numbers = reference_numbers(found["logits"], log_probs, *tokens, self.k)
         self.numbers.append(numbers.cpu())
         return log_probs
 

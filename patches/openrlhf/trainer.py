@@ -23,7 +23,7 @@ from kl_plugins.patches.openrlhf import HOOKS, MAKER, reference, worker
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.observation import Observation
 
-ATTRIBUTE = "_kl_plugins"
+ATTRIBUTE = "_kl_plugins_observed"
 """Attribute of a trainer that holds its run; absent on a trainer without a spec, which then is stock OpenRLHF."""
 
 STATE_KEY = "kl_plugins"

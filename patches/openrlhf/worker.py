@@ -234,7 +234,8 @@ def logits_watched(trainer: Any, session: WorkerSession, batch: MicroBatch, expe
     def after_actor(actor: Any, given: Any, output: Any) -> None:
         handle.remove()  # under LoRA the reference's pass is one of the same module
         ref_logits = None if forward is None else partial(forward, experience)
-        session.keep_difference(states_kl(batch, output[1]["logits"], experience, ref_logits))
+        logp, logits = output[0], output[1]["logits"]
+        session.keep_difference(states_kl(batch, logp, logits, experience, ref_logits))
 
     handle = trainer.actor.register_forward_hook(after_actor)
     try:

@@ -74,10 +74,15 @@ def test_numbers_are_those_of_the_response_tokens_states():
     mask[0, [2, 3, 6]], mask[2, 7] = 1, 1
     attention = torch.ones(3, 9, dtype=torch.long)
     attention[0, 8:], attention[1, 5:] = 0, 0
-    expected = packed(reference_top_k(logits[:, :-1][mask.bool()], 4))
-    assert torch.equal(reference_numbers(logits, mask, attention, 4), expected)
-    assert torch.equal(reference_numbers(logits[attention.bool()][None], mask, attention, 4), expected)
-    assert reference_numbers(logits, 0 * mask, attention, 4).shape == (0, 9)
+    sequences, rows = torch.randint(0, 20, (3, 9)), mask.bool()
+    every = logits[:, :-1].log_softmax(-1)
+    logp = every.gather(-1, sequences[:, 1:, None])[..., 0]
+    expected = packed(reference_top_k(logits[:, :-1][rows], 4))
+    for given in (logits, logits[attention.bool()][None]):
+        found = reference_numbers(given, logp, sequences, mask, attention, 4)
+        assert torch.equal(found[:, :4], expected[:, :4])
+        torch.testing.assert_close(found, expected)
+    assert reference_numbers(logits, logp, sequences, 0 * mask, attention, 4).shape == (0, 9)
 
 
 def test_under_lora_it_is_the_same(harness, rollouts, assets):
