@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kl_plugins.metric_names import OBSERVATION
 from kl_plugins.metrics import REDUCTIONS
 from tests.contract.driver import BETA, Driver, Fault, Outcome, Request, Sampled
 
@@ -248,11 +249,7 @@ def observed(driver: Driver) -> None:
     probes = [{key: value for key, value in one.items() if key.startswith("kl/probe/")} for one in found.metrics]
     assert not probes[0]
     assert not probes[2]
-    assert 0.9 < probes[1]["kl/probe/k2/cosine"] < 1  # the same but for the weight
-    # The host trains with k3, and the log-ratios of the batch are within its clamps.
-    assert probes[1]["kl/probe/host/cosine"] == pytest.approx(probes[1]["kl/probe/k3/cosine"], rel=1e-4)
-    assert probes[1]["kl/probe/host/dead_frac"] == 0
-    assert 0 < probes[1]["kl/probe/sequence/ess"] < probes[1]["kl/probe/token/ess"] < 1
+    assert set(OBSERVATION) - {"kl/observed", "kl/probe/kept_mass"} == set(probes[1])
 
 
 def observed_native(driver: Driver) -> None:
@@ -275,6 +272,14 @@ def observed_on_two_ranks(driver: Driver) -> None:
     _unchanged(stock, found)
     whole = driver.update(Request(text, micro_batches=2)).metrics[0]
     assert found.metrics[0] == pytest.approx(whole, rel=1e-3, abs=1e-6)
+    probe = {key.removeprefix("kl/probe/"): value for key, value in whole.items() if key.startswith("kl/probe/")}
+    assert 0.5 < probe["k2/cosine"] < 1  # the same but for the weight
+    # The host trains with k3, and the log-ratios of the batch are within its clamps.
+    assert probe["host/cosine"] == pytest.approx(probe["k3/cosine"], rel=1e-4)
+    assert probe["host/norm_ratio"] == pytest.approx(probe["k3/norm_ratio"], rel=1e-4)
+    assert probe["host/dead_frac"] == 0
+    assert 0 < probe["sequence/ess"] < probe["token/ess"] < 1
+    assert probe["token/weight"] == pytest.approx(whole["kl/weight/mean"])
 
 
 def observed_not_finite(driver: Driver) -> None:

@@ -187,7 +187,7 @@ ROWS = (
     Row(
         "observed",
         "The setting is observe with a spec, alone or with probes.",
-        "The kl/ metrics of the spec, as if it were applied, and kl/observed. With probe:<n>, every n steps more of them.",
+        "The kl/ metrics of the spec, as if it were applied, and kl/observed; with probe:<n>, more every n steps.",
         "The results of the host, bit by bit.",
         checks.observed,
     ),
