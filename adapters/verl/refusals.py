@@ -47,6 +47,12 @@ ADVANTAGE_ESTIMATORS = ("grpo", "gae", "rloo", "reinforce_plus_plus", "reinforce
 PER_TOKEN_LOSSES = ("vanilla", "gspo", "gpg", "cispo")
 """Policy losses that are linear in each token's own advantage, up to clipping by its sign."""
 
+WITHOUT_EXCHANGE = ("sdpa", "eager", "flex_attention")
+"""Values of ``attn_implementation`` under which veRL's ranks that share a sequence do not exchange its tokens."""
+
+FUSED_BACKENDS = ("torch",)
+"""Values of ``fused_kernel_options.impl_backend`` that the tests run."""
+
 
 def contradictions(specs: Specs, config: Any) -> Iterator[tuple[str, KLSpec, str]]:
     """Give each contradiction between the specs and the rest of the config.
@@ -72,6 +78,7 @@ def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
         yield from _exact_problems(spec, config)
     yield from _beta_problems(spec, LOSS_BETA, actor.kl_loss_coef)
     yield from _sampling_problems(spec, config)
+    yield from _attention_problems(config)
     if spec.behaviour == "sampler" and not rollout.calculate_log_probs:
         yield (
             "behaviour:sampler needs the sampler's log-probs; set actor_rollout_ref.rollout.calculate_log_probs=True, "
@@ -89,6 +96,7 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
             "spec"
         )
     yield from _beta_problems(spec, SCORE_BETA, algorithm.kl_ctrl.kl_coef)
+    yield from _attention_problems(config)
     if spec.beta is not None and algorithm.kl_ctrl.type != "fixed":
         yield (
             f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both "
@@ -154,6 +162,31 @@ def _sampling_problems(spec: KLSpec, config: Any) -> Iterator[str]:
         )
 
 
+def _attention_problems(config: Any) -> Iterator[str]:
+    """Say where log-probs would not be those of the model, because ranks see a part of a sequence each."""
+    chosen = (config.actor_rollout_ref.model.get("override_config") or {}).get("attn_implementation")
+    for role in ("actor", "ref"):
+        section = config.actor_rollout_ref.get(role) or {}
+        if ranks_per_sequence(section) > 1 and chosen in WITHOUT_EXCHANGE:
+            yield (
+                f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size > 1 gives each rank a part of a sequence, "
+                "and veRL exchanges the parts in flash attention alone: under "
+                f"attn_implementation={chosen} each rank attends to its own part, and log-probs are not those of the "
+                "model; set attn_implementation in actor_rollout_ref.model.override_config to flash_attention_2"
+            )
+            return
+
+
+def ranks_per_sequence(section: Any) -> int:
+    """Return how many ranks share a sequence in a role of veRL's config (Ulysses); 1 for other engines.
+
+    Args:
+        section: ``actor`` or ``ref`` of ``actor_rollout_ref``.
+    """
+    parts = (section, section.get("fsdp_config") or {})  # where the first is above 1, veRL puts it over the second
+    return next((int(size) for part in parts if (size := part.get("ulysses_sequence_parallel_size", 1)) > 1), 1)
+
+
 def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
     """Give the settings under which veRL's engine does not show the logits that exact terms need."""
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
@@ -176,7 +209,7 @@ def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
                 f"actor_rollout_ref.{role}.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; "
                 "unset it"
             )
-        if max(part.get("ulysses_sequence_parallel_size", 1) for part in (section, engine)) > 1:
+        if ranks_per_sequence(section) > 1:
             yield (
                 f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size > 1 gives each rank the logits of some "
                 "tokens only, and exact terms were not written for that; set it to 1"
@@ -258,15 +291,14 @@ def untested(config: Any) -> Iterator[str]:
             f"the engine actor_rollout_ref.ref.strategy={reference}, which has to show its logits under top:, was not "
             f"tested (tested: {', '.join(ENGINES)})"
         )
-    if model.get("use_fused_kernels", False):
+    backend = (model.get("fused_kernel_options") or {}).get("impl_backend", FUSED_BACKENDS[0])  # veRL's default
+    if model.get("use_fused_kernels", False) and backend not in FUSED_BACKENDS:
         yield (
-            "actor_rollout_ref.model.use_fused_kernels=True computes log-probs in a kernel that was not tested; "
-            "set it to False"
+            f"actor_rollout_ref.model.fused_kernel_options.impl_backend={backend} computes log-probs in a kernel that "
+            f"was not tested (tested: {', '.join(FUSED_BACKENDS)})"
         )
     if actor.get("use_prefix_grouper", False):
         yield "actor_rollout_ref.actor.use_prefix_grouper=True was not tested; set it to False"
-    if actor.get("ulysses_sequence_parallel_size", 1) > 1:
-        yield "actor_rollout_ref.actor.ulysses_sequence_parallel_size > 1 was not tested; set it to 1"
     if (config.get("distillation") or {}).get("enabled", False):
         yield "distillation.enabled=True puts another loss around the PPO loss, which was not tested; set it to False"
     trainer = config.trainer

@@ -23,7 +23,10 @@ LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_
 EXACT = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss")
 TOP = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss/top")
 LORA = "actor_rollout_ref.model.lora_rank=8"
-SEQUENCE_PARALLEL = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+SHARED = "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"
+SHARED_BY_ENGINE = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"
+ATTENTION = "+actor_rollout_ref.model.override_config.attn_implementation"
+FUSED = "actor_rollout_ref.model.use_fused_kernels=True"
 REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
@@ -41,7 +44,22 @@ def test_verls_defaults_hold_no_spec():
     assert not ADAPTER.checked(config())
 
 
-@pytest.mark.parametrize("overrides", [LOSS, EXACT, TOP, (*TOP, LORA), REWARD, ADVANTAGE, (*LOSS, *REWARD)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        LOSS,
+        EXACT,
+        TOP,
+        (*TOP, LORA),
+        REWARD,
+        ADVANTAGE,
+        (*LOSS, *REWARD),
+        (*LOSS, SHARED),
+        (*ADVANTAGE, SHARED_BY_ENGINE, f"{ATTENTION}=flash_attention_3"),
+        (*LOSS, FUSED),
+        (*REWARD, FUSED, SHARED),
+    ],
+)
 def test_good_configs_pass(overrides):
     assert ADAPTER.checked(config(*overrides))
 
@@ -63,9 +81,15 @@ def test_good_configs_pass(overrides):
         ((*EXACT, LORA), "under LoRA .* use exact@loss/top"),
         ((*EXACT, "++actor_rollout_ref.actor.fsdp_config.pad_to_length=True"), "pad_to_length"),
         ((*TOP, "++actor_rollout_ref.ref.fsdp_config.pad_to_length=True"), r"ref\.fsdp_config\.pad_to_length"),
-        ((*TOP, "actor_rollout_ref.model.use_fused_kernels=True"), "a kernel that never holds the logits"),
-        ((*TOP, SEQUENCE_PARALLEL), "each rank the logits of some tokens only"),
+        ((*TOP, FUSED), "a kernel that never holds the logits"),
+        ((*TOP, SHARED), "each rank the logits of some tokens only"),
         ((*TOP, "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"), r"_ref\.ref\.ulysses"),
+        (
+            (*LOSS, SHARED, f"{ATTENTION}=sdpa"),
+            r"_ref\.actor\.ulysses.* under attn_implementation=sdpa each rank attends",
+        ),
+        ((*ADVANTAGE, SHARED_BY_ENGINE, f"{ATTENTION}=eager"), "under attn_implementation=eager each rank attends"),
+        ((*REWARD, SHARED.replace(".actor.", ".ref."), f"{ATTENTION}=sdpa"), r"_ref\.ref\.ulysses.*each rank attends"),
         (
             (*LOSS, "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token/behaviour:sampler", NO_LOG_PROBS),
             "calculate_log_probs=True",
@@ -100,9 +124,8 @@ def test_contradictions_are_refused(overrides, message):
     ("overrides", "part"),
     [
         (("model_engine=megatron",), "strategy=megatron"),
-        (("actor_rollout_ref.model.use_fused_kernels=True",), "use_fused_kernels"),
+        ((FUSED, "actor_rollout_ref.model.fused_kernel_options.impl_backend=triton"), "impl_backend=triton"),
         (("actor_rollout_ref.actor.use_prefix_grouper=True",), "use_prefix_grouper"),
-        (("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",), "ulysses_sequence_parallel_size"),
         pytest.param(("trainer.v1.trainer_mode=separate_async",), "trainer_mode=separate_async", marks=V1),
         (("distillation.enabled=True",), "distillation"),
     ],

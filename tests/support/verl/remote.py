@@ -202,3 +202,8 @@ def train_outside(process, data):
         return str(error)
     finally:
         del process.train_batch
+
+
+def attend(process, how):
+    """From now on compute attention by another of transformers' functions."""
+    process.engine.module.config._attn_implementation = how

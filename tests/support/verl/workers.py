@@ -109,6 +109,21 @@ class Batch:
         )
 
 
+def without_last_token(batch: Batch, row: int) -> Batch:
+    """The batch with a response that is one token shorter."""
+
+    def shorter(tensors: list[Tensor]) -> list[Tensor]:
+        return [tensor[:-1] if index == row else tensor for index, tensor in enumerate(tensors)]
+
+    return replace(
+        batch,
+        responses=shorter(batch.responses),
+        log_probs={key: shorter(values) for key, values in batch.log_probs.items()},
+        masks=shorter(batch.masks),
+        advantages=shorter(batch.advantages),
+    )
+
+
 def with_scores(batch: Batch, output: Any) -> Batch:
     """The batch with what workers returned when they scored it under the reference.
 
@@ -187,7 +202,11 @@ def answer(pending: Any) -> Any:
 
 
 class Group:
-    """A worker group of `ranks` processes."""
+    """A worker group of `ranks` processes.
+
+    `sequence_parallel`: so many of them in a row share each sequence (Ulysses); sequences have to be packed then.
+    `model`: further settings of the model.
+    """
 
     def __init__(
         self,
@@ -197,7 +216,8 @@ class Group:
         packed: bool,
         environment: dict[str, str] | None = None,
         nodes: int = 1,
-        **adapters: Any,
+        sequence_parallel: int = 1,
+        **model: Any,
     ) -> None:
         import ray
         from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
@@ -205,21 +225,22 @@ class Group:
         from verl.workers.config import HFModelConfig, TrainingWorkerConfig
         from verl.workers.engine_workers import TrainingWorker
 
-        model = HFModelConfig(
-            path=path,
-            use_remove_padding=packed,
-            enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
-            **adapters,
-        )
+        self.ranks, self.sequence_parallel = ranks, sequence_parallel
+        # veRL exchanges tokens between the ranks of a sequence only around the functions of flash-attn.
+        attention = "sdpa" if sequence_parallel == 1 else "flash_attention_2"
         config = TrainingWorkerConfig(
             model_type="language_model",
-            model_config=model,
+            model_config=HFModelConfig(
+                path=path,
+                use_remove_padding=packed,
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": attention},
+                **model,
+            ),
             engine_config=self.engine(ranks),
             optimizer_config=self.optimizer(),
             checkpoint_config=CheckpointConfig(),
         )
-        self.ranks = ranks
         self.pool = RayResourcePool([ranks // nodes] * nodes, use_gpu=False, max_colocate_count=1)
         self.workers = RayWorkerGroup(
             resource_pool=self.pool,
@@ -242,6 +263,7 @@ class Group:
             mixed_precision={"param_dtype": "fp32"},
             use_torch_compile=False,
             use_dynamic_bsz=False,
+            ulysses_sequence_parallel_size=self.sequence_parallel,
             # One micro-batch on one rank; on several, micro-batches of two.
             micro_batch_size_per_gpu=8 if ranks == 1 else 2,
             infer_micro_batch_size_per_gpu=8,
@@ -291,8 +313,9 @@ class Group:
         """What each worker's updates on its share of the data return, or the text of its error."""
         from verl.utils import tensordict_utils
 
-        shares = tensordict_utils.chunk_tensordict(data, self.ranks)
-        pending = [w.train_mini_batch.remote(share) for w, share in zip(self.workers.workers, shares, strict=True)]
+        shares = tensordict_utils.chunk_tensordict(data, self.ranks // self.sequence_parallel)
+        own = [shares[rank // self.sequence_parallel] for rank in range(self.ranks)]
+        pending = [w.train_mini_batch.remote(share) for w, share in zip(self.workers.workers, own, strict=True)]
         return [answer(one) for one in pending]
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
