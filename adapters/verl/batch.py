@@ -30,7 +30,7 @@ def read(session: Session, data: Any) -> LossBatch:
     spec, receipt = session.spec, session.behaviour
     given = SAMPLER in data.keys()  # noqa: SIM118  TensorDict has no plain `in`
     source = divisor(spec, receipt, given)
-    if source == "sampler" and not given:
+    if source == "sampler" and not given and session.observation is None:
         raise ValueError(
             f"kl-plugins: {spec} needs the sampler's log-probs, but the batch has no {SAMPLER}; set "
             "actor_rollout_ref.rollout.calculate_log_probs=True and use a rollout engine that returns them"

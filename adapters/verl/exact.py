@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
 from kl_plugins.adapters.top_k import label_log_probs, unpacked
-from kl_plugins.adapters.verl.batch import MASK, REFERENCE, padded, response_rows
+from kl_plugins.adapters.verl.batch import MASK, REFERENCE, Rows, padded, response_rows
 from kl_plugins.adapters.verl.top_k import carried
 from kl_plugins.exact import exact_kl
+from kl_plugins.reference import RefTopK
 from kl_plugins.spec import KLSpec
+from kl_plugins.top_k import log_odds, top_k_kl
 
 EXACT, REMAINDER = "kl_plugins_exact", "kl_plugins_remainder"
 """Keys in the engine's model output: the KL of each state, and under ``top:`` what its sampled token adds."""
@@ -51,39 +53,81 @@ def packed_kl(
     return {EXACT: found.kl}
 
 
-def packed_top_k(spec: KLSpec, logits: Tensor, data: Any, overwritten: bool) -> tuple[dict[str, Tensor], float]:
-    """Compute the KL over the reference's top-k tokens and one bucket, and the remainder; arguments as above.
+class Pending(NamedTuple):
+    """What a KL over the reference's top-k tokens needs until the policy's log-probs are there, for n response tokens.
+
+    Attributes:
+        rows: where the tokens are.
+        labels: (n,) the tokens.
+        kept: the reference's numbers, (n, k) and (n,).
+        ref_logp: (n,) the host's own log-probs of the tokens under the reference, nats.
+        odds: (n, k) see :func:`kl_plugins.top_k.log_odds`, of the policy, nats, with their graph.
+    """
+
+    rows: Rows
+    labels: Tensor
+    kept: RefTopK
+    ref_logp: Tensor
+    odds: Tensor
+
+    def with_log_probs(self, spec: KLSpec, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the KL over the kept tokens and one bucket, and the remainder.
+
+        Args:
+            spec: the spec with ``top:``.
+            log_probs: (B, T) veRL's log-probs of the response tokens under the policy, nats, with their graph.
+
+        Returns:
+            (B, T) each, nats, float32; 0 where there is no response token.
+        """
+        place = self.rows.sequence, self.rows.step
+        with _with_gradient(spec):
+            own = log_probs[place]
+            sides = self.odds + own[:, None], own, self.labels
+            found = top_k_kl(*sides, reference=self.kept, ref_logp=self.ref_logp)
+            nothing = torch.zeros_like(log_probs, dtype=found.kl.dtype)
+            return nothing.index_put(place, found.kl), nothing.index_put(place, found.remainder)
+
+
+def packed_top_k(
+    spec: KLSpec, logits: Tensor, data: Any, overwritten: bool, log_probs_in_32_bits: bool
+) -> tuple[dict[str, Tensor], Pending | None, float]:
+    """Compute the KL over the reference's top-k tokens and one bucket, and the remainder, or what is needed for that.
 
     The numbers of the reference are those that the micro-batch carries.
 
+    Args:
+        spec, logits, data, overwritten: as in :func:`packed_kl`.
+        log_probs_in_32_bits: veRL is going to compute log-probs of these logits in float32.
+
     Returns:
-        (1, N) nats, float32, by key; and by how much the log-probs of the response tokens differ between the numbers
-        and the host's own, in nats: 0 where rounding explains it, infinity if there are too few numbers or too many. A
-        rank that raised here would leave the others waiting.
+        (1, N) nats, float32, by key, or nothing if the host's log-probs will serve; what they then serve; and by how
+        much the log-probs of the response tokens differ between the numbers and the host's own, in nats: 0 where
+        rounding explains it, infinity if there are too few numbers or too many. A rank that raised here would leave
+        the others waiting.
     """
     rows = response_rows(data)
     labels = _labels(data, rows.position)
     numbers = carried(data, min(int(spec.top or 0), logits.shape[-1]), len(rows.position))
     if numbers is None:
         nothing = logits[..., 0].float() * 0
-        return {EXACT: nothing, REMAINDER: nothing.detach()}, math.inf
+        return {EXACT: nothing, REMAINDER: nothing.detach()}, None, math.inf
     host = padded(data, REFERENCE)[rows.sequence, rows.step].float()
     kept = unpacked(numbers)  # of the temperature by which both models' logits are divided
-    mask = padded(data, MASK)[rows.sequence, rows.step]
-    difference = disagreement(label_log_probs(kept, labels[rows.position], host), host, mask, _rounded(logits, host))
+    mask, drawn = padded(data, MASK)[rows.sequence, rows.step], labels[rows.position]
+    difference = disagreement(label_log_probs(kept, drawn, host), host, mask, _rounded(logits, host)) or 0.0
     spread = numbers.new_zeros(len(labels), numbers.shape[-1])
     spread[rows.position] = numbers
-    ref_logp = host.new_zeros(len(labels))
-    ref_logp[rows.position] = host
+    everywhere = unpacked(spread)
     with _with_gradient(spec):
-        found = exact_kl(
-            _kept_apart(logits, overwritten),
-            None,
-            labels.unsqueeze(0),
-            reference=unpacked(spread.unsqueeze(0)),
-            ref_logp=ref_logp.unsqueeze(0),
-        )
-    return {EXACT: found.kl, REMAINDER: found.remainder}, difference or 0.0
+        if log_probs_in_32_bits:
+            odds = log_odds(logits[0], labels, everywhere.ids)[rows.position]
+            return {}, Pending(rows, drawn, kept, host, odds), difference
+        ref_logp = host.new_zeros(len(labels))
+        ref_logp[rows.position] = host
+        own = _kept_apart(logits, overwritten)[0]
+        found = exact_kl(own, None, labels, reference=everywhere, ref_logp=ref_logp)
+    return {EXACT: found.kl[None], REMAINDER: found.remainder[None]}, None, difference
 
 
 def _labels(data: Any, position: Tensor) -> Tensor:

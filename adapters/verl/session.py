@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from kl_plugins.adapters.micro_batch import LossBatch
 from kl_plugins.adapters.session import Total
 from kl_plugins.adapters.verl import HOST, LOSS_BETA, LOSS_KEY, REMEDY
 from kl_plugins.adapters.verl.config import spec_in
+from kl_plugins.adapters.verl.exact import Pending
 from kl_plugins.adapters.verl.metrics import worker_metrics
+from kl_plugins.adapters.verl.observe import observed_in
 from kl_plugins.receipts import Receipt
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a training worker that holds its session; absent on workers that train as veRL alone does."""
@@ -32,16 +35,18 @@ class Session(session.Session):
     Attributes:
         loss_fn: veRL's loss function that it belongs to.
         misplaced: by how much the reference's top-k numbers of the current step are off those of their tokens, nats.
+        pending: what the current micro-batch needs beside the policy's log-probs, under ``top:``.
     """
 
     behaviour: str = "automatic"
     loss_fn: Any = None
     misplaced: float = 0.0
+    pending: Pending | None = field(default=None, repr=False)
 
     def start_step(self) -> None:
         """Drop what an optimizer step that was broken off has left."""
         super().start_step()
-        self.misplaced = 0.0
+        self.misplaced, self.pending = 0.0, None
 
     def check_step(self, total: Total) -> None:
         """Look at everything that an optimizer step is made of, just before the step, and advance beta.
@@ -97,25 +102,29 @@ def session_of(worker: Any) -> Session | None:
     config = getattr(loss_fn, "keywords", {}).get("config")
     if config is None or not getattr(config, "use_kl_loss", False):
         return None
-    spec = spec_in(LOSS_KEY, getattr(config, "kl_loss_type", None))
+    text = getattr(config, "kl_loss_type", None)
+    seen = observed_in(LOSS_KEY, text)
+    spec = spec_in(LOSS_KEY, text) if seen is None else seen.observation.measured
     if spec is None:
         return None
     found: Session | None = vars(worker).get(ATTRIBUTE)
     if found is None or found.loss_fn is not loss_fn:
         controller = Controller(spec.beta, float(config.kl_loss_coef), LOSS_BETA)
-        found = Session(HOST, spec, controller, loss_fn=loss_fn)
+        found = Session(
+            HOST, spec, controller, observation=None if seen is None else seen.observation, loss_fn=loss_fn
+        )
         setattr(worker, ATTRIBUTE, found)
     return found
 
 
 def collect(
-    worker_group: Any, spec: KLSpec, behaviour: str = "automatic", sampling: Sampling | None = None
+    worker_group: Any, spec: KLSpec | Observation, behaviour: str = "automatic", sampling: Sampling | None = None
 ) -> list[Receipt]:
     """Ask every worker of the actor for its receipt, check them, log them.
 
     Args:
         worker_group: veRL's ``RayWorkerGroup``; its world size is the number of receipts expected.
-        spec: the ``@loss`` spec that they should run.
+        spec: the ``@loss`` spec that they should run, or what they should observe.
         behaviour: where the behaviour policy's log-probs come from; ``automatic``: whatever a batch holds.
         sampling: how responses are sampled, which the trainer knows and the workers do not.
 
@@ -126,7 +135,7 @@ def collect(
 
     found = receipts.collect(ray, worker_group.workers, HOST, spec, behaviour, REMEDY)
     if sampling is not None:
-        caveats = sampling.caveats(spec, behaviour)
+        caveats = sampling.caveats(spec.measured if isinstance(spec, Observation) else spec, behaviour)
         found = [replace(one, sampling=str(sampling), caveats=(*one.caveats, *caveats)) for one in found]
     for receipt in found:
         receipts.announce(receipt)

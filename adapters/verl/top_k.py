@@ -6,6 +6,7 @@ of each response token lie one after the other in one flat row per sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from kl_plugins.adapters.top_k import KEY, packed
 from kl_plugins.adapters.verl.batch import response_spans
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
+from kl_plugins.top_k import log_odds, reference_of, top_tokens
 
 LOGITS = "student_logits"
 """Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
+
+LOG_PROBS = "log_probs"
+"""Key in the engine's model output: (B, j) nested log-probs of the next token at each packed position, nats."""
 
 ASKED = "kl_plugins_top_k"
 """Note in a batch of the reference's pass: the k of the spec, if the pass has to give the top-k numbers."""
@@ -33,47 +38,69 @@ NEVER_SHOWN = (
 class Recorder:
     """Takes the place of the loss function in a forward pass of the reference, and adds the numbers to its output."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, in_32_bits: Callable[[Tensor], bool]) -> None:
         """Ask for k tokens.
 
         Args:
             k: number of tokens per state; the whole vocabulary if it has fewer.
+            in_32_bits: tells whether veRL is going to compute log-probs of some logits in float32.
         """
-        self._k = k
-        self._numbers: Tensor | None = None
+        self._k, self._in_32_bits = k, in_32_bits
+        self._finish: Callable[[Any], Tensor] | None = None
 
     def __call__(self, model_output: Any = None, data: Any = None, dp_group: Any = None, **shown: Tensor) -> Any:
-        """Take the numbers from the logits, then put them beside the log-probs of the same micro-batch.
+        """Take what is needed of the logits, then put the numbers beside the log-probs of the same micro-batch.
 
         Raises:
             RuntimeError: veRL's engine showed no logits.
         """
         if LOGITS in shown:
-            self._numbers = recorded(shown[LOGITS], data, self._k)
+            logits = shown[LOGITS]
+            self._finish = recorded(logits, data, self._k, self._in_32_bits(logits))
             return {}
-        if self._numbers is None:
+        if self._finish is None:
             raise RuntimeError(
                 "kl-plugins: the engine of veRL's reference never showed its logits, so its most probable tokens are "
                 f"not known; {NEVER_SHOWN}"
             )
-        model_output[KEY], self._numbers = self._numbers, None
+        model_output[KEY], self._finish = self._finish(model_output), None
         return torch.ones(()), {}  # what veRL itself reports of a pass without a loss
 
 
-def recorded(logits: Tensor, data: Any, k: int) -> Tensor:
-    """Take the reference's top-k numbers of all states in which a response token was drawn.
+def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callable[[Any], Tensor]:
+    """Take the reference's top-k tokens in all states in which a response token was drawn.
 
     Args:
         logits: (1, N, V) of the reference, scaled by the temperature.
         data: veRL's micro-batch.
         k: number of tokens per state.
+        with_log_probs: veRL's own log-probs of these logits are going to be float32, and save a pass over them.
 
     Returns:
-        (B, j) nested float32: the 2 k + 1 numbers of each response token of a sequence, one after the other.
+        A function of veRL's output for the micro-batch. It gives (B, j) nested float32: the 2 k + 1 numbers of each
+        response token of a sequence, one after the other.
     """
+    spans = response_spans(data)
     # Parts of the logits are views; to select all states at once would copy them.
-    found = [packed(reference_top_k(logits[0, start:stop], k)).flatten() for start, stop in response_spans(data)]
-    return torch.nested.as_nested_tensor(found, layout=torch.jagged)
+    if not with_log_probs:
+        numbers = [packed(reference_top_k(logits[0, start:stop], k)) for start, stop in spans]
+        return lambda output: _nested(numbers)
+    tokens: Tensor = data["input_ids"].values()
+    ids = [top_tokens(logits[0, start:stop], k) for start, stop in spans]
+    labels = [tokens[start + 1 : stop + 1] for start, stop in spans]
+    odds = [log_odds(logits[0, a:b], *given) for (a, b), *given in zip(spans, labels, ids, strict=True)]
+    vocabulary = logits.shape[-1]
+
+    def finish(output: Any) -> Tensor:
+        own = output[LOG_PROBS].values().detach()
+        log_probs = [odd + own[start:stop, None] for odd, (start, stop) in zip(odds, spans, strict=True)]
+        return _nested([packed(reference_of(i, p, vocabulary)) for i, p in zip(ids, log_probs, strict=True)])
+
+    return finish
+
+
+def _nested(numbers: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor([part.flatten() for part in numbers], layout=torch.jagged)
 
 
 def carried(data: Any, k: int, tokens: int) -> Tensor | None:

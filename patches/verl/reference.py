@@ -15,7 +15,7 @@ from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl.top_k import ASKED, Recorder, keep, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.verl.trainer import session_of
-from kl_plugins.patches.verl.worker import SHOW
+from kl_plugins.patches.verl.worker import SHOW, log_probs_in_32_bits
 
 
 def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -31,7 +31,7 @@ def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     infer = worker.engine.infer_batch
 
     def recording(data: Any, loss_function: Any = None) -> Any:
-        return infer(data, loss_function=Recorder(k))
+        return infer(data, loss_function=Recorder(k, log_probs_in_32_bits))
 
     with _instead(worker.engine, "infer_batch", recording):
         return wrapped(*args, **kwargs)

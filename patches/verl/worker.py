@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kl_plugins.adapters import receipts
-from kl_plugins.adapters.base import parse
+from kl_plugins.adapters.base import parse, parse_observation
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
-from kl_plugins.adapters.micro_batch import KLSource, carried, current, entered, unknown_place
-from kl_plugins.adapters.session import Total
+from kl_plugins.adapters.micro_batch import KLSource, LossBatch, carried, current, entered, unknown_place
+from kl_plugins.adapters.observe import require_unregularised
 from kl_plugins.adapters.top_k import KEY
-from kl_plugins.adapters.verl import HOST, batch
-from kl_plugins.adapters.verl.config import statement_of
+from kl_plugins.adapters.verl import HOST, LOSS_KEY, SCORE_KEY, batch
+from kl_plugins.adapters.verl.config import sampling_of, statement_of
 from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, cost, packed_kl, packed_top_k
+from kl_plugins.adapters.verl.observe import default_word
 from kl_plugins.adapters.verl.session import Session, session_of
-from kl_plugins.adapters.verl.top_k import LOGITS, NEVER_SHOWN, missing
-from kl_plugins.patches.engine.arguments import Function, arguments
+from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, NEVER_SHOWN, missing
+from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.verl import HOOKS
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import KLSpec, looks_like_spec
+from kl_plugins.spec.observation import Observation, looks_like_observation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +37,17 @@ if TYPE_CHECKING:
 SHOW, ONLY, ENTROPY = "distillation_use_topk", "distillation_only", "calculate_entropy"
 """veRL's switches: show the logits to the loss function; compute no log-probs; compute the entropy."""
 
+CROSS_ENTROPY = "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE"
+"""veRL's variable: whether flash-attention's cross entropy can compute log-probs."""
+
 PLACES = "a @loss spec works in veRL's ppo_loss, a @reward or @advantage spec in its apply_kl_penalty"
 
 
 def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``kl_penalty(logprob, ref_logprob, kl_penalty)``: a spec gets its own term; native names pass through."""
     named = arguments(wrapped, args, kwargs)
+    if looks_like_observation(named["kl_penalty"]):
+        return _observed(wrapped, args, kwargs, named)
     if not looks_like_spec(named["kl_penalty"]):
         return wrapped(*args, **kwargs)
     source = current(KLSource)
@@ -48,12 +57,26 @@ def kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: 
     return source.term(named["logprob"], named["ref_logprob"])
 
 
+def _observed(wrapped: Function, args: tuple[Any, ...], kwargs: dict[str, Any], named: dict[str, Any]) -> Any:
+    """Let veRL compute its own KL under its own word, and measure the observed spec on the same log-probs."""
+    source, policy, reference = current(KLSource), named["logprob"], named["ref_logprob"]
+    found = parse_observation(named["kl_penalty"])
+    word = found.native or default_word(LOSS_KEY if isinstance(source, LossBatch) else SCORE_KEY)
+    args, kwargs = replaced(wrapped, args, kwargs, kl_penalty=word)
+    kl = wrapped(*args, **kwargs)
+    if source is not None:
+        source.observe(policy, reference, lambda logp: wrapped(logp, reference.detach(), word))
+    return kl
+
+
 def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around ``ppo_loss(config, model_output, data, dp_group)``: its batch is carried to the KL function."""
     if LOGITS in kwargs:  # the engine shows its logits; only asked to where a spec needs them
         return _on_logits(current(Session), **kwargs)
     named = dict(arguments(wrapped, args, kwargs))
     config = named["config"]
+    if config.use_kl_loss and looks_like_observation(config.kl_loss_type):
+        return _observed_loss(wrapped, args, kwargs, named["data"])
     if not (config.use_kl_loss and looks_like_spec(config.kl_loss_type)):
         return wrapped(*args, **kwargs)
     session = current(Session)
@@ -65,12 +88,29 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
     micro_batch = batch.read(session, named["data"])
     if session.spec.needs_exact:
         shown = partial(_of_model_output, session.spec, named["model_output"], named["data"])
-        micro_batch.exact = shown(EXACT)
-        micro_batch.remainder = None if session.spec.top is None else shown(REMAINDER)
+        pending, session.pending = session.pending, None
+        if pending is not None:
+            micro_batch.exact, micro_batch.remainder = pending.with_log_probs(session.spec, shown(LOG_PROBS))
+        else:
+            micro_batch.exact = shown(EXACT)
+            micro_batch.remainder = None if session.spec.top is None else shown(REMAINDER)
     named["config"] = session.config_with_beta(config)
     with carried(micro_batch):
         loss, metrics = wrapped(**named)
     metrics.update(session.metrics(micro_batch, _metric))
+    return loss, metrics
+
+
+def _observed_loss(wrapped: Function, args: tuple[Any, ...], kwargs: dict[str, Any], data: Any) -> Any:
+    """Let veRL compute its own loss; the metrics of the observed spec join veRL's."""
+    session = current(Session)
+    if session is None:
+        return wrapped(*args, **kwargs)
+    micro_batch = batch.read(session, data)
+    with entered(micro_batch):
+        loss, metrics = wrapped(*args, **kwargs)
+    if micro_batch.metrics is not None:
+        metrics.update(session.metrics(micro_batch, _metric))
     return loss, metrics
 
 
@@ -85,19 +125,25 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     session = session_of(worker)
     if session is None:
         return wrapped(*args, **kwargs)
+    if session.observation is not None:
+        session.steps += 1
+        session.applied = float(session.loss_fn.keywords["config"].kl_loss_coef)
+        with entered(session):
+            return wrapped(*args, **kwargs)
     session.require_confirmed("require_receipts(worker_group, spec)")
     session.start_step()
-    total = partial(_total, worker.engine.get_data_parallel_group())
+    # Under sequence parallelism several ranks hold the same tokens; veRL collects outputs from one of them.
+    session.counted = worker.engine.is_mp_src_rank_with_outputs()
     with (
         entered(session),
         _showing_logits(session, arguments(wrapped, args, kwargs)["data"]),
-        _checked_steps(worker.engine, session, total),
+        _checked_steps(worker.engine, session),
     ):
         return wrapped(*args, **kwargs)
 
 
 @contextmanager
-def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None]:
+def _checked_steps(engine: Any, session: Session) -> Iterator[None]:
     """Within the block, the engine's optimizer steps only if the step's log-probs are sound on all ranks.
 
     Then the gradients are there, and nothing is updated yet. veRL itself would skip the update where the norm of the
@@ -110,7 +156,7 @@ def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
-        session.check_step(total)
+        session.check_step(_total)
         steps += 1
         return step(*args, **kwargs)
 
@@ -128,9 +174,10 @@ def _checked_steps(engine: Any, session: Session, total: Total) -> Iterator[None
         )
 
 
-def _total(group: Any, numbers: Tensor) -> Tensor:
-    if group is not None:
-        torch.distributed.all_reduce(numbers, group=group)
+def _total(numbers: Tensor) -> Tensor:
+    # Over all ranks, and not over the data-parallel ones alone: an error has to stop those that share a sequence too.
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(numbers)
     return numbers
 
 
@@ -138,7 +185,7 @@ def save_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwarg
     """Around a worker's checkpoint: the spec and the controller's state go beside its shard."""
     result = wrapped(*args, **kwargs)
     session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
-    if session is not None and folder:
+    if session is not None and session.observation is None and folder:
         write_state(_state_file(folder, worker), record(session.spec, session.controller.saved()))
     return result
 
@@ -146,7 +193,9 @@ def save_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwarg
 def load_checkpoint(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around a worker's resume: another spec is refused before anything is loaded."""
     session, folder = session_of(worker), arguments(wrapped, args, kwargs)["local_path"]
-    if session is not None and folder:
+    if session is not None and session.observation is not None and folder:
+        require_unregularised(read_state(_state_file(folder, worker)), session.observation)
+    elif session is not None and folder:
         # Read first: veRL may delete the folder after loading.
         session.controller.restore(resumed(read_state(_state_file(folder, worker)), session.spec))
     return wrapped(*args, **kwargs)
@@ -196,7 +245,8 @@ def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tens
     spec, logits, overwritten = session.spec, shown[LOGITS], _backward_overwrites(data)
     if spec.top is None:
         return packed_kl(spec, logits, lambda: _reference_logits(session, data), data, overwritten)
-    found, misplaced = packed_top_k(spec, logits, data, overwritten)
+    precise = log_probs_in_32_bits(logits)
+    found, session.pending, misplaced = packed_top_k(spec, logits, data, overwritten, precise)
     session.misplaced = max(session.misplaced, misplaced)
     return found
 
@@ -241,7 +291,17 @@ def _backward_overwrites(data: Any) -> bool:
 
     if tensordict_utils.get_non_tensor_data(data=data, key=ENTROPY, default=False):
         return False
-    return bool(getattr(torch_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", True))
+    return bool(getattr(torch_functional, CROSS_ENTROPY, True))
+
+
+def log_probs_in_32_bits(logits: Tensor) -> bool:
+    """Whether veRL computes the log-probs of these logits in float32: flash-attention's cross entropy always does."""
+    from verl.utils import torch_functional
+
+    if logits.element_size() >= 4:
+        return True
+    switched_off = os.environ.get("VERL_DISABLE_FLASH_ATTN_CE", "0") == "1"
+    return bool(getattr(torch_functional, CROSS_ENTROPY, False)) and not switched_off
 
 
 def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
@@ -267,18 +327,31 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         raise RuntimeError("its loss function holds no KL spec; was it started with another config?")
     if not isinstance(getattr(session.loss_fn, "func", None), Hook):
         raise RuntimeError(f"its loss function {session.loss_fn} is not veRL's hooked ppo_loss")
-    if str(session.spec) != spec:
-        raise RuntimeError(f"its loss function holds {session.spec}, not {spec}")
+    if session.text != spec:
+        raise RuntimeError(f"its loss function holds {session.text}, not {spec}")
     if session.spec.needs_exact and session.spec.top is None:
         session.reference = _reference(process)
     session.confirmed, session.behaviour = True, behaviour
-    return _made(process, session.spec, session.loss_fn.keywords["config"], behaviour)
+    if session.observation is not None:
+        session.truncated = _shows_kept_mass(process)
+    return _made(process, session.spec, session.loss_fn.keywords["config"], behaviour, session.observation)
 
 
-def _made(process: Any, spec: KLSpec, actor: Any, behaviour: str) -> Receipt:
+def _shows_kept_mass(process: Any) -> bool:
+    """Whether the settings that this process knows say that a sampler's log-probs are those of a truncated policy."""
+    for role in _roles(process):
+        if getattr(getattr(role, "config", None), "rollout", None) is not None:
+            return sampling_of(SimpleNamespace(actor_rollout_ref=role.config)).shows_kept_mass
+    return False
+
+
+def _made(
+    process: Any, spec: KLSpec, actor: Any, behaviour: str, observation: Observation | None = None
+) -> Receipt:
     statement = statement_of(spec, actor, behaviour, cost=cost(spec))
     wrapped = HOOKS.summary(modules=[name for name in HOOKS.modules if name.startswith("verl.workers")])
-    return receipts.made(HOST, spec, statement, wrapped, int(process.rank), int(process.world_size))
+    ranks = int(process.rank), int(process.world_size)
+    return receipts.made(HOST, spec, statement, wrapped, *ranks, observation=observation)
 
 
 def _scoring(process: Any) -> Any:
