@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kl_plugins.metric_names import OBSERVATION
+from kl_plugins.metric_names import LEVELS, OBSERVATION
 from kl_plugins.metrics import REDUCTIONS
 from tests.contract.driver import BETA, Driver, Fault, Outcome, Request, Sampled
 
@@ -258,11 +258,15 @@ def observed_native(driver: Driver) -> None:
     own = driver.update(Request("k3@loss"))
     for key in set(REDUCTIONS) - {"kl/exact"}:
         assert found.metrics[0][key] == pytest.approx(own.metrics[0][key], rel=1e-6, abs=1e-9), key
-    assert found.metrics[0]["kl/probe/host/cosine"] == pytest.approx(1.0, abs=1e-6)
-    assert found.metrics[0]["kl/probe/host/norm_ratio"] == pytest.approx(1.0, rel=1e-5)
-    assert found.gradient is not None
-    assert own.gradient is not None
-    torch.testing.assert_close(found.gradient, own.gradient, rtol=1e-4, atol=1e-6)
+    cosine, ratio = (found.metrics[0][f"kl/probe/host/{name}"] for name in ("cosine", "norm_ratio"))
+    assert cosine == pytest.approx(ratio, rel=1e-5)  # the same coefficient, or 0 where a clamp holds the host's value
+    clamped = found.metrics[0]["kl/probe/host/dead_frac"] > 0
+    assert clamped is (driver.host == "openrlhf")  # whose policy and reference differ from the start
+    assert (cosine < 0.999) is clamped
+    if not clamped:
+        assert found.gradient is not None
+        assert own.gradient is not None
+        torch.testing.assert_close(found.gradient, own.gradient, rtol=1e-4, atol=1e-6)
 
 
 def observed_on_two_ranks(driver: Driver) -> None:
@@ -274,11 +278,11 @@ def observed_on_two_ranks(driver: Driver) -> None:
     assert found.metrics[0] == pytest.approx(whole, rel=1e-3, abs=1e-6)
     probe = {key.removeprefix("kl/probe/"): value for key, value in whole.items() if key.startswith("kl/probe/")}
     assert 0.5 < probe["k2/cosine"] < 1  # the same but for the weight
-    # The host trains with k3, and the log-ratios of the batch are within its clamps.
-    assert probe["host/cosine"] == pytest.approx(probe["k3/cosine"], rel=1e-4)
-    assert probe["host/norm_ratio"] == pytest.approx(probe["k3/norm_ratio"], rel=1e-4)
-    assert probe["host/dead_frac"] == 0
-    assert 0 < probe["sequence/ess"] < probe["token/ess"] < 1
+    # The host trains with k3, and in one host some of the batch's log-ratios are beyond a clamp.
+    clamped = probe["host/dead_frac"] > 0
+    for name in ("cosine", "norm_ratio"):
+        assert (probe[f"host/{name}"] != pytest.approx(probe[f"k3/{name}"], rel=1e-4)) is clamped
+    assert all(0 < probe[f"{level}/ess"] < 1 for level in LEVELS)
     assert probe["token/weight"] == pytest.approx(whole["kl/weight/mean"])
 
 
@@ -297,7 +301,6 @@ def observed_is_said(driver: Driver) -> None:
     assert f"measures {OBSERVED}" in receipt.line()
     assert "observes" not in driver.receipt(OBSERVED).line()
     assert driver.refusal(driver.observing("k1@reward")) == ""
-    assert "exact terms cannot be observed" in driver.refusal(driver.observing("exact@loss/top"))
     assert "'k9'" in driver.refusal(f"k9/observe:{OBSERVED}")
 
 
