@@ -12,6 +12,7 @@ from torch import Tensor
 from kl_plugins.adapters.log_probs import disagreement
 from kl_plugins.adapters.top_k import label_log_probs, unpacked
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE, Rows, padded, response_rows
+from kl_plugins.adapters.verl.shared_sequences import held_here
 from kl_plugins.adapters.verl.top_k import carried
 from kl_plugins.exact import exact_kl
 from kl_plugins.reference import RefTopK
@@ -38,8 +39,9 @@ def packed_kl(
 
     Args:
         spec: a spec with exact terms over the whole vocabulary.
-        logits: (1, N, V) of the policy, scaled by the temperature, with their graph.
-        reference: gives the logits of the reference.
+        logits: (1, N, V) of the policy, scaled by the temperature, with their graph; where ranks share sequences, of
+            this rank's part of the packed positions.
+        reference: gives the logits of the reference, of the same positions.
         data: veRL's micro-batch.
         overwritten: veRL's own backward pass writes into the memory of ``logits``.
 
@@ -47,7 +49,7 @@ def packed_kl(
         (1, N) nats, float32, by key.
     """
     rows = response_rows(data)
-    labels = _labels(data, rows.position).unsqueeze(0)
+    labels = held_here(_labels(data, rows.position), -100).unsqueeze(0)
     with _with_gradient(spec):
         found = exact_kl(_kept_apart(logits, overwritten), reference(), labels)
     return {EXACT: found.kl}
@@ -125,8 +127,13 @@ def packed_top_k(
             return {}, Pending(rows, drawn, kept, host, odds), difference
         ref_logp = host.new_zeros(len(labels))
         ref_logp[rows.position] = host
-        own = _kept_apart(logits, overwritten)[0]
-        found = exact_kl(own, None, labels, reference=everywhere, ref_logp=ref_logp)
+        found = exact_kl(
+            _kept_apart(logits, overwritten)[0],
+            None,
+            held_here(labels, -100),
+            reference=unpacked(held_here(spread, 0)),
+            ref_logp=held_here(ref_logp, 0),
+        )
     return {EXACT: found.kl[None], REMAINDER: found.remainder[None]}, None, difference
 
 

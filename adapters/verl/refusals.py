@@ -209,11 +209,12 @@ def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
                 f"actor_rollout_ref.{role}.fsdp_config.pad_to_length keeps veRL's engine from showing its logits; "
                 "unset it"
             )
-        if ranks_per_sequence(section) > 1:
-            yield (
-                f"actor_rollout_ref.{role}.ulysses_sequence_parallel_size > 1 gives each rank the logits of some "
-                "tokens only, and exact terms were not written for that; set it to 1"
-            )
+    if spec.top is None and ranks_per_sequence(actor) != ranks_per_sequence(config.actor_rollout_ref.get("ref") or {}):
+        yield (
+            "actor_rollout_ref.actor and actor_rollout_ref.ref have different ulysses_sequence_parallel_size, so that "
+            "a rank would hold the logits of other tokens of the reference than of the policy; set both to the same "
+            "number, or use exact@loss/top"
+        )
 
 
 def _beta_problems(spec: KLSpec, key: str, value: float) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.top_k import KEY, packed
 from kl_plugins.adapters.verl.batch import response_spans
+from kl_plugins.adapters.verl.shared_sequences import of_all, own_range, shared
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
 from kl_plugins.top_k import log_odds, reference_of, top_tokens
@@ -82,10 +83,13 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callabl
     """
     spans = response_spans(data)
     # Parts of the logits are views; to select all states at once would copy them.
+    tokens: Tensor = data["input_ids"].values()
+    if shared():
+        given = _of_shared(logits[0], spans, k, len(tokens))
+        return lambda output: _nested(given)
     if not with_log_probs:
         numbers = [packed(reference_top_k(logits[0, start:stop], k)) for start, stop in spans]
         return lambda output: _nested(numbers)
-    tokens: Tensor = data["input_ids"].values()
     ids = [top_tokens(logits[0, start:stop], k) for start, stop in spans]
     labels = [tokens[start + 1 : stop + 1] for start, stop in spans]
     odds = [log_odds(logits[0, a:b], *given) for (a, b), *given in zip(spans, labels, ids, strict=True)]
@@ -97,6 +101,18 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callabl
         return _nested([packed(reference_of(i, p, vocabulary)) for i, p in zip(ids, log_probs, strict=True)])
 
     return finish
+
+
+def _of_shared(logits: Tensor, spans: list[tuple[int, int]], k: int, tokens: int) -> list[Tensor]:
+    """Take the numbers of the states whose (M, V) logits are here, and get those of the others from their ranks."""
+    first, end = own_range(tokens)
+    held = logits.new_zeros(len(logits), 2 * min(k, logits.shape[-1]) + 1, dtype=torch.float32)
+    for start, stop in spans:
+        here = slice(max(start, first) - first, min(stop, end) - first)
+        if here.start < here.stop:
+            held[here] = packed(reference_top_k(logits[here], k))
+    numbers = of_all(held, tokens)
+    return [numbers[start:stop] for start, stop in spans]
 
 
 def _nested(numbers: list[Tensor]) -> Tensor:

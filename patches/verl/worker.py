@@ -23,6 +23,7 @@ from kl_plugins.adapters.verl.config import sampling_of, statement_of
 from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, cost, packed_kl, packed_top_k
 from kl_plugins.adapters.verl.observe import default_word
 from kl_plugins.adapters.verl.session import Session, session_of
+from kl_plugins.adapters.verl.shared_sequences import shared
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import Hook
@@ -245,7 +246,8 @@ def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tens
     spec, logits, overwritten = session.spec, shown[LOGITS], _backward_overwrites(data)
     if spec.top is None:
         return packed_kl(spec, logits, lambda: _reference_logits(session, data), data, overwritten)
-    precise = log_probs_in_32_bits(logits)
+    # Log-probs are gathered from the ranks that share a sequence, logits are not.
+    precise = log_probs_in_32_bits(logits) and not shared()
     found, session.pending, misplaced = packed_top_k(spec, logits, data, overwritten, precise)
     session.misplaced = max(session.misplaced, misplaced)
     return found
@@ -345,9 +347,7 @@ def _shows_kept_mass(process: Any) -> bool:
     return False
 
 
-def _made(
-    process: Any, spec: KLSpec, actor: Any, behaviour: str, observation: Observation | None = None
-) -> Receipt:
+def _made(process: Any, spec: KLSpec, actor: Any, behaviour: str, observation: Observation | None = None) -> Receipt:
     statement = statement_of(spec, actor, behaviour, cost=cost(spec))
     wrapped = HOOKS.summary(modules=[name for name in HOOKS.modules if name.startswith("verl.workers")])
     ranks = int(process.rank), int(process.world_size)

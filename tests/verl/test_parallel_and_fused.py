@@ -1,4 +1,4 @@
-"""Sampled specs where ranks share sequences (Ulysses), and where log-probs come from a kernel without logits."""
+"""Ranks that share sequences (Ulysses), under sampled specs and exact ones; log-probs from a kernel without logits."""
 
 import re
 import shutil
@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.verl.top_k import ASKED
 from kl_plugins.metrics import REDUCTIONS
 from tests.support.verl import remote
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
 from tests.support.verl.ray_support import TRAINERS
-from tests.support.verl.reference import by_hand, distance
-from tests.support.verl.workers import Group, make_batch, policy_log_probs, without_last_token
+from tests.support.verl.reference import by_hand, distance, exact_by_hand
+from tests.support.verl.roles import bucketed
+from tests.support.verl.workers import Group, make_batch, policy_log_probs, with_scores, without_last_token
 
 FUSED = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
 SPECS = (
@@ -109,6 +111,36 @@ def test_fused_log_probs_train_as_those_from_logits(fused, tied):
     assert all("veRL's engine never showed its logits" in error for error in fused.by_rank(batch.tensordict()))
 
 
+@pytest.fixture(scope="module")
+def with_reference(sharing, models):
+    sharing.ask(remote.add_reference, models[2])
+    return sharing
+
+
+@pytest.mark.parametrize("text", ["exact@loss/is:prefix", "k2@loss/horizon:sequence/future:exact/is:sequence"])
+def test_exact_terms_of_shared_sequences_are_those_of_the_full_softmax(text, with_reference, batch, models):
+    value, gradient, found = by_hand(models[0], batch, text, exact=exact_by_hand(models, batch))
+    ours = with_reference.run(text, batch)
+    assert ours.metrics["kl_loss"] == pytest.approx(value, rel=1e-4)
+    assert ours.metrics["kl/exact"] == pytest.approx(found["kl/exact"].item(), rel=1e-4)
+    assert distance(ours.gradient, gradient) < 1e-4
+
+
+def test_the_references_most_probable_tokens_come_from_all_ranks_of_a_sequence(with_reference, single, batch, models):
+    from verl.utils import tensordict_utils
+
+    data = batch.tensordict()
+    tensordict_utils.assign_non_tensor(data, compute_loss=False, **{ASKED: 4})
+    output, other = with_reference.ask(remote.score, data)
+    assert other is None
+    given = with_scores(batch, output)
+    for text in ("exact@loss/top:4/is:token", "exact@loss/horizon:sequence/is:decision/top:4"):
+        both, one = with_reference.run(text, given), single.run(text, given)
+        assert both.metrics["kl/exact"] == pytest.approx(bucketed(models, batch, 4), rel=1e-4)
+        assert both.metrics["kl_loss"] == pytest.approx(one.metrics["kl_loss"], rel=1e-4)
+        assert distance(both.gradient, one.gradient) < 2e-5
+
+
 def test_without_flash_attention_ranks_that_share_a_sequence_do_not_see_it_whole(sharing, batch, model):
     """This is why kl-plugins refuses it; veRL does not."""
     sharing.use(None)
@@ -116,11 +148,10 @@ def test_without_flash_attention_ranks_that_share_a_sequence_do_not_see_it_whole
     assert (scored(sharing, batch) - by_model(model, batch)).abs().mean() > 0.01
 
 
-@pytest.mark.parametrize("schedule", ["adaptive-0.1-10", "dual-0.1-0.5"])
-def test_a_controller_counts_shared_sequences_once(schedule, sharing, single, batch):
+def test_a_controller_counts_shared_sequences_once(sharing, single, batch):
     betas = []
     for group in (sharing, single):
-        group.use(f"k2@loss/beta:{schedule}")
+        group.use("k2@loss/beta:adaptive-0.1-10")
         betas.append([group.step(batch).metrics["kl/beta"] for _ in range(2)])
     assert betas[0] == pytest.approx(betas[1], rel=1e-5)
     assert betas[0][1] != betas[0][0]

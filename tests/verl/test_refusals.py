@@ -58,6 +58,8 @@ def test_verls_defaults_hold_no_spec():
         (*ADVANTAGE, SHARED_BY_ENGINE, f"{ATTENTION}=flash_attention_3"),
         (*LOSS, FUSED),
         (*REWARD, FUSED, SHARED),
+        (*EXACT, SHARED),
+        (*TOP, SHARED_BY_ENGINE),
     ],
 )
 def test_good_configs_pass(overrides):
@@ -82,8 +84,7 @@ def test_good_configs_pass(overrides):
         ((*EXACT, "++actor_rollout_ref.actor.fsdp_config.pad_to_length=True"), "pad_to_length"),
         ((*TOP, "++actor_rollout_ref.ref.fsdp_config.pad_to_length=True"), r"ref\.fsdp_config\.pad_to_length"),
         ((*TOP, FUSED), "a kernel that never holds the logits"),
-        ((*TOP, SHARED), "each rank the logits of some tokens only"),
-        ((*TOP, "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2"), r"_ref\.ref\.ulysses"),
+        ((*EXACT, SHARED_BY_ENGINE), "the logits of other tokens of the reference than of the policy"),
         (
             (*LOSS, SHARED, f"{ATTENTION}=sdpa"),
             r"_ref\.actor\.ulysses.* under attn_implementation=sdpa each rank attends",

@@ -156,7 +156,7 @@ def _model(process, path):
         path=path,
         use_remove_padding=process.model_config.use_remove_padding,
         enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
+        override_config=dict(process.model_config.override_config),
     )
 
 
