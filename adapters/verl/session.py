@@ -110,9 +110,7 @@ def session_of(worker: Any) -> Session | None:
     found: Session | None = vars(worker).get(ATTRIBUTE)
     if found is None or found.loss_fn is not loss_fn:
         controller = Controller(spec.beta, float(config.kl_loss_coef), LOSS_BETA)
-        found = Session(
-            HOST, spec, controller, observation=None if seen is None else seen.observation, loss_fn=loss_fn
-        )
+        found = Session(HOST, spec, controller, observation=None if seen is None else seen.observation, loss_fn=loss_fn)
         setattr(worker, ATTRIBUTE, found)
     return found
 

@@ -31,6 +31,7 @@ SHARED = (
 
 INTERNAL = (
     "adapters/trl/__init__.py",
+    "adapters/trl/observe.py:observation_of",
     "patches/trl/__init__.py:attach",
     "adapters/verl/config.py:aggregation_of",
     "patches/verl/worker.py:receipt",
