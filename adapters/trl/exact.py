@@ -103,6 +103,10 @@ class OutputHead(NamedTuple):
     scale: float
     softcap: float | None
 
+    def copied(self) -> OutputHead:
+        """Return the same head with its own memory."""
+        return self._replace(weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
 
 def head_of(model: Any) -> OutputHead:
     """Return the output head of a transformers causal language model.

@@ -183,7 +183,11 @@ class TrainerStates:
         def after_reference_backbone(backbone: Any, ref_args: Any, ref_kwargs: Any, output: Any) -> None:
             ref_hidden, bare = output.last_hidden_state, self._bare(reference)
             attended = kwargs["attention_mask"][:, -positions:].bool()
-            sides = hidden, head_of(policy), ref_hidden, head_of(bare)
+            head, ref_head = head_of(policy), head_of(bare)
+            if grad and head.weight.requires_grad and hasattr(bare, "reshard"):
+                # FSDP2 frees the whole parameters after the reference's pass, and the backward pass reads them.
+                ref_head = ref_head.copied()
+            sides = hidden, head, ref_hidden, ref_head
             with torch.set_grad_enabled(grad):
                 found.append(kl_of_states(*sides, kwargs["input_ids"], attended, self._trainer.temperature))
 
