@@ -6,6 +6,7 @@ wheels, a copy of the benchmarks and the tests, the model in two parts, and a sc
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,13 @@ PINS = (
     f"{model.READER}=={model.READER_VERSION}",
     "liger-kernel==0.8.5", "verl==0.9.1",  # the kernel benchmark compares with these
 )  # fmt: skip
+DEEPSPEED = (
+    "deepspeed==0.19.6",
+    "einops==0.8.2", "hjson==3.1.0", "msgpack==1.2.4", "py-cpuinfo==9.0.0",  # it needs all of these
+    "pydantic==2.14.3", "pydantic-core==2.50.4", "annotated-types==0.8.0", "typing-inspection==0.4.5",
+)  # fmt: skip
+"""DeepSpeed, which is published as source only, and its dependencies; they are installed into a folder of their own."""
+DEEPSPEED_WHEELS = "wheels-deepspeed"
 MODEL = f"{model.PACKAGE}=={model.PACKAGE_VERSION}"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 SOURCES = ("kl_plugins", "adapters", "patches", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -62,8 +70,14 @@ class Call(NamedTuple):
 
 
 CALLS = (
-    Call(("wheels", "tree", "model/1"), "installs the wheels, keeps half of the model, tests and times kernels", 1),
-    Call(("model/2",), "joins and converts the model, then trains it under four regularisers and times TRL's step", 2),
+    Call(
+        ("wheels", DEEPSPEED_WHEELS, "tree", "model/1"),
+        "installs the wheels, keeps half of the model, tests and times kernels", 1,
+    ),
+    Call(
+        ("model/2",),
+        "joins and converts the model, trains it under four regularisers, times TRL's step, and shards it", 2,
+    ),
     Call((), "trains the model on stale data; a second run continues the first", 3),
 )  # fmt: skip
 
@@ -96,12 +110,17 @@ def make(
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    wheels = partial / "wheels"
+    wheels, deepspeed = partial / "wheels", partial / DEEPSPEED_WHEELS
     wheels.mkdir(parents=True)
+    deepspeed.mkdir()
     build(wheels)
     for requirement in (*PINS, *also):
         fetch(requirement, wheels, python)
-    check_size(wheels)
+    source_of_deepspeed, *dependencies = DEEPSPEED
+    build_published(source_of_deepspeed, deepspeed)
+    for requirement in dependencies:
+        fetch(requirement, deepspeed, python)
+    check_size(wheels, deepspeed)
     copy(TREE, partial / "tree")
     for name in SMALL:
         shutil.copy(SCRIPTS / name, partial / name)
@@ -158,22 +177,42 @@ def build(folder: Path) -> None:
         raise BundleError(f"the wheel of kl-plugins could not be built; setuptools is needed. pip says: {said}")
 
 
-def _pip(command: str, *arguments: str) -> str:
+def build_published(requirement: str, folder: Path) -> None:
+    """Build the wheel of a package that is published as source only, without compiling its extensions.
+
+    Args:
+        requirement: the package, as `name==version`.
+        folder: folder for the wheel.
+
+    Raises:
+        UnreachableError: The source cannot be downloaded or built.
+    """
+    name = requirement.partition("==")[0]
+    options = ("--no-deps", "--no-build-isolation", "--no-binary", name, "--wheel-dir", str(folder))
+    said = _pip("wheel", *options, requirement, DS_BUILD_OPS="0", DS_ACCELERATOR="cpu")
+    if said:
+        raise UnreachableError(
+            f"{requirement} could not be downloaded and built. Make the bundle on a machine from which a package index "
+            f"can be reached, in an environment that has torch and setuptools. pip says: {said}"
+        )
+
+
+def _pip(command: str, *arguments: str, **environment: str) -> str:
     """Run pip and return the last line of its error, or an empty text if it succeeded."""
     called = (sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *arguments)
-    done = subprocess.run(called, capture_output=True, text=True, check=False)
+    done = subprocess.run(called, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if not done.returncode:
         return ""
     return (done.stderr.strip() or "nothing").splitlines()[-1].removeprefix("ERROR: ")
 
 
-def check_size(folder: Path, most: int = MOST) -> None:
-    """Check that the wheels are not too large for one call.
+def check_size(*folders: Path, most: int = MOST) -> None:
+    """Check that the wheels in all folders together are not too large for one call.
 
     Raises:
         BundleError: The wheels are too large; the message names the largest ones.
     """
-    sizes = sorted(((size(file), file.name) for file in folder.iterdir()), reverse=True)
+    sizes = sorted(((size(file), file.name) for folder in folders for file in folder.iterdir()), reverse=True)
     total = sum(each for each, _ in sizes)
     if total > most:
         largest = ", ".join(f"{name} ({mebibytes(each)})" for each, name in sizes[:3])
@@ -231,7 +270,8 @@ def readme(folder: Path, python: str) -> str:
     if not (folder / "model").exists():
         lines += ["", "This bundle holds no model: calls 2 and 3 run with --smoke only."]
     lines += ["", "To see on a CPU that everything runs: add --smoke --device cpu to each script.", "", "Wheels:"]
-    lines += [f"  {file.name} ({size(file) / 1e3:.0f} kB)" for file in sorted((folder / "wheels").iterdir())]
+    for name in ("wheels", DEEPSPEED_WHEELS):
+        lines += [f"  {file.name} ({size(file) / 1e3:.0f} kB)" for file in sorted((folder / name).glob("*.whl"))]
     return "\n".join(lines) + "\n"
 
 

@@ -36,6 +36,7 @@ _GPU_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "test
 _DEMO = ("demo_llm", *_DEVICE)
 _STEPS = ("llm.trl_steps", *_DEVICE)
 _LARGE = ("--large-vocabulary", "--arms", "trl,k2@loss,exact@loss/top,exact@loss")
+_SHARDED = ("llm.sharded", *_DEVICE)
 _STALE = ("llm.staleness", *_DEVICE)
 _TWO_ARMS = ("--arms", "none,default")
 
@@ -51,15 +52,17 @@ STAGES: dict[int, tuple[Step, ...]] = {
              _module(*_KERNEL, "--only", "hidden", "--sizes", "smoke", "--rounds", "3"), 3),
         Step("launches", _module("gpu.launches", *_DEVICE), _module("gpu.launches", *_DEVICE, "--smoke"), 1),
     ),
-    # A real language model in TRL: what each regulariser does to it, and what a step costs.
+    # A real language model in TRL: what each regulariser does to it, what a step costs, and sharded training.
     2: (
         Step("demo-llm", _module(*_DEMO, folder="{out}/demo-llm"),
-             _module(*_DEMO, "--smoke", *_TWO_ARMS, "--steps", "2", folder="{out}/demo-llm"), 4),
+             _module(*_DEMO, "--smoke", *_TWO_ARMS, "--steps", "2", folder="{out}/demo-llm"), 3),
         Step("trl-steps", _module(*_STEPS, "--minutes", "1.8", folder="{out}/trl-steps"),
-             _module(*_STEPS, "--smoke", "--arms", "none,trl,default", folder="{out}/trl-steps"), 2.2),
+             _module(*_STEPS, "--smoke", "--arms", "none,trl,default,exact@loss/top", folder="{out}/trl-steps"), 2.2),
+        Step("sharded", _module(*_SHARDED, "--minutes", "1.5", folder="{out}/sharded"),
+             _module(*_SHARDED, "--smoke", folder="{out}/sharded"), 1.6),
         Step("trl-steps-vocabulary",
-             _module(*_STEPS, *_LARGE, "--minutes", "1.4", folder="{out}/trl-steps-vocabulary"),
-             _module(*_STEPS, *_LARGE, "--smoke", folder="{out}/trl-steps-vocabulary"), 1.8),
+             _module(*_STEPS, *_LARGE, "--minutes", "0.9", folder="{out}/trl-steps-vocabulary"),
+             _module(*_STEPS, *_LARGE, "--smoke", folder="{out}/trl-steps-vocabulary"), 1.2),
     ),
     # Stage 3 trains the same model on stale data. Two groups of runs fit into one call; a second call continues.
     3: (

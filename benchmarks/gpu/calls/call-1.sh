@@ -4,10 +4,9 @@
 . "$(dirname "$0")/common.sh"
 
 "$python" "$here/needed.py"
-rm -rf "$work/site" "$work/site.partial"
-"$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-    --target "$work/site.partial" "$here"/wheels/*.whl
-mv "$work/site.partial" "$work/site"
+# DeepSpeed gets its own folder, because transformers imports it in every process that can find it.
+if [ -d "$here/wheels-deepspeed" ]; then unpack wheels-deepspeed "$deepspeed"; fi
+unpack wheels "$work/site"
 keep tree
 if [ -d "$here/model/1" ]; then keep model/1; fi
 stage 1 "$@"

@@ -14,6 +14,16 @@ results=$(mkdir -p "${OUT:-$work}" && cd "${OUT:-$work}" && pwd)
 # The copy of the repository comes first. It has no kl_plugins/, so that Python imports the installed package.
 export PYTHONPATH="$work/tree:$work/site${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+deepspeed=$work/site-deepspeed
+export KL_PLUGINS_DEEPSPEED="$deepspeed"
+
+# Installs the wheels of a folder that was sent into a folder on the machine, which is complete if it exists.
+unpack() {
+    rm -rf "$2" "$2.partial"
+    "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+        --target "$2.partial" "$here/$1"/*.whl
+    mv "$2.partial" "$2"
+}
 
 # Copies a folder that was sent to the place where the next call finds it.
 keep() {

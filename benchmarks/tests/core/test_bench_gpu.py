@@ -134,7 +134,7 @@ def test_wheels_that_are_too_large_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         bundle.BundleError, match=r"hold 3.0 MiB, more than the 2.0 MiB .* largest: large.whl \(2.0 MiB\)"
     ):
-        bundle.check_size(tmp_path, 2**21)
+        bundle.check_size(tmp_path, most=2**21)
     assert bundle.MOST == 50 * 2**20
 
 
@@ -143,6 +143,13 @@ def test_pins_are_those_of_the_tests() -> None:
     locked = [line.partition(";")[0].strip() for line in lines]
     for pin in ("trl", "datasets", "dill", "multiprocess"):
         assert next(line for line in bundle.PINS if line.startswith(f"{pin}==")) in locked
+
+
+def test_deepspeed_is_that_of_the_tests() -> None:
+    lines = (ROOT / "tests/constraints/openrlhf-0.11.txt").read_text().splitlines()
+    deepspeed, *dependencies = bundle.DEEPSPEED
+    assert f'"{deepspeed}"' in (ROOT / "noxfile.py").read_text()
+    assert set(dependencies) <= {line.partition(";")[0].strip().replace("_", "-") for line in lines}
 
 
 def test_what_cannot_be_fetched_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

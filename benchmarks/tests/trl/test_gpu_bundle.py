@@ -128,6 +128,9 @@ def test_second_call_joins_the_model_and_trains(machine: Machine) -> None:
     assert set(json.loads((results / "demo-llm/summary.json").read_text())["arms"]) == {"none", "default"}
     for name in ("trl-steps", "trl-steps-vocabulary"):
         assert not json.loads((results / name / "summary.json").read_text())["failed"]
+    sharded = json.loads((results / "sharded/summary.json").read_text())["ways"]
+    assert {row["verdict"] for rows in sharded.values() for row in rows.values()} == {"equal", "refused"}
+    assert "refused" in {row["verdict"] for row in sharded["zero3"].values()}
 
 
 @pytest.mark.timeout(1500)
