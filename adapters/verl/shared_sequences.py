@@ -14,7 +14,7 @@ def shared() -> bool:
     """Whether this process shares its sequences with others."""
     from verl.utils import ulysses
 
-    return ulysses.get_ulysses_sequence_parallel_world_size() > 1
+    return int(ulysses.get_ulysses_sequence_parallel_world_size()) > 1
 
 
 def own_range(tokens: int) -> tuple[int, int]:
@@ -58,4 +58,5 @@ def of_all(held: Tensor, tokens: int) -> Tensor:
     """
     from verl.utils import ulysses
 
-    return ulysses.gather_outputs_and_unpad(held.detach(), gather_dim=0)[:tokens]
+    everything: Tensor = ulysses.gather_outputs_and_unpad(held.detach(), gather_dim=0)
+    return everything[:tokens]

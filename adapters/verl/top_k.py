@@ -72,7 +72,8 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callabl
     """Take the reference's top-k tokens in all states in which a response token was drawn.
 
     Args:
-        logits: (1, N, V) of the reference, scaled by the temperature.
+        logits: (1, N, V) of the reference, scaled by the temperature; where ranks share sequences, of this rank's part
+            of the packed positions.
         data: veRL's micro-batch.
         k: number of tokens per state.
         with_log_probs: veRL's own log-probs of these logits are going to be float32, and save a pass over them.

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+import ray
 import torch
 
 from kl_plugins.adapters.top_k import KEY
@@ -90,6 +91,20 @@ def test_a_step_of_two_ranks_that_share_sequences_is_that_of_one(text, sharing, 
         assert both.metrics[key] == pytest.approx(one.metrics[key], rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.full
+def test_two_pairs_that_share_sequences_are_one_rank(assets, cluster, single, batch):
+    pairs = Group(str(assets / "model"), 4, packed=True, sequence_parallel=2)
+    for text in SPECS:
+        four, one = pairs.run(text, batch), single.run(text, batch)
+        assert distance(four.gradient, one.gradient) < 2e-5
+        for key in SAMPLED:
+            assert four.metrics[key] == pytest.approx(one.metrics[key], rel=1e-4, abs=1e-6), key
+    pairs.use("k2@loss/beta:linear-0.5-0-10")
+    ray.get(pairs.workers.workers[3].__ray_call__.remote(remote.set_coefficient, 0.25))
+    assert all("was changed" in error for error in pairs.by_rank(batch.tensordict()))
+    pairs.end()
+
+
 def test_log_probs_of_shared_sequences_are_those_of_the_model(sharing, batch, model):
     sharing.use(None)
     assert torch.allclose(scored(sharing, batch), by_model(model, batch), atol=1e-4)
@@ -158,8 +173,6 @@ def test_a_controller_counts_shared_sequences_once(sharing, single, batch):
 
 
 def test_a_coefficient_changed_on_one_rank_stops_the_rank_that_shares_its_sequences(sharing, batch):
-    import ray
-
     sharing.use("k2@loss/beta:linear-0.5-0-10")
     ray.get(sharing.workers.workers[1].__ray_call__.remote(remote.set_coefficient, 0.25))
     unchanged, changed = sharing.by_rank(batch.tensordict())
@@ -184,11 +197,12 @@ def test_a_broken_log_prob_of_one_rank_is_counted_once_on_both(sharing, batch):
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", TRAINERS)
-def test_main_ppo_on_two_ranks_that_share_sequences(version, assets, tmp_path):
+@pytest.mark.parametrize("text", ["k2@loss/is:token", "exact@loss/top:8/is:token", "exact@loss"])
+def test_main_ppo_on_two_ranks_that_share_sequences(text, version, assets, tmp_path):
     settings = {
         **LOSS,
         **OF_TRAINER[version],
-        KL_TYPE: "k2@loss/is:token",
+        KL_TYPE: text,
         "algorithm.use_kl_in_reward": True,
         "algorithm.kl_penalty": "k1@advantage",
         "algorithm.kl_ctrl.kl_coef": 0.1,
