@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import trl
@@ -50,6 +53,19 @@ def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp
     assert all(one["kl/observed"] == 1 and one["kl/active"] == 1 for one in found[2])
     assert found[2][-1]["kl/value"] > 0
     assert found[2][-1]["kl/beta"] == changes.get("beta", trainers.BETA)
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta": 0.0}], ids=["beta", "beta 0"])
+def test_dropout_draws_the_same_numbers(changes, model, tmp_path):
+    # With beta 0 the reference is scored for the observation alone, by a pass that has dropout.
+    folder = shutil.copytree(model, tmp_path / "with-dropout")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+    stock = trained(trl.GRPOTrainer, trl.GRPOConfig, str(folder), tmp_path, True, **changes)
+    text = {"kl": "observe:k2@loss/is:token"}
+    found = trained(adapter.GRPOTrainer, adapter.GRPOConfig, str(folder), tmp_path, True, **text, **changes)
+    assert stock[0] == found[0]
+    assert all(map(torch.equal, stock[1], found[1]))
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["k3", "k3 times the ratio"])
