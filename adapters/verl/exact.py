@@ -123,12 +123,12 @@ def packed_top_k(
     everywhere = unpacked(spread)
     with _with_gradient(spec):
         if log_probs_in_32_bits:
-            odds = log_odds(logits[0], labels, everywhere.ids)[rows.position]
+            odds = log_odds(logits.squeeze(0), labels, everywhere.ids)[rows.position]
             return {}, Pending(rows, drawn, kept, host, odds), difference
         ref_logp = host.new_zeros(len(labels))
         ref_logp[rows.position] = host
         found = exact_kl(
-            _kept_apart(logits, overwritten)[0],
+            _kept_apart(logits, overwritten).squeeze(0),
             None,
             held_here(labels, -100),
             reference=unpacked(held_here(spread, 0)),
