@@ -36,11 +36,12 @@ def trained(trainer, config, model, folder, lora=False, **changes):
         ("GRPO", "observe", {}, False),
         ("GRPO", "observe:k2@loss/is:token/probe:2", {"loss_type": "grpo", "use_bias_correction_kl": False}, True),
         ("GRPO", "observe:k2@loss/is:token", {"beta": 0.0}, True),
+        ("GRPO", "observe:k2@loss/is:token", {"num_iterations": 1}, False),  # TRL keeps no old log-probs
         ("GRPO", "observe:k1@advantage/probe:1", {"top_entropy_quantile": 0.5}, False),
         ("RLOO", "observe/probe:1", {}, False),
         ("RLOO", "observe:k2@loss/is:sequence", {"normalize_advantages": True}, False),
     ],
-    ids=["native", "loss", "beta 0", "advantage", "rloo-native", "rloo-loss"],
+    ids=["native", "loss", "beta 0", "on policy", "advantage", "rloo-native", "rloo-loss"],
 )
 def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp_path):
     names = f"{algorithm}Trainer", f"{algorithm}Config"
