@@ -63,8 +63,10 @@ OBSERVED = "k2@loss/is:token"
 """The spec that is measured where the host's own KL is observed."""
 
 
-def _observed(name: str, native: dict[str, Any], prefix: str = "") -> Pair:
-    return Pair(name, native, f"{prefix}observe:{OBSERVED}")
+def _observed(name: str, native: dict[str, Any], prefix: str = "") -> tuple[Pair, Pair]:
+    """Return the pair without probes, and the pair with a probe in every step, which gives the time of a probe."""
+    text = f"{prefix}observe:{OBSERVED}"
+    return Pair(name, native, text), Pair(name, native, f"{text}/probe:1", target=None)
 
 
 def _top_k(name: str, native: dict[str, Any]) -> Pair:
@@ -77,13 +79,13 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
         Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
         Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False, target=None),
         _top_k("k3", {"use_bias_correction_kl": False}),
-        _observed("k3", {"use_bias_correction_kl": False}),
+        *_observed("k3", {"use_bias_correction_kl": False}),
     ),
     "verl": (
         Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),
         Pair("k2", {"estimator": "k2"}, "k2@loss"),
         _top_k("k2", {"estimator": "k2"}),
-        _observed("low_var_kl", {"estimator": "low_var_kl"}, "low_var_kl/"),
+        *_observed("low_var_kl", {"estimator": "low_var_kl"}, "low_var_kl/"),
     ),
     "openrlhf": (
         Pair("k3", {"estimator": "k3"}, "k3@loss"),
@@ -93,7 +95,7 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
             "k2@loss/is:token/behaviour:old/cap:10",
         ),
         _top_k("k3", {"estimator": "k3"}),
-        _observed("k3", {"estimator": "k3"}, "k3/"),
+        *_observed("k3", {"estimator": "k3"}, "k3/"),
     ),
 }
 

@@ -83,7 +83,7 @@ def test_plans_survive_their_file_and_pairs_are_specs(tmp_path: Path) -> None:
         for pair in pairs:
             spec = Observation.parse(pair.spec).measured if pair.observes else KLSpec.parse(pair.spec)
             assert spec.placement == "loss"
-        assert sum(pair.observes for pair in pairs) == 1
+        assert [pair.target for pair in pairs if pair.observes] == [0.01, None]
 
 
 def test_the_first_blocks_of_a_pair_are_thrown_away(tmp_path: Path) -> None:
