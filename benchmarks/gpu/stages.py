@@ -15,7 +15,7 @@ class Step(NamedTuple):
         name: name of its log and of its entry in the stage's record.
         command: arguments of the Python interpreter; ``{out}`` and ``{device}`` are filled in.
         smoke: the arguments for a tiny size, for a machine without a GPU.
-        minutes: time limit.
+        minutes: time limit of the command; a smoke run only has that of its stage.
         goes_on: whether the command continues its earlier work; it is then started again even if it succeeded before.
     """
 
@@ -59,7 +59,7 @@ STAGES: dict[int, tuple[Step, ...]] = {
         Step("trl-steps", _module(*_STEPS, "--minutes", "1.8", folder="{out}/trl-steps"),
              _module(*_STEPS, "--smoke", "--arms", "none,trl,default,exact@loss/top", folder="{out}/trl-steps"), 2.2),
         Step("sharded", _module(*_SHARDED, "--minutes", "1.5", folder="{out}/sharded"),
-             _module(*_SHARDED, "--smoke", folder="{out}/sharded"), 1.6),
+             _module(*_SHARDED, "--smoke", "--arms", "k2@loss,exact@loss,k1@advantage", folder="{out}/sharded"), 1.6),
         Step("trl-steps-vocabulary",
              _module(*_STEPS, *_LARGE, "--minutes", "0.9", folder="{out}/trl-steps-vocabulary"),
              _module(*_STEPS, *_LARGE, "--smoke", folder="{out}/trl-steps-vocabulary"), 1.2),

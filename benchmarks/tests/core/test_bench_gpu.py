@@ -113,6 +113,12 @@ def test_a_step_ends_at_its_bound_and_keeps_what_it_said(monkeypatch: pytest.Mon
     assert record["good"]["status"] == 0
 
 
+def test_a_smoke_run_has_the_time_of_its_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = Step("good", GOOD, GOOD, 0.01)
+    assert go(monkeypatch, tmp_path, step) == (0, {})
+    assert go(monkeypatch, tmp_path, step, smoke=True)[1]["good"]["status"] == 0
+
+
 def test_without_time_nothing_is_begun(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
