@@ -60,6 +60,7 @@ def test_importing_verl_imports_next_to_nothing_of_ours():
         "kl_plugins.spec",
         "kl_plugins.spec.errors",
         "kl_plugins.spec.grammar",
+        "kl_plugins.spec.observation",
         "kl_plugins.spec.presets",
     }
 
