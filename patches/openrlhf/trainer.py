@@ -23,8 +23,11 @@ from kl_plugins.patches.openrlhf import HOOKS, MAKER, reference, worker
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.observation import Observation
 
-ATTRIBUTE = "_kl_plugins_observed"
+ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its run; absent on a trainer without a spec, which then is stock OpenRLHF."""
+
+MEASUREMENT = "_kl_plugins_measurement"
+"""Attribute of an experience maker whose KL in the reward is observed."""
 
 STATE_KEY = "kl_plugins"
 """Where spec and controllers lie in the client states of OpenRLHF's checkpoints."""
@@ -138,7 +141,7 @@ def init_maker(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dic
     if observation is not None and not settings.algo.kl.use_loss:
         statement, functions = statement_of(observation.measured, settings), HOOKS.summary([MAKER])
         receipts.announce(receipts.made(HOST, observation.measured, statement, functions, observation=observation))
-        setattr(maker, ATTRIBUTE, RolloutMeasurement(observation, settings))
+        setattr(maker, MEASUREMENT, RolloutMeasurement(observation, settings))
     if spec is not None and spec.placement != "loss":
         receipts.announce(receipts.made(HOST, spec, statement_of(spec, maker.args), HOOKS.summary([MAKER])))
         maker.kl_ctl = ScoreController(spec, maker.kl_ctl)
@@ -146,7 +149,7 @@ def init_maker(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs: dic
 
 def measurement_of(maker: Any) -> RolloutMeasurement | None:
     """Return what measures the KL in the rewards of an experience maker; None where nothing is observed there."""
-    measurement: RolloutMeasurement | None = vars(maker).get(ATTRIBUTE)
+    measurement: RolloutMeasurement | None = vars(maker).get(MEASUREMENT)
     return measurement
 
 
