@@ -13,6 +13,7 @@ from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS, Added, car
 from benchmarks.hosts.cases import NAMES
 from benchmarks.hosts.report import COLOURS, MARKERS
 from kl_plugins import KLSpec
+from kl_plugins.spec.observation import looks_like_observation
 
 PER_NODE = 8
 LATENCY = {"within a node": 5e-6, "between nodes": 2e-5}
