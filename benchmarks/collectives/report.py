@@ -160,7 +160,7 @@ def plot(found: list[dict[str, Any]], model: list[dict[str, Any]], path: Path) -
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1)))
+    styles = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1)), (0, (8, 3)), (0, (8, 2, 2, 2)))
     for index, (host, spec) in enumerate(dict.fromkeys((one["host"], one["spec"]) for one in found)):
         counted = [one for one in found if (one["host"], one["spec"]) == (host, spec)]
         expected = [one for one in model if (one["host"], one["spec"]) == (host, spec) and one["ranks"] > 1]
