@@ -17,7 +17,7 @@ from torch import Tensor
 from kl_plugins.adapters.log_probs import OLD, SAMPLER, count_not_finite, finite_or, used
 from kl_plugins.adapters.observe import HostKL, measured
 from kl_plugins.adapters.session import Session
-from kl_plugins.probe import HostTerm
+from kl_plugins.probe import Cells, HostTerm
 from kl_plugins.term import kl_term
 
 Kind = TypeVar("Kind")
@@ -91,6 +91,7 @@ class LossBatch(KLSource):
         exact: KL of the states, nats, where the spec needs it: over the whole vocabulary, or under ``top:`` over the
             kept tokens and one bucket.
         remainder: contribution of the sampled tokens that ``top:`` leaves out of ``exact``, nats.
+        cells: for a probe of an observed spec with ``top:``.
         kl: the estimator's own values, detached, nats; filled by :meth:`term`.
         metrics: 0-d tensors; filled by :meth:`term` or :meth:`observe`.
     """
@@ -104,6 +105,7 @@ class LossBatch(KLSource):
     source: str = "unused"
     exact: Tensor | None = None
     remainder: Tensor | None = None
+    cells: Cells | None = None
     kl: Tensor | None = field(default=None, repr=False)
     metrics: dict[str, Tensor] | None = None
 
@@ -153,6 +155,9 @@ class LossBatch(KLSource):
             probing=session.probing,
             host=host,
             truncated=session.truncated,
+            exact=self.exact,
+            remainder=self.remainder,
+            cells=self.cells,
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kl_plugins.adapters.checkpoints import ALLOW_VARIABLE, SPEC, SpecChangedError, allowed
 from kl_plugins.kernels.backend import say_once
 from kl_plugins.observed import observed
-from kl_plugins.probe import HostTerm, host_term, probe_sums
+from kl_plugins.probe import Cells, HostTerm, host_term, probe_sums
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.observation import Observation
 
@@ -45,6 +45,9 @@ def measured(
     host: HostKL | HostTerm | None = None,
     in_loss: bool = True,
     truncated: bool = False,
+    exact: Tensor | None = None,
+    remainder: Tensor | None = None,
+    cells: Cells | None = None,
 ) -> Measured:
     """Measure a spec on a micro-batch that trains under the host's own KL. Nothing that is passed in is changed.
 
@@ -59,11 +62,14 @@ def measured(
         host: the host's own KL function, or what it does to each token; None if it is not known.
         in_loss: whether the host differentiates its KL; otherwise its value is the penalty.
         truncated: the sampler's log-probs are those of a truncated distribution, so that they hold the kept mass.
+        exact, remainder: (B, T) see :func:`kl_plugins.observed.observed`, nats, for a spec with ``top:``.
+        cells: (B, T) each, for a probe of a spec with ``top:``.
     """
     logp, ref_logp = logp.detach(), ref_logp.detach()
     if spec.needs_behaviour and source in ("sampler", "old"):
         spec = replace(spec, behaviour=source)
-    found = observed(spec, logp, ref_logp, mask, old_logp=old, sampler_logp=sampler)
+    states = {"exact": exact, "remainder": remainder}
+    found = observed(spec, logp, ref_logp, mask, old_logp=old, sampler_logp=sampler, **states)
     if not probing:
         return Measured(found.metrics, found.kept)
     named = spec.behaviour if spec.needs_behaviour else None
@@ -78,6 +84,8 @@ def measured(
         behaviour_logp=divisor,
         host=host if host is None or isinstance(host, HostTerm) else host_term(host, logp, in_loss=in_loss),
         log_mass=(old - sampler).detach() if truncated and old is not None and sampler is not None else None,
+        spec=spec if spec.top is not None else None,
+        cells=cells,
     )
     return Measured({**found.metrics, **sums}, found.kept)
 

@@ -7,7 +7,7 @@ the metrics from the totals, so that these do not depend on how the tokens were 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from kl_plugins.corrections import importance_weight
 from kl_plugins.kernels.sampled import log_ratios, row_of
 from kl_plugins.metric_names import COMPARED, LEVELS, PROBE_SUMS
 from kl_plugins.metrics import ALIVE
-from kl_plugins.numerics import Limits, compute_dtype
+from kl_plugins.numerics import LINEAR_LIMIT, Limits, compute_dtype
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import DEFAULT_BOUND
+
+if TYPE_CHECKING:
+    from kl_plugins.reference import RefTopK
 
 ESTIMATORS = tuple(name for name in COMPARED if name != "host")
 """The sampled estimators whose coefficients, without a weight, are compared with the observed spec's."""
@@ -55,6 +58,51 @@ def host_term(host_kl: Callable[[Tensor], Tensor], logp: Tensor, *, in_loss: boo
     return HostTerm(gradient if in_loss else value.detach(), gradient)
 
 
+class Cells(NamedTuple):
+    """How two gradients by the logits of a state lie to each other, for specs with ``top:``.
+
+    The logits of a state are looked at in k + 1 cells: one for each kept token, and the bucket of all others, where the
+    derivative is that by a common shift of their logits. The two gradients are that of the KL over these cells, and
+    that of the log-prob of the drawn token, which every sampled term multiplies by its coefficient.
+
+    Attributes:
+        kl: (...) squared norm of the gradient of the KL.
+        both: (...) scalar product of the two.
+        label: (...) squared norm of the gradient of the drawn token's log-prob.
+    """
+
+    kl: Tensor
+    both: Tensor
+    label: Tensor
+
+
+@torch.no_grad()
+def cells_of(log_probs: Tensor, labels: Tensor, reference: RefTopK) -> Cells:
+    """Compute the products of the gradients of each state.
+
+    With probabilities p of the policy and log-ratios u = log(p / r) of the cells, the gradient of the KL is
+    p (u - sum p u), and that of the log-prob of the drawn token is e - p, where e is 1 in the token's cell.
+
+    Args:
+        log_probs: (..., k) log-probs of ``reference.ids`` under the policy, nats.
+        labels: (...) int64, the drawn tokens.
+        reference: of the same states.
+
+    Returns:
+        The products, float32 (float64 for float64 log-probs), detached.
+    """
+    ours, tail = log_probs.double().clamp_max(0.0), reference.log_tail.double()[..., None]
+    inside = reference.ids == labels[..., None]
+    bucket = (1.0 - ours.exp().sum(-1, keepdim=True)).clamp_min(0.0).masked_fill(tail == -torch.inf, 0.0)
+    p = torch.cat([ours.exp(), bucket], -1)
+    u = torch.cat([ours - reference.logp.double(), bucket.log() - tail], -1)
+    u = u.masked_fill(p == 0, 0.0).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
+    of_kl = p * (u - (p * u).sum(-1, keepdim=True))
+    of_label = torch.cat([inside, ~inside.any(-1, keepdim=True)], -1).double() - p
+    products = of_kl.square(), of_kl * of_label, of_label.square()
+    return Cells(*(product.sum(-1).to(log_probs.dtype) for product in products))
+
+
 @torch.no_grad()
 def probe_sums(
     coefficient: Tensor,
@@ -65,8 +113,13 @@ def probe_sums(
     behaviour_logp: Tensor | None = None,
     host: HostTerm | None = None,
     log_mass: Tensor | None = None,
+    spec: KLSpec | None = None,
+    cells: Cells | None = None,
 ) -> dict[str, Tensor]:
     """Compute the sums of one micro-batch.
+
+    The vectors that are compared have one coefficient per token. Where the observed spec has ``top:``, its gradient has
+    a direction of its own in each state, and the vectors have the k + 1 cells of :class:`Cells` per token.
 
     Args:
         coefficient: (B, T) of the observed spec.
@@ -77,6 +130,8 @@ def probe_sums(
         host: the host's own term; None if it is not known.
         log_mass: (B, T) log-prob of each token under the whole policy minus the one under the truncated policy that it
             was sampled from, nats, which is the log of the kept probability mass; None if it is not known.
+        spec: the observed spec, if it has ``top:``.
+        cells: (B, T) each; given together with ``spec``.
 
     Returns:
         0-d tensors by key, float64 (float32 on devices without it). The keys depend on which arguments were given, and
@@ -92,11 +147,18 @@ def probe_sums(
 
     def compared(name: str, other: Tensor) -> Iterator[tuple[str, Tensor]]:
         other = limits.saturate(other.to(dtype)).to(wide).masked_fill(~mask, 0.0)
-        yield f"{PROBE_SUMS}{name}/dot", total(own * other)
-        yield f"{PROBE_SUMS}{name}/square", total(other.square())
+        yield f"{PROBE_SUMS}{name}/dot", total(along * other)
+        yield f"{PROBE_SUMS}{name}/square", total(label * other.square())
 
     own = coefficient.to(wide).masked_fill(~mask, 0.0)
-    sums = {f"{PROBE_SUMS}tokens": mask.sum().to(wide), f"{PROBE_SUMS}square": total(own.square())}
+    along, label, square = own, torch.ones_like(own), own.square()
+    if spec is not None and cells is not None:
+        kl, both, label = (part.to(wide).masked_fill(~mask, 0.0) for part in cells)
+        # The weight of set and bucket ends before the token, as in the loss.
+        weight = importance_weight(spec, log_rho, mask, Limits.of(dtype, spec.bound), one_earlier=True).value.to(wide)
+        along = weight * both + own * label
+        square = weight.square() * kl + 2 * weight * own * both + own.square() * label
+    sums = {f"{PROBE_SUMS}tokens": mask.sum().to(wide), f"{PROBE_SUMS}square": total(square)}
     for name in ESTIMATORS:
         sums |= compared(name, row_of(KLSpec(name, "loss")).coefficient(limits.linear(u), limits.exponent(u)))
     for level in LEVELS:

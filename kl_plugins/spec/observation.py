@@ -149,10 +149,11 @@ def _spec(text: str, written: str, offset: int) -> KLSpec:
         start = text.index("beta:", offset) if "beta:" in text else offset
         problem = "a beta: option has nothing to control, because the observed spec is not applied"
         raise KLSpecError(text, start, len(text), problem, "the spec without beta:")
-    if spec.needs_exact:
+    if spec.needs_exact and not (spec.estimator == "exact" and spec.placement == "loss" and spec.top is not None):
         problem = (
-            "exact terms cannot be observed: they would need the logits of policy and reference, which the host does "
-            "not compute for its own KL"
+            "exact terms can be observed as exact@loss/top alone: all others would need logits that the host does not "
+            "compute for its own KL"
         )
-        raise KLSpecError(text, offset, offset + len(written), problem, "a sampled spec", f"{OBSERVE}:k2@loss/is:token")
+        expected = "exact@loss/top:<k>, for which the reference's own pass gives what is needed, or a sampled spec"
+        raise KLSpecError(text, offset, offset + len(written), problem, expected, f"{OBSERVE}:exact@loss/top")
     return spec

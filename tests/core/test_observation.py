@@ -26,6 +26,8 @@ from tests.support.core.tensors import batch as make_batch
         ("observe/probe:100", None, None, 100),
         ("k3/observe", "k3", None, None),
         ("low_var_kl+/observe:k1@reward/probe:1", "low_var_kl+", "k1@reward", 1),
+        ("observe:exact@loss/top/probe:2", None, "exact@loss/top:64", 2),
+        ("k3/observe:exact@loss/top:8/is:token", "k3", "exact@loss/top:8/is:token", None),
         ("k3/observe:k1@loss", "k3", "k1@loss/allow:biased", None),  # nothing trains under it
     ],
 )
@@ -53,7 +55,9 @@ def test_words_and_specs_are_no_observations(text: object) -> None:
         ("observe/probe:0", "probe:0", "at least 1"),
         ("observe/probe:1.5", "probe:1.5", "at least 1"),
         ("observe:k2@loss/probe:3/is:token", "probe:3", "stands at the end"),
-        ("observe:exact@loss/top", "exact@loss/top", "exact terms cannot be observed"),
+        ("observe:exact@advantage/top", "exact@advantage/top", "did you mean: observe:exact@loss/top"),
+        ("observe:k2@loss/horizon:sequence/future:exact", "k2@loss/horizon:sequence/future:exact", "exact@loss/top"),
+        ("observe:exact@loss", "exact@loss", "did you mean: observe:exact@loss/top"),
         ("observe:k2@loss/beta:linear-1-0-10", "beta:linear-1-0-10", "nothing to control"),
         ("/observe", "/", "before 'observe'"),
     ],
@@ -71,14 +75,22 @@ def test_probes_come_every_n_steps() -> None:
     assert not any(Observation.parse("observe").probes(step) for step in range(10))
 
 
-@pytest.mark.parametrize("text", ["k2@loss", "k3@loss/is:token/floor:0.5", "k1@advantage", "k1@reward"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k2@loss",
+        "k3@loss/is:token/floor:0.5",
+        "exact@loss/top:4/is:decision/horizon:sequence",
+        "k1@advantage",
+        "k1@reward",
+    ],
+)
 def test_metrics_are_those_of_the_applied_spec(text: str) -> None:
-    batch, spec = make_batch(), KLSpec.parse(text)
-    logp = batch.logp.detach().requires_grad_()
-    found = observed(spec, logp, batch.ref, batch.mask, old_logp=batch.old, sampler_logp=batch.sampler)
+    batch, spec = make_batch().leaves(), KLSpec.parse(text)
+    logp, given = batch.logp, batch.keywords(spec)
+    found = observed(spec, logp, batch.ref, batch.mask, **given)
     if spec.placement == "loss":
-        behaviour = {"old_logp": batch.old, "sampler_logp": batch.sampler}
-        wanted = kl_term(spec, logp, batch.ref, batch.mask, **behaviour).metrics
+        wanted = kl_term(spec, logp, batch.ref, batch.mask, **given).metrics
     else:
         penalty = kl_penalty(spec, batch.old, batch.ref, batch.mask)
         wanted = penalty_metrics(penalty, logp, batch.ref, batch.old, batch.mask)
@@ -100,6 +112,19 @@ def test_what_is_not_finite_is_left_out_and_shown() -> None:
     assert {key: value.item() for key, value in found.metrics.items() if key != OBSERVED} == pytest.approx(
         {key: value.item() for key, value in wanted.items()}
     )
+
+
+def test_states_without_a_finite_kl_are_left_out() -> None:
+    batch, spec = make_batch(), KLSpec.parse("exact@loss/top:4")
+    mask = torch.ones_like(batch.mask, dtype=torch.bool)
+    exact, remainder, sound = batch.exact.clone(), batch.remainder.clone(), mask.clone()
+    exact[0, 0], remainder[0, 1] = torch.nan, torch.inf
+    sound[0, :2] = False
+    found = observed(spec, batch.logp, batch.ref, mask, exact=exact, remainder=remainder)
+    wanted = kl_term(spec, batch.logp, batch.ref, sound, **batch.exact_keywords(spec)).metrics
+    assert torch.equal(found.kept, sound)
+    assert found.metrics["kl/exact"] == pytest.approx(wanted["kl/exact"].item())
+    assert not observed(spec, batch.logp, batch.ref, mask, exact=batch.exact).kept.any()
 
 
 def test_without_the_log_probs_of_its_weight_a_spec_is_computed_on_no_token() -> None:
