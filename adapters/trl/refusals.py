@@ -131,13 +131,6 @@ def _of_sampling(spec: KLSpec, run: Run, trl: Version) -> Iterator[str]:
 
 
 def _of_arguments(spec: KLSpec, run: Run) -> Iterator[str]:
-    arguments = run.arguments or {}
-    external = [name for name in ("tools", "environment_factory", "rollout_func") if arguments.get(name)]
-    if spec.placement == "reward" and external:
-        yield (
-            f"the trainer was given {', '.join(external)}, and where TRL computes rewards it hides which tokens the "
-            "policy wrote, so KL would be charged for tool output; use @loss or @advantage"
-        )
     if spec.behaviour == "sampler" and not run.sampler_expected:
         yield (
             "the spec needs the sampler's log-probs, but transformers, which generates the completions, gives none; "

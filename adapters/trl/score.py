@@ -27,6 +27,8 @@ class Rollout(RolloutCalls):
         beta: the coefficient of this rollout.
         calls: TRL's log-prob calls: the policy first, unless the data are on-policy, and the reference last.
         penalty: (B, T) per unit beta, nats, once it has been computed.
+        written: which tokens of each completion the policy wrote (1) and which came from tools or an environment (0),
+            as TRL's generation says; None: all are the policy's.
         task: mean and standard deviation of the task's reward alone, where the KL joins the rewards.
     """
 
@@ -34,13 +36,15 @@ class Rollout(RolloutCalls):
     beta: float
     calls: list[Scored] = field(default_factory=list)
     penalty: Tensor | None = None
+    written: list[list[int]] | None = None
     task: tuple[float, float] | None = None
 
     def charge(self, mask: Tensor | None = None) -> Tensor:
         """Compute the penalty from the log-probs that TRL has just computed.
 
         Args:
-            mask: (B, T) response tokens; by default the response part of the attention mask that TRL scored with.
+            mask: (B, T) response tokens; by default the response part of the attention mask that TRL scored with,
+                without the tokens of tools and environments.
 
         Returns:
             (B, T) per unit beta, nats.
@@ -56,7 +60,7 @@ class Rollout(RolloutCalls):
             policy, reference, attended = policy_and_reference(self.calls, lambda _: scored)
         else:
             policy, reference, attended = policy_and_reference(self.calls, score_policy)
-        mask = attended if mask is None else mask
+        mask = by_policy(attended, self.written) if mask is None else mask
         entering = used(session.spec, session.behaviour, policy=policy, reference=reference, old=None, sampler=None)
         session.agree(count_not_finite(entering, mask))
         session.passed.add("rollout")
@@ -138,6 +142,51 @@ def policy_and_reference(
     reference = calls[-1]
     policy = calls[0].logp if len(calls) == 2 else score_policy(reference)
     return policy, reference.logp, reference.response_mask()
+
+
+def written_by_policy(generated: Any, required: bool) -> list[list[int]] | None:
+    """Return which tokens of each completion the policy wrote, as TRL's ``_generate`` says.
+
+    Args:
+        generated: what ``_generate`` returned. The second part is the token ids of each completion. The third part is
+            TRL's tool mask, which for a ``rollout_func`` is the ``env_mask`` that it returned.
+        required: tools or environments are there, so TRL has to say it.
+
+    Returns:
+        For each completion one number per token: 1 for the policy's tokens, 0 for others. None: all are the policy's.
+
+    Raises:
+        RuntimeError: the answer has another form.
+    """
+    completions, written = generated[1:3]
+    if written is None and not required:
+        return None
+    lengths = [len(ids) for ids in completions]
+    if written is None or [len(row) for row in written] != lengths:
+        raise RuntimeError(
+            "kl-plugins: TRL's _generate does not say for each token of each completion whether the policy wrote it, "
+            "so a KL in the rewards would be charged for tokens of tools or of the environment; return an env_mask "
+            "that is as long as completion_ids, or use @loss or @advantage"
+        )
+    return [[int(number) for number in row] for row in written]
+
+
+def by_policy(attended: Tensor, written: list[list[int]] | None) -> Tensor:
+    """Leave out the tokens that the policy did not write.
+
+    Args:
+        attended: (B, T) bool.
+        written: what :func:`written_by_policy` gave.
+
+    Returns:
+        (B, T) bool.
+    """
+    if written is None:
+        return attended
+    mask = attended.clone()
+    for row, numbers in zip(mask, written, strict=True):
+        row[: len(numbers)] &= torch.tensor(numbers, device=mask.device).bool()
+    return mask
 
 
 def per_token(advantages: Tensor, penalty: Tensor, beta: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from kl_plugins.adapters.micro_batch import current
 from kl_plugins.adapters.trl.batch import response_mask
 from kl_plugins.adapters.trl.config import by_sequence
-from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_column, with_weight
+from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_column, with_weight, written_by_policy
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,
@@ -58,7 +58,7 @@ def generate_and_score(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs
         return recorded.keep(output)
     with rolling_out(trainer, session) as rollout, reference_scored(trainer):
         if session.spec.placement == "reward":
-            with _reward_column(trainer, rollout):
+            with _reward_column(trainer, rollout), _tool_mask_noted(trainer, rollout):
                 output = wrapped(*args, **kwargs)
         else:
             output = wrapped(*args, **kwargs)
@@ -96,3 +96,23 @@ def _reward_column(trainer: Any, rollout: Rollout) -> Iterator[None]:
         )
     log = log_of(trainer)
     log["reward"][-1], log["reward_std"][-1] = rollout.task
+
+
+@contextmanager
+def _tool_mask_noted(trainer: Any, rollout: Rollout) -> Iterator[None]:
+    """Within the block, the tool mask is noted where TRL generates: where it computes rewards, it does not show it.
+
+    The method is replaced on the trainer itself, so that one of a subclass is noted as well.
+    """
+    own, external = trainer._generate, bool(getattr(trainer, "tools", None))
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        generated = own(*args, **kwargs)
+        rollout.written = written_by_policy(generated, required=external)
+        return generated
+
+    trainer._generate = generate
+    try:
+        yield
+    finally:
+        del trainer._generate

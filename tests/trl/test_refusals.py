@@ -64,20 +64,6 @@ def test_sampler_log_probs_that_nobody_gives(model, tmp_path):
         trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="k2@loss/is:token/behaviour:sampler")
 
 
-def test_reward_with_tokens_that_the_policy_did_not_write(model, tmp_path):
-    def search(query: str) -> str:
-        """Look something up.
-
-        Args:
-            query: words.
-        """
-        return query
-
-    args = GRPOConfig(**trainers.settings(tmp_path, kl="k1@reward"))
-    with pytest.raises(ValueError, match="tools"):
-        GRPOTrainer(model, trainers.even_reward, args=args, train_dataset=trainers.prompts(), tools=[search])
-
-
 def test_gmpo_keeps_its_own_kl_and_is_refused(model, tmp_path):
     try:
         gmpo = importlib.import_module("trl.experimental.gmpo")
