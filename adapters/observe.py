@@ -123,3 +123,17 @@ def warn_unobserved(host: str, observation: Observation) -> None:
         "of it. Training is not affected. Either the host left its KL out (a coefficient of 0), or this trainer takes "
         "a path that kl-plugins does not know"
     )
+
+
+def warn_not_of_these_tokens(host: str, observation: Observation) -> None:
+    """Log one line, once per process, where what ``top:`` got of the reference cannot be used; the run goes on.
+
+    Args:
+        host: the host's name.
+        observation: of the run.
+    """
+    say_once(
+        f"kl-plugins: {observation}: what was recorded of the reference is missing in a micro-batch of {host}, or its "
+        "log-probs are not those of the tokens there, so no token of it is measured (kl/observed is below 1). Training "
+        "is not affected"
+    )

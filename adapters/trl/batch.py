@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kl_plugins.adapters.log_probs import count_not_finite, finite_or, used
 from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.observe import warn_not_of_these_tokens
 from kl_plugins.adapters.top_k import KEY
-from kl_plugins.adapters.trl.exact import StepKL
+from kl_plugins.adapters.trl import HOST
+from kl_plugins.adapters.trl.exact import AGREED, StepKL, cells_in
 from kl_plugins.adapters.trl.session import Session
 from kl_plugins.adapters.trl.top_k import Kept
 from kl_plugins.metrics import penalty_metrics
@@ -147,7 +149,7 @@ class RolloutCalls(Calls):
 
 @dataclass
 class Recording(RolloutCalls):
-    """A rollout of a ``@loss`` spec with ``top:``, or one of RLOO that is observed.
+    """A rollout of a ``@loss`` spec with ``top:``, or one that is observed.
 
     Attributes:
         session: of the trainer.
@@ -164,11 +166,12 @@ class Recording(RolloutCalls):
             output: TRL's rollout.
 
         Returns:
-            The rollout.
+            The rollout. An observed one may go without, because the coefficient can be set to 0 during the run.
         """
-        kept = self.kept()
-        assert kept is not None
-        output[KEY] = kept.numbers
+        kept = self.kept() if self.session.observation is None else None
+        numbers = self.numbers if kept is None else kept.numbers
+        if numbers is not None:
+            output[KEY] = numbers
         return output
 
     def keep_log_probs(self, output: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +201,13 @@ class UnchangedRandomness(Recording):
             kwargs: its keyword arguments.
         """
         model = named(args, kwargs)["model"]
-        if not any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
-            yield
-            return
-        device = next(model.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-            yield
+        with super().scoring(args, kwargs):
+            if not any(getattr(module, "disable_adapters", False) is True for module in model.modules()):
+                yield
+                return
+            device = next(model.parameters()).device
+            with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+                yield
 
 
 @dataclass
@@ -267,10 +271,31 @@ class MicroBatch(LossBatch, Calls):
         if source is None or self.session.is_score:
             yield
             return
-        spec = self.session.spec
+        spec, observed = self.session.spec, self.session.observation is not None
+        if observed and not (KEY in self.inputs and REFERENCE in self.inputs):
+            yield  # an observation does not stop a run
+            return
         self.kept = None if spec.top is None else Kept.of(self.inputs, self.inputs[REFERENCE])
-        with source.watching(self.mask.shape[1], spec.estimator == "exact", self.kept) as self.states:
+        if self.kept is not None:
+            self.kept = self.kept._replace(probed=self.session.probing)
+        with source.watching(self.mask.shape[1], spec.estimator == "exact" and not observed, self.kept) as self.states:
             yield
+
+    def take_states(self) -> None:
+        """Take what an observed spec with ``top:`` needs from the passes of the loss that TRL has just computed.
+
+        Nothing is taken if the reference's numbers turn out to belong to other tokens. Then no token of the micro-batch
+        is measured.
+        """
+        source, observation = self.session.states, self.session.observation
+        if source is None or observation is None:
+            return
+        scored = self.calls[-1] if self.states else None
+        found = scored and source.joined(self.states, scored.logp.detach(), scored.response_mask(), self.kept)
+        if found is None or found.deviation != AGREED:
+            warn_not_of_these_tokens(HOST.title, observation)
+            return
+        self.exact, self.remainder, self.cells = found.kl, found.remainder, cells_in(self.states)
 
     def note(self, scored: Scored) -> None:
         """Keep one call; put the advantages back, with the penalty, where they were held back.

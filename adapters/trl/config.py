@@ -234,11 +234,12 @@ def reward_site(algorithm: str, config: Any) -> str:
     return f"reward - beta * KL of the completion, then the group mean is subtracted{after}{kept}"
 
 
-def cost(spec: KLSpec) -> str:
+def cost(spec: KLSpec, observed: bool = False) -> str:
     """Say what exact terms add to TRL's own work; empty for sampled specs.
 
     Args:
         spec: the run's spec.
+        observed: whether it is observed, so that it has no backward pass.
     """
     if not spec.needs_exact:
         return ""
@@ -249,7 +250,8 @@ def cost(spec: KLSpec) -> str:
             return f"{recorded}, and one more forward pass of the policy, with its head, per rollout"
         if installed() >= WITH_KNOWN_HEAD:
             return recorded
-        return f"{recorded}, and the policy's head once more (forward and backward) per micro-batch"
+        passes = "forward" if observed else "forward and backward"
+        return f"{recorded}, and the policy's head once more ({passes}) per micro-batch"
     if spec.placement != "loss":
         return "one more forward pass of policy and reference, with their heads, per rollout"
     passes = "forward and backward" if spec.estimator == "exact" else "forward"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
 from kl_plugins.exact import ExactKL, TopKKL, linear_kl
+from kl_plugins.probe import Cells
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.trl.batch import Scored
@@ -54,8 +55,33 @@ class StateKL(Protocol):
         """Compute the same for a rollout, without graph, and the policy's log-probs of its tokens."""
 
 
-StepKL = ExactKL | TopKKL
+class ProbedKL(NamedTuple):
+    """The fields of :class:`~kl_plugins.exact.TopKKL`, and those of :class:`~kl_plugins.probe.Cells`, for a probe."""
+
+    kl: Tensor
+    logp: Tensor
+    ref_logp: Tensor
+    remainder: Tensor
+    of_kl: Tensor
+    both: Tensor
+    of_label: Tensor
+
+
+StepKL = ExactKL | TopKKL | ProbedKL
 """Result of one forward pass of the policy, (b, T) each."""
+
+
+def cells_in(results: list[StepKL]) -> Cells | None:
+    """Join what forward passes gave for a probe.
+
+    Args:
+        results: of each forward pass, in order.
+
+    Returns:
+        (B, T) each; None without a probe.
+    """
+    parts = [Cells(one.of_kl, one.both, one.of_label) for one in results if isinstance(one, ProbedKL)]
+    return Cells(*(torch.cat(part) for part in zip(*parts, strict=True))) if parts else None
 
 
 class Deviation(NamedTuple):

@@ -17,13 +17,14 @@ from kl_plugins.adapters.trl.config import (
     Run,
     aggregation,
     behaviour_source,
+    cost,
     installed,
     mode_in,
     reward_site,
     sampling_of,
 )
 from kl_plugins.adapters.trl.ranks import exchange
-from kl_plugins.adapters.trl.refusals import LIGER_LOSS_REMOVED, overridden
+from kl_plugins.adapters.trl.refusals import LIGER_LOSS_REMOVED, exact_problems, overridden
 from kl_plugins.adapters.trl.session import STATE_KEY, Session
 from kl_plugins.spec.observation import Observation, looks_like_observation
 
@@ -84,6 +85,12 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
         yield "beta is 0, so the run has no KL of its own that observe could measure; name a spec: observe:k2@loss"
     if getattr(config, "use_liger_kernel", False) and installed() < LIGER_LOSS_REMOVED and run.algorithm == "GRPO":
         yield f"TRL {installed()} computes the loss in one fused Liger kernel; set use_liger_kernel to false"
+    if spec.needs_exact and run.algorithm == "RLOO":
+        yield (
+            "exact terms are observed where TRL computes its own KL from the policy's pass, and RLOO puts its KL into "
+            "the reward; observe a sampled spec, such as k2@loss/is:token, or train with GRPO"
+        )
+    yield from exact_problems(spec, config)
     source = behaviour_source(spec, config, run.sampler_expected or run.arguments is None)
     if spec.needs_behaviour:
         known = sampling_of(config, mode_in(config, run.own_rollout, installed()) or PROCESSED)
@@ -94,7 +101,8 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
                 "the spec needs the sampler's log-probs, but transformers, which generates the completions, gives "
                 "none; set use_vllm, or leave behaviour out (the old log-probs are then used)"
             )
-        yield from overridden(parse("k1@reward" if run.algorithm == "RLOO" else "k2@loss"), run)
+        own = parse("k1@reward" if run.algorithm == "RLOO" else "k2@loss")
+        yield from overridden(spec if spec.needs_exact else own, run)
 
 
 def scores_reference(run: Run) -> bool:
@@ -121,13 +129,16 @@ def statement_of(observation: Observation, run: Run) -> Statement:
     nearest = () if observation.named or term is None or term.equal else (
         "TRL's own KL has the gradient of no spec; the observed one is the nearest",
     )  # fmt: skip
+    costs = [cost(spec, observed=True)]
+    if scores_reference(run):
+        costs.append("a forward pass with the adapter off per rollout, because beta is 0")
     return Statement(
         aggregation=aggregation(run.algorithm, run.config),
         behaviour=behaviour_source(spec, run.config, run.sampler_expected),
         sampling=sampling_of(run.config, mode_in(run.config, run.own_rollout, installed())),
         caveats=nearest,
         reward_site=reward_site(run.algorithm, run.config) if spec.placement == "reward" else "",
-        cost="a forward pass with the adapter off per rollout, because beta is 0" if scores_reference(run) else "",
+        cost=", and ".join(filter(None, costs)),
     )
 
 

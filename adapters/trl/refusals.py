@@ -68,11 +68,7 @@ def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> I
             f"generation_kwargs samples at temperature {generating:g}, while TRL scores with {scoring:g}, so its "
             "log-probs are not those of the policy that is sampled; set temperature instead"
         )
-    if spec.needs_exact and _zero_3(config):
-        yield (
-            "exact terms multiply with the output heads of policy and reference, which ZeRO-3 keeps in pieces; use "
-            "ZeRO-2 or FSDP, or a sampled spec, such as k2@loss/is:token"
-        )
+    yield from exact_problems(spec, config)
     if algorithm == "RLOO" and spec.placement == "loss":
         yield (
             "RLOO has no KL term in its loss and one importance ratio per sequence; use k1@reward (RLOO's own site) or "
@@ -80,6 +76,20 @@ def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> I
         )
     if algorithm == "GRPO":
         yield from _grpo_contradictions(spec, config, trl)
+
+
+def exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
+    """Give the settings under which the heads that exact terms need are not whole.
+
+    Args:
+        spec: the parsed spec.
+        config: a GRPOConfig or RLOOConfig.
+    """
+    if spec.needs_exact and _zero_3(config):
+        yield (
+            "exact terms multiply with the output heads of policy and reference, which ZeRO-3 keeps in pieces; use "
+            "ZeRO-2 or FSDP, or a sampled spec, such as k2@loss/is:token"
+        )
 
 
 def _zero_3(config: Any) -> bool:

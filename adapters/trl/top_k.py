@@ -9,13 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kl_plugins.adapters.top_k import KEY, label_log_probs, packed, unpacked
-from kl_plugins.adapters.trl.exact import OutputHead, scaled, states_before
+from kl_plugins.adapters.trl.exact import OutputHead, ProbedKL, scaled, states_before
 from kl_plugins.exact import TopKKL, linear_kl
-from kl_plugins.reference import linear_reference_top_k
-from kl_plugins.top_k import top_k_kl
+from kl_plugins.probe import cells_of
+from kl_plugins.reference import RefTopK, linear_reference_top_k
+from kl_plugins.top_k import log_odds, top_k_kl
+
+ROWS_OF_THE_HEAD = 2**24
+"""How many numbers of the head's rows are gathered at once in a probe."""
 
 
 def top_k_of_states(hidden: Tensor, head: OutputHead, attended: Tensor, k: int, temperature: float) -> Tensor:
@@ -93,10 +98,12 @@ class Kept(NamedTuple):
     Attributes:
         numbers: (B, T, 2 k + 1) what :func:`top_k_of_states` gave.
         ref_logp: (B, T) TRL's own log-probs of the tokens under the reference, nats.
+        probed: results are to have what a probe needs as well.
     """
 
     numbers: Tensor
     ref_logp: Tensor
+    probed: bool = False
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], ref_logp: Tensor) -> Kept:
@@ -122,7 +129,7 @@ class Kept(NamedTuple):
 
     def kl_of_log_probs(
         self, first: int, log_probs: Tensor, logp: Tensor, scored: ScoredRows, temperature: float
-    ) -> TopKKL:
+    ) -> TopKKL | ProbedKL:
         """Compute what :meth:`kl_of_states` does from TRL's own log-probs and those of the kept tokens.
 
         Args:
@@ -137,11 +144,12 @@ class Kept(NamedTuple):
         reference, ref_logp = unpacked(self.numbers[rows], temperature), self.ref_logp[rows]
         sides = log_probs, logp.detach(), labels
         found = top_k_kl(*sides, reference=reference, ref_logp=ref_logp, mask=scored.attended)
-        return found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
+        found = found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
+        return ProbedKL(*found, *cells_of(log_probs, labels, reference)) if self.probed else found
 
     def kl_of_states(
         self, first: int, hidden: Tensor, head: OutputHead, input_ids: Tensor, attended: Tensor, temperature: float
-    ) -> TopKKL:
+    ) -> TopKKL | ProbedKL:
         """Compute the KL over set and bucket, and the remainder, in the state before each of the last T tokens.
 
         Args:
@@ -158,8 +166,9 @@ class Kept(NamedTuple):
         rows, positions = slice(first, first + len(hidden)), attended.shape[1]
         labels = input_ids[:, -positions:]
         reference, ref_logp = unpacked(self.numbers[rows], temperature), self.ref_logp[rows]
+        states = scaled(states_before(hidden, positions), head)
         found = linear_kl(
-            scaled(states_before(hidden, positions), head),
+            states,
             head.weight,
             None,
             None,
@@ -172,4 +181,34 @@ class Kept(NamedTuple):
             mask=attended,
             differentiable_logp=False,
         )
-        return found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
+        found = found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
+        if not self.probed:
+            return found
+        log_probs = log_odds_of_states(states, head, labels, reference) + found.logp.unsqueeze(-1)
+        return ProbedKL(*found, *cells_of(log_probs, labels, reference))
+
+
+@torch.no_grad()
+def log_odds_of_states(states: Tensor, head: OutputHead, labels: Tensor, reference: RefTopK) -> Tensor:
+    """Compute log(p_a / p_label) of the kept tokens a, from the rows of the head that belong to them.
+
+    Args:
+        states: (b, T, D) hidden states as they go into the head.
+        head: the policy's head.
+        labels: (b, T) int64.
+        reference: with the kept tokens (b, T, k), and the temperature.
+
+    Returns:
+        (b, T, k) nats, float32.
+    """
+    tokens = torch.cat([reference.ids, labels[..., None]], -1).flatten(0, 1)
+    size = max(1, ROWS_OF_THE_HEAD // (tokens.shape[-1] * states.shape[-1]))
+    parts = []
+    for rows, ids in zip(torch.split(states.flatten(0, 1), size), torch.split(tokens, size), strict=True):
+        with torch.autocast(states.device.type, enabled=False):
+            logits = (head.weight[ids].float() @ rows.float().unsqueeze(-1)).squeeze(-1)
+            parts.append(logits if head.bias is None else logits + head.bias[ids].float())
+    logits = torch.cat(parts).view(*labels.shape, -1)
+    places = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    given = logits, places[..., -1], places[..., :-1]
+    return log_odds(*given, temperature=reference.temperature, softcap=head.softcap)

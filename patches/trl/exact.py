@@ -27,7 +27,7 @@ from kl_plugins.adapters.trl.exact import (
     kl_of_states,
 )
 from kl_plugins.adapters.trl.top_k import Kept, ScoredRows, top_k_of_states
-from kl_plugins.exact import ExactKL, TopKKL
+from kl_plugins.exact import ExactKL
 from kl_plugins.patches.trl import fused_head
 from kl_plugins.top_k import reference_of
 
@@ -170,10 +170,10 @@ class TrainerStates:
             )
         merged = type(results[0])(*(torch.cat(parts) for parts in zip(*results, strict=True)))
         head = deviation_of(merged.logp, logp, mask, self._rounded)
-        if kept is None:
+        if kept is None or isinstance(merged, ExactKL):
             return States(merged.kl, None, Deviation(head))
         of_kept = deviation_of(merged.ref_logp, kept.ref_logp, mask, self._ref_rounded)
-        return States(merged.kl, merged.remainder if isinstance(merged, TopKKL) else None, Deviation(head, of_kept))
+        return States(merged.kl, merged.remainder, Deviation(head, of_kept))
 
     def _kl(self, policy: Any, hidden: Tensor, args: Any, kwargs: dict[str, Any], positions: int) -> ExactKL:
         found: list[ExactKL] = []

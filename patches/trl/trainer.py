@@ -110,6 +110,7 @@ def _init_observed(wrapped: Any, trainer: Any, args: Any, kwargs: Any, observati
         accelerator=trainer.accelerator,
         receipt=receipt,
         score_policy=lambda call: call.logp,  # never called: nothing is scored for an observation
+        states=TrainerStates(trainer, module.disable_gradient_checkpointing, spec.top) if spec.needs_exact else None,
     )
     term = observe.native_term(run)
     session.native = term.spec if term is not None and term.equal else None
@@ -144,7 +145,7 @@ def record_log_probs(wrapped: Any, trainer: Any, args: tuple[Any, ...], kwargs: 
 
 @contextmanager
 def recording(session: Session) -> Iterator[Recording]:
-    """Within the block, TRL generates and scores completions under a ``@loss`` spec with ``top:``."""
+    """Within the block, TRL generates and scores completions, and what it scores is noted."""
     recorded = Recording(session)
     with entered(recorded):
         yield recorded
@@ -155,6 +156,8 @@ def observed_rollout(
 ) -> Any:
     """Let GRPO generate and score completions; the reference is scored as well where TRL alone leaves it out.
 
+    Under ``top:``, the pass of the reference is recorded for the updates.
+
     Args:
         wrapped: TRL's ``_generate_and_score_completions``.
         trainer: the trainer.
@@ -162,10 +165,14 @@ def observed_rollout(
         args: positional arguments.
         kwargs: keyword arguments.
     """
-    if not session.scores_reference:
-        return wrapped(*args, **kwargs)
-    with entered(UnchangedRandomness(session)), reference_scored(trainer):
-        return wrapped(*args, **kwargs)
+    if session.scores_reference:
+        recorded: Recording = UnchangedRandomness(session)
+        with entered(recorded), reference_scored(trainer):
+            output = wrapped(*args, **kwargs)
+    else:
+        with recording(session) as recorded:
+            output = wrapped(*args, **kwargs)
+    return recorded.keep(output)
 
 
 @contextmanager
@@ -212,6 +219,7 @@ def observing(wrapped: Any, trainer: Any, session: Session, args: tuple[Any, ...
     """
     with updating(trainer, session, args, kwargs, averaged=False) as batch:
         loss = wrapped(*args, **kwargs)
+        batch.take_states()
         batch.observe_policy(session.native)
     return loss
 

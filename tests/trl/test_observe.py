@@ -12,11 +12,28 @@ from transformers.trainer_callback import TrainerCallback
 
 from kl_plugins import KLSpec, KLSpecError, kl_penalty
 from kl_plugins.adapters import trl as adapter
+from kl_plugins.adapters.top_k import KEY, unpacked
+from kl_plugins.kernels.backend import say_once
 from kl_plugins.metrics import penalty_metrics
-from tests.support.trl import trainers
+from kl_plugins.patches.trl import fused_head
+from tests.support.trl import states, trainers
 
 TIMING = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 SETTINGS = {"num_iterations": 2, "max_steps": 3, "learning_rate": 1e-2}
+
+BATCHED = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
+"""TRL then scores the eight rows of a rollout in two passes."""
+
+K = 3
+"""Tokens of 15 in the set of ``top:``, so that part of the drawn tokens lie in the bucket."""
+
+
+@pytest.fixture(params=[True, False], ids=["TRL's head", "own head"])
+def shared_head(request, monkeypatch):
+    """``top:`` reads TRL's fused head where it knows it, and multiplies the policy's head once more elsewhere."""
+    if not request.param:
+        monkeypatch.setattr(fused_head, "is_known", lambda: False)
+    assert fused_head.is_known() is request.param
 
 
 def trained(trainer, config, model, folder, lora=False, **changes):
@@ -38,10 +55,24 @@ def trained(trainer, config, model, folder, lora=False, **changes):
         ("GRPO", "observe:k2@loss/is:token", {"beta": 0.0}, True),
         ("GRPO", "observe:k2@loss/is:token", {"num_iterations": 1}, False),  # TRL keeps no old log-probs
         ("GRPO", "observe:k1@advantage/probe:1", {"top_entropy_quantile": 0.5}, False),
+        ("GRPO", "observe:exact@loss/top:3/is:token/probe:2", {"gradient_checkpointing": True}, True),
+        ("GRPO", "observe:exact@loss/top:3/probe:1", {**BATCHED, "max_completion_length": 14}, False),
+        ("GRPO", "observe:exact@loss/top:3/is:token", {"beta": 0.0}, True),
         ("RLOO", "observe/probe:1", {}, False),
         ("RLOO", "observe:k2@loss/is:sequence", {"normalize_advantages": True}, False),
     ],
-    ids=["native", "loss", "beta 0", "on policy", "advantage", "rloo-native", "rloo-loss"],
+    ids=[
+        "native",
+        "loss",
+        "beta 0",
+        "on policy",
+        "advantage",
+        "top-lora",
+        "top",
+        "top-beta 0",
+        "rloo-native",
+        "rloo-loss",
+    ],
 )
 def test_training_is_stock_bit_by_bit(algorithm, text, changes, lora, model, tmp_path):
     names = f"{algorithm}Trainer", f"{algorithm}Config"
@@ -67,6 +98,94 @@ def test_dropout_draws_the_same_numbers(changes, model, tmp_path):
     found = trained(adapter.GRPOTrainer, adapter.GRPOConfig, str(folder), tmp_path, True, **text, **changes)
     assert stock[0] == found[0]
     assert all(map(torch.equal, stock[1], found[1]))
+
+
+def first_step(model, folder, text, **changes):
+    """What the first step logs under a text, where the policy has left its reference before."""
+    torch.manual_seed(0)
+    settings = {**SETTINGS, "max_steps": 1, "max_completion_length": 14, "seed": 3, **changes}
+    built = trainers.build(adapter.GRPOTrainer, adapter.GRPOConfig, model, folder, kl=text, **settings)
+    trainers.shift(built, 0.1)
+    built.train()
+    return next(entry for entry in built.state.log_history if "kl/active" in entry), built
+
+
+@pytest.mark.usefixtures("shared_head")
+@pytest.mark.parametrize("options", ["", "/is:token", "/horizon:sequence/is:decision"])
+def test_numbers_of_top_are_those_of_the_spec_that_trains(options, model, tmp_path):
+    spec = f"exact@loss/top:{K}{options}"
+    applied, _ = first_step(model, tmp_path, spec, **BATCHED)
+    observed, _ = first_step(model, tmp_path, f"observe:{spec}/probe:1", **BATCHED)
+    ours = {key: value for key, value in applied.items() if key.startswith("kl/")}
+    assert {key: observed[key] for key in ours} == ours
+    assert ours["kl/exact"] == ours["kl/value"] > 1e-3
+    assert ours["kl/coef/max"] > 0
+    assert observed["kl/observed"] == 1
+
+
+@pytest.mark.usefixtures("shared_head")
+@pytest.mark.parametrize("case", ["plain", "batched", "lora", "capped"])
+def test_a_probe_of_top_by_hand(case, model, tmp_path):
+    """The vectors of the probe, from gradients of the definition by all logits."""
+    changes = {"use_bias_correction_kl": False, **{"batched": BATCHED, "lora": {"lora": True}}.get(case, {})}
+    used = states.capped_model(model, tmp_path / "capped") if case == "capped" else model
+    built, inputs = states.moved_on(used, tmp_path, f"observe:exact@loss/top:{K}/is:token/probe:1", **changes)
+    built._kl_plugins.steps = 1
+    built._metrics["train"].clear()
+    built.compute_loss(built.model, inputs)
+    logged = {key: values[0] for key, values in built._metrics["train"].items() if key.startswith("kl/")}
+    mask = inputs["completion_mask"].bool()
+    leaf = states.log_softmax(built.model, inputs).detach().requires_grad_()
+    kl, logp, ref_logp, remainder = states.by_hand(built, inputs, K, leaf.log_softmax(-1))
+    assert 0 < (remainder != 0).sum() < mask.sum()
+    weight = (logp - inputs["old_per_token_logps"]).detach().exp()
+    u = (logp - ref_logp).detach()
+    ids = unpacked(inputs[KEY]).ids
+
+    def in_cells(total):
+        (gradient,) = torch.autograd.grad(total.masked_fill(~mask, 0.0).sum(), leaf, retain_graph=True)
+        kept = gradient.gather(-1, ids)
+        return torch.cat([kept, gradient.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True)], -1).flatten()
+
+    own = in_cells(kl + weight * remainder * logp)
+    others = {"k1": torch.ones_like(u), "k2": u, "k3": 1 - u.neg().exp(), "host": 1 - u.neg().exp()}
+    for name, coefficient in others.items():
+        other = in_cells(coefficient * logp)
+        cosine, ratio = (own @ other) / own.norm() / other.norm(), other.norm() / own.norm()
+        assert logged[f"kl/probe/{name}/cosine"] == pytest.approx(cosine.item(), rel=1e-3, abs=1e-4), name
+        assert logged[f"kl/probe/{name}/norm_ratio"] == pytest.approx(ratio.item(), rel=1e-3), name
+    assert 0.1 < logged["kl/probe/k2/cosine"] < 0.99
+    weights = weight[mask]
+    assert logged["kl/probe/token/weight"] == pytest.approx(weights.mean().item(), rel=1e-4)
+
+
+def test_the_start_says_what_top_costs(model, tmp_path, capfd):
+    _, built = first_step(model, tmp_path, "observe:exact@loss/top", lora=True, beta=0.0)
+    receipt = built._kl_plugins.receipt()
+    said = "129 numbers (516 bytes) per token from the reference's pass, and a forward pass with the adapter off"
+    assert said in receipt.cost
+    assert said in capfd.readouterr().err
+
+
+class Reordered(adapter.GRPOTrainer):
+    """Reorders what it does not know of, or drops it."""
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        changed = {**inputs, KEY: inputs[KEY].roll(1, 0)}
+        return {key: value for key, value in changed.items() if key != KEY or self.kept}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["reordered", "dropped"])
+def test_numbers_of_other_tokens_are_left_out_and_do_not_stop_the_run(kept, model, tmp_path, caplog, monkeypatch):
+    say_once.cache_clear()
+    monkeypatch.setattr(Reordered, "kept", kept, raising=False)
+    text = {"kl": f"observe:exact@loss/top:{K}/probe:1"}
+    stock = trained(trl.GRPOTrainer, trl.GRPOConfig, model, tmp_path)
+    found = trained(Reordered, adapter.GRPOConfig, model, tmp_path, **text)
+    assert stock[0] == found[0]
+    assert [one["kl/observed"] for one in found[2]] == [0.0] * 3
+    assert "so no token of it is measured (kl/observed is below 1)" in caplog.text
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["k3", "k3 times the ratio"])
@@ -105,8 +224,10 @@ class Steps(TrainerCallback):
         self.trainer.beta = (0.2, 0.0, 0.0)[state.global_step]
 
 
-def test_a_coefficient_that_becomes_zero_leaves_gaps_and_does_not_stop(model, tmp_path):
-    built = trainers.build(adapter.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl="observe:k2@loss", max_steps=3)
+@pytest.mark.parametrize("spec", ["k2@loss", "exact@loss/top:3"])
+def test_a_coefficient_that_becomes_zero_leaves_gaps_and_does_not_stop(spec, model, tmp_path):
+    text = f"observe:{spec}"
+    built = trainers.build(adapter.GRPOTrainer, adapter.GRPOConfig, model, tmp_path, kl=text, max_steps=3)
     built.add_callback(Steps(built))
     built.train()
     # The first rollout is scored under the reference, because beta is set to 0 after the first step only.
@@ -136,11 +257,27 @@ def test_resume_with_and_without(model, tmp_path):
         ("observe", {"beta": 0.0}, "no KL of its own that observe could measure"),
         ("k3/observe", {}, "leave 'k3' out"),
         ("observe:k2@loss/behaviour:sampler/is:token", {}, "needs the sampler's log-probs"),
+        ("observe:exact@loss", {}, "did you mean: observe:exact@loss/top"),
+        ("observe:exact@loss/top", {"beta": 0.0}, "beta is 0, so TRL loads no reference model and computes no KL"),
     ],
 )
 def test_refusals(text, changes, says, model, tmp_path):
     with pytest.raises(ValueError, match=says):
         trainers.build(adapter.GRPOTrainer, adapter.GRPOConfig, "no/such/model", tmp_path, kl=text, **changes)
+
+
+def test_rloo_has_no_pass_in_its_kl_that_top_could_be_observed_in(tmp_path):
+    with pytest.raises(ValueError, match="RLOO puts its KL into the reward; observe a sampled spec"):
+        adapter.RLOOConfig(**trainers.settings(tmp_path, kl="observe:exact@loss/top"))
+
+
+def test_a_subclass_that_makes_rollouts_of_its_own_is_refused(model, tmp_path):
+    class Own(adapter.GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return {}
+
+    with pytest.raises(ValueError, match="its own _generate_and_score_completions never calls TRL's"):
+        trainers.build(Own, adapter.GRPOConfig, "no/such/model", tmp_path, kl="observe:exact@loss/top")
 
 
 def test_a_typo_fails_with_the_config(tmp_path):

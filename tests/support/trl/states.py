@@ -74,9 +74,16 @@ class ByHand(NamedTuple):
     remainder: Tensor
 
 
-def by_hand(built: Any, inputs: dict[str, Any], top: int | None = None) -> ByHand:
-    """The definition, from two full softmaxes; the set holds the reference's most probable tokens."""
-    policy = log_softmax(built.model, inputs)
+def by_hand(built: Any, inputs: dict[str, Any], top: int | None = None, policy: Tensor | None = None) -> ByHand:
+    """The definition, from two full softmaxes; the set holds the reference's most probable tokens.
+
+    Args:
+        built: a trainer.
+        inputs: its rollout.
+        top: size of the set; None: no set.
+        policy: (B, T, V) log-probs of the policy, if they are not to come from the model.
+    """
+    policy = log_softmax(built.model, inputs) if policy is None else policy
     with torch.no_grad(), _as_reference(built):
         reference = log_softmax(built.model if built.ref_model is None else built.ref_model, inputs)
     labels, mask = inputs["completion_ids"].unsqueeze(-1), inputs["completion_mask"].bool()
