@@ -79,10 +79,6 @@ def untested(args: Any) -> Iterator[str]:
     Args:
         args: OpenRLHF's nested arguments.
     """
-    if args.ds.ring_attn_size > 1:
-        yield "--ds.ring_attn_size > 1 was not tested; set it to 1"
-    if args.ds.tensor_parallel_size > 1:
-        yield "--ds.tensor_parallel_size > 1 was not tested; set it to 1"
     if args.data.max_images_per_prompt > 0:
         yield "--data.max_images_per_prompt > 0 was not tested; set it to 0"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +51,11 @@ class WorkerSession(Session):
         difference = difference.double()[None]
         self._difference = difference if self._difference is None else self._difference + difference
 
-    def check_step(self, group: Any) -> None:
-        """Check the micro-batches of an optimizer step on all ranks, just before the step, and advance beta.
+    def check_step(self) -> None:
+        """Check the micro-batches of an optimizer step, just before the step, and advance beta.
 
-        Args:
-            group: process group of the data-parallel ranks; every one of them has to call this.
+        It is a collective of all policy workers, also of those that share a sequence: one that stopped alone would
+        leave the others waiting.
 
         Raises:
             LogProbError: on all ranks; log-probs are not finite.
@@ -65,7 +64,7 @@ class WorkerSession(Session):
         """
 
         def total(numbers: Tensor) -> Tensor:
-            torch.distributed.all_reduce(numbers, group=group)
+            torch.distributed.all_reduce(numbers)
             return numbers
 
         difference, self._difference = self._difference, None

@@ -26,6 +26,7 @@ from kl_plugins.adapters.openrlhf.config import (
 from kl_plugins.adapters.openrlhf.exact import states_kl
 from kl_plugins.adapters.openrlhf.observe import default_word, observation_of
 from kl_plugins.adapters.openrlhf.session import WorkerSession
+from kl_plugins.adapters.openrlhf.shared_sequences import is_counted
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import hooked
 from kl_plugins.patches.openrlhf import ACTOR, HOOKS, STRATEGY, reference
@@ -59,7 +60,12 @@ def session_of(trainer: Any) -> WorkerSession | None:
             return None
         control = Controller(spec.beta, args.algo.kl.init_coef, COEFFICIENT_FLAG)
         session = WorkerSession(
-            HOST, spec, control, behaviour_source(spec, args), rounded=args.ds.param_dtype != "fp32"
+            HOST,
+            spec,
+            control,
+            behaviour_source(spec, args),
+            rounded=args.ds.param_dtype != "fp32",
+            counted=is_counted(trainer.strategy.ds_device_mesh),
         )
         setattr(trainer, ATTRIBUTE, session)
     return session
@@ -156,7 +162,7 @@ def optimizer_step(wrapped: Function, strategy: Any, args: tuple[Any, ...], kwar
         model = arguments(wrapped, args, kwargs)["model"]
         engine = getattr(model, "model", model)  # OpenRLHF's Actor holds the engine
         if engine.is_gradient_accumulation_boundary():
-            batch.session.check_step(strategy.ds_device_mesh["dp"].get_group())
+            batch.session.check_step()
     return wrapped(*args, **kwargs)
 
 

@@ -425,8 +425,8 @@ ROWS += [
     Row(
         "refused",
         "openrlhf",
-        f"{K}use_loss {K}estimator default --ds.ring_attn_size 2",
-        (f"{K}use_loss {K}estimator k2 --ds.ring_attn_size 2",),
+        f"{K}use_loss {K}estimator default --data.max_images_per_prompt 1",
+        (f"{K}use_loss {K}estimator k2 --data.max_images_per_prompt 1",),
     ),
     Row("openrlhf-no-kl", "openrlhf", f"{K}init_coef 0", (IN_LOSS,)),
     Row(

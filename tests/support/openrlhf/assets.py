@@ -20,10 +20,14 @@ def reward_func(queries, prompts, labels):
 '''
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, **settings) -> Path:
     """Write ``model``, ``reference``, ``prompts.jsonl`` and ``reward.py`` into `folder`.
 
     ``reference`` has the same tokenizer and other weights, for tests that need a KL from the first step on.
+
+    Args:
+        folder: is created.
+        settings: of the config of both models.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -36,7 +40,7 @@ def build(folder: Path) -> Path:
     inner.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=PAD, eos_token=EOS)
     for name, noise in (("model", 0.0), ("reference", 0.007)):
-        model = _model()
+        model = _model(**settings)
         with torch.no_grad():
             random = torch.Generator().manual_seed(1)
             for parameter in model.parameters():
@@ -55,28 +59,28 @@ def model_config(**settings):
     from transformers import Qwen2Config
 
     # A head size of 32 is the smallest that vLLM's attention on the CPU takes.
-    return Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **settings,
-    )
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return Qwen2Config(**{**defaults, **settings})
 
 
-def _model():
+def _model(**settings):
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(model_config())
+        model = Qwen2ForCausalLM(model_config(**settings))
         with torch.no_grad():  # far from uniform, so that log-ratios are not tiny
             model.lm_head.weight.mul_(20)
     return model.to(torch.bfloat16)

@@ -112,6 +112,15 @@ def packing(harness, monkeypatch: pytest.MonkeyPatch):
     return harness
 
 
+@pytest.fixture(scope="module", params=["ring attention", "tensor parallelism"])
+def sharing(request: pytest.FixtureRequest, harness, tmp_path_factory: pytest.TempPathFactory):
+    """Two policy and two reference actors that share each sequence, see ``tests.support.openrlhf.shared``."""
+    from tests.support.openrlhf.shared import Sharing
+
+    with Sharing(request.param, harness, tmp_path_factory.mktemp("shared")) as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def stock(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Metrics, parameters and gradient of OpenRLHF's own settings, from processes that never saw kl-plugins.

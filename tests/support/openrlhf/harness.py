@@ -87,9 +87,12 @@ class Harness:
         ranks: number of policy actors, and of reference actors.
         spread: put every rank on a node of its own.
         attached: the cluster is one of ``local_cluster(attached=True)``.
+        sharing: how many ranks share each sequence, by tensor parallelism or ring attention.
     """
 
-    def __init__(self, assets: Path, ranks: int = 1, *, spread: bool = False, attached: bool = True) -> None:
+    def __init__(
+        self, assets: Path, ranks: int = 1, *, spread: bool = False, attached: bool = True, sharing: int = 1
+    ) -> None:
         import ray
         from openrlhf.trainer.ray.launcher import RayActorGroup, ReferenceModelActor
         from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
@@ -101,7 +104,7 @@ class Harness:
         ray.get(bundles.ready(), timeout=120)
 
         def group(kind: Any) -> Any:
-            return RayActorGroup(1, ranks, kind, pg=bundles, num_gpus_per_actor=0)
+            return RayActorGroup(1, ranks, kind, pg=bundles, num_gpus_per_actor=0, duplicate_actors=sharing)
 
         self.policy, self.reference = group(PolicyModelActor), group(ReferenceModelActor)
 
