@@ -54,7 +54,8 @@ def log_softmax(model: Any, inputs: dict[str, Any]) -> Tensor:
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     length = inputs["completion_ids"].shape[1]
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1]
+    images = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+    logits = model(input_ids=ids, attention_mask=attention, **images).logits[:, -length - 1 : -1]
     return torch.log_softmax(logits.double() / TEMPERATURE, dim=-1)
 
 
