@@ -15,12 +15,16 @@ from kl_plugins.adapters.verl.batch import MASK, REFERENCE, Rows, padded, respon
 from kl_plugins.adapters.verl.shared_sequences import held_here
 from kl_plugins.adapters.verl.top_k import carried
 from kl_plugins.exact import exact_kl
+from kl_plugins.probe import Cells, cells_of
 from kl_plugins.reference import RefTopK
 from kl_plugins.spec import KLSpec
 from kl_plugins.top_k import log_odds, top_k_kl
 
 EXACT, REMAINDER = "kl_plugins_exact", "kl_plugins_remainder"
 """Keys in the engine's model output: the KL of each state, and under ``top:`` what its sampled token adds."""
+
+CELLS = tuple(f"kl_plugins_cells_{name}" for name in Cells._fields)
+"""Keys of what a probe of an observed spec with ``top:`` needs, in the order of :class:`~kl_plugins.probe.Cells`."""
 
 
 def cost(spec: KLSpec) -> str:
@@ -90,9 +94,17 @@ class Pending(NamedTuple):
             nothing = torch.zeros_like(log_probs, dtype=found.kl.dtype)
             return nothing.index_put(place, found.kl), nothing.index_put(place, found.remainder)
 
+    @torch.no_grad()
+    def cells(self, log_probs: Tensor) -> Cells:
+        """Compute what a probe needs, (B, T) each; the argument is that of :meth:`with_log_probs`."""
+        place = self.rows.sequence, self.rows.step
+        found = cells_of(self.odds + log_probs[place][:, None], self.labels, self.kept)
+        nothing = torch.zeros_like(log_probs, dtype=found.kl.dtype)
+        return Cells(*(nothing.index_put(place, part) for part in found))
+
 
 def packed_top_k(
-    spec: KLSpec, logits: Tensor, data: Any, overwritten: bool, log_probs_in_32_bits: bool
+    spec: KLSpec, logits: Tensor, data: Any, overwritten: bool, log_probs_in_32_bits: bool, probed: bool = False
 ) -> tuple[dict[str, Tensor], Pending | None, float]:
     """Compute the KL over the reference's top-k tokens and one bucket, and the remainder, or what is needed for that.
 
@@ -101,6 +113,7 @@ def packed_top_k(
     Args:
         spec, logits, data, overwritten: as in :func:`packed_kl`.
         log_probs_in_32_bits: veRL is going to compute log-probs of these logits in float32.
+        probed: give what a probe needs as well; without graph.
 
     Returns:
         (1, N) nats, float32, by key, or nothing if the host's log-probs will serve; what they then serve; and by how
@@ -113,7 +126,8 @@ def packed_top_k(
     numbers = carried(data, min(int(spec.top or 0), logits.shape[-1]), len(rows.position))
     if numbers is None:
         nothing = logits[..., 0].float() * 0
-        return {EXACT: nothing, REMAINDER: nothing.detach()}, None, math.inf
+        keys = (REMAINDER, *CELLS) if probed else (REMAINDER,)
+        return {EXACT: nothing, **dict.fromkeys(keys, nothing.detach())}, None, math.inf
     host = padded(data, REFERENCE)[rows.sequence, rows.step].float()
     kept = unpacked(numbers)  # of the temperature by which both models' logits are divided
     mask, drawn = padded(data, MASK)[rows.sequence, rows.step], labels[rows.position]
@@ -127,14 +141,14 @@ def packed_top_k(
             return {}, Pending(rows, drawn, kept, host, odds), difference
         ref_logp = host.new_zeros(len(labels))
         ref_logp[rows.position] = host
-        found = exact_kl(
-            _kept_apart(logits, overwritten).squeeze(0),
-            None,
-            held_here(labels, -100),
-            reference=unpacked(held_here(spread, 0)),
-            ref_logp=held_here(ref_logp, 0),
-        )
-    return {EXACT: found.kl[None], REMAINDER: found.remainder[None]}, None, difference
+        tokens, reference = held_here(labels, -100), unpacked(held_here(spread, 0))
+        apart = _kept_apart(logits, overwritten).squeeze(0)
+        found = exact_kl(apart, None, tokens, reference=reference, ref_logp=held_here(ref_logp, 0))
+    results = {EXACT: found.kl[None], REMAINDER: found.remainder[None]}
+    if probed:
+        log_probs = log_odds(logits.squeeze(0), tokens, reference.ids) + found.logp[:, None]
+        results |= {key: part[None] for key, part in zip(CELLS, cells_of(log_probs, tokens, reference), strict=True)}
+    return results, None, difference
 
 
 def _labels(data: Any, position: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kl_plugins.adapters.observe import HostKL, measured
 from kl_plugins.adapters.verl import HOST, LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
 from kl_plugins.adapters.verl.batch import MASK, SAMPLER
 from kl_plugins.adapters.verl.config import behaviour_source, bypasses, sampling_of
+from kl_plugins.adapters.verl.refusals import exact_problems
 from kl_plugins.probe import HostTerm
 from kl_plugins.spec.observation import Observation, looks_like_observation
 
@@ -135,6 +136,13 @@ def problems(found: Observed, config: Any) -> Iterator[str]:
         )
     if not found.in_loss and not algorithm.use_kl_in_reward:
         yield f"{USE_REWARD} is False, so veRL computes no KL in the reward; set it to True, or observe in {LOSS_KEY}"
+    if spec.needs_exact and found.in_loss:
+        yield from exact_problems(spec, config)
+    elif spec.needs_exact:
+        yield (
+            "exact terms need the policy's logits, which veRL's trainer process never has; observe a sampled spec, "
+            f"such as k2@loss/is:token, or put veRL's KL into the loss and observe in {LOSS_KEY}"
+        )
     if not found.in_loss and bypasses(config):
         yield (
             "algorithm.rollout_correction.bypass_mode=True puts the engine's log-probs in place of the trainer's, so "

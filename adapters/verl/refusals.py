@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kl_plugins.adapters.base import parse_observation
 from kl_plugins.adapters.verl import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
 from kl_plugins.adapters.verl.config import (
     Specs,
@@ -18,6 +19,7 @@ from kl_plugins.adapters.verl.config import (
 from kl_plugins.adapters.versions import refuse_untested
 from kl_plugins.sampling import PRODUCTS
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import looks_like_observation
 
 REWARD_ESTIMATORS = (
     "gae",
@@ -75,7 +77,7 @@ def _loss_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
     if not actor.use_kl_loss:
         yield "actor_rollout_ref.actor.use_kl_loss is False, so veRL would ignore it; set it to True"
     if spec.needs_exact:
-        yield from _exact_problems(spec, config)
+        yield from exact_problems(spec, config)
     yield from _beta_problems(spec, LOSS_BETA, actor.kl_loss_coef)
     yield from _sampling_problems(spec, config)
     yield from _attention_problems(config)
@@ -187,8 +189,13 @@ def ranks_per_sequence(section: Any) -> int:
     return next((int(size) for part in parts if (size := part.get("ulysses_sequence_parallel_size", 1)) > 1), 1)
 
 
-def _exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
-    """Give the settings under which veRL's engine does not show the logits that exact terms need."""
+def exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
+    """Give the settings under which veRL's engine does not show the logits that exact terms need.
+
+    Args:
+        spec: a ``@loss`` spec with exact terms, applied or observed.
+        config: veRL's ``DictConfig``.
+    """
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     adapted = model.get("lora_rank", 0) or (model.get("lora") or {}).get("rank", 0) or model.get("lora_adapter_path")
     if adapted and spec.top is None:
@@ -262,6 +269,12 @@ MODES = ("sync",)
 """Values of ``trainer.v1.trainer_mode`` that the tests run."""
 
 
+def _asks_reference(text: Any) -> bool:
+    """Return whether the key of the loss holds a spec with ``top:``, applied or observed."""
+    spec = parse_observation(text).spec if looks_like_observation(text) else spec_in(LOSS_KEY, text)
+    return spec is not None and spec.top is not None
+
+
 def check_trainer(trainer: type) -> None:
     """Raise for a trainer class that was not tested: it may bypass the hooks.
 
@@ -286,8 +299,7 @@ def untested(config: Any) -> Iterator[str]:
             f"(tested: {', '.join(ENGINES)})"
         )
     reference = config.actor_rollout_ref.ref.get("strategy", actor.strategy)
-    spec = spec_in(LOSS_KEY, actor.get("kl_loss_type"))
-    if spec is not None and spec.top is not None and reference not in ENGINES:
+    if _asks_reference(actor.get("kl_loss_type")) and reference not in ENGINES:
         yield (
             f"the engine actor_rollout_ref.ref.strategy={reference}, which has to show its logits under top:, was not "
             f"tested (tested: {', '.join(ENGINES)})"

@@ -140,12 +140,12 @@ def collect(
     return found
 
 
-def require_reference(worker_group: Any, spec: KLSpec, behaviour: str) -> None:
+def require_reference(worker_group: Any, spec: KLSpec | Observation, behaviour: str) -> None:
     """Ask every worker of the reference for its receipt, where other workers than the actor's hold the reference.
 
     Args:
         worker_group: veRL's ``RayWorkerGroup`` of the reference.
-        spec: a ``@loss`` spec with ``top:``.
+        spec: a ``@loss`` spec with ``top:``, or an observation of one.
         behaviour: where the behaviour policy's log-probs come from.
 
     Raises:

@@ -40,8 +40,8 @@ def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
 def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the trainer's call of the reference's workers: under ``top:`` they are asked for more than log-probs."""
     session = session_of(trainer)
-    spec = None if session is None else session.specs.loss
-    if session is None or spec is None or spec.top is None:
+    spec = None if session is None else session.of_reference
+    if session is None or spec is None:
         return wrapped(*args, **kwargs)
     batch = arguments(wrapped, args, kwargs)["batch"]
     # The older trainer's batch is a DataProto, the v1 trainers' names rows of veRL's TransferQueue.
@@ -63,7 +63,9 @@ def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...],
     finally:
         notes.pop(ASKED, None)
     if len(outputs) != 1 or KEY not in (outputs[0].keys() if older else outputs[0].fields):
-        raise missing(spec)
+        if session.observed is None:
+            raise missing(spec)
+        return result  # an observation does not stop a run; its workers say what is missing
     if older:
         session.kept = keep(outputs[0], result)
     return result

@@ -23,6 +23,7 @@ from kl_plugins.adapters.verl.session import collect, require_reference
 from kl_plugins.adapters.verl.top_k import put_back
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.verl import HOOKS
+from kl_plugins.spec import KLSpec
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a trainer that holds its session; a trainer without a spec has none and trains as veRL alone does."""
@@ -49,6 +50,14 @@ class TrainerSession:
     score: ScoreController | None = None
     kept: Any = None
     observed: Observed | None = None
+
+    @property
+    def of_reference(self) -> KLSpec | None:
+        """The spec with ``top:``, applied or observed in the loss, for which the reference's pass gives numbers."""
+        spec = self.specs.loss
+        if spec is None and self.observed is not None and self.observed.in_loss:
+            spec = self.observed.observation.measured
+        return spec if spec is not None and spec.top is not None else None
 
 
 def session_of(trainer: Any) -> TrainerSession | None:
@@ -90,6 +99,8 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     if observed is not None and observed.in_loss:
         source = behaviour_source(observed.observation.measured, config)
         collect(trainer.actor_rollout_wg, observed.observation, source, sampling_of(config))
+        if session.of_reference is not None and trainer.ref_policy_wg is not trainer.actor_rollout_wg:
+            require_reference(trainer.ref_policy_wg, observed.observation, source)
     elif observed is not None:
         measured = observed.observation.measured
         source, functions = behaviour_source(measured, config), HOOKS.summary(functions=SCORE_FUNCTIONS)

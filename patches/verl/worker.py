@@ -16,18 +16,19 @@ from kl_plugins.adapters import receipts
 from kl_plugins.adapters.base import parse, parse_observation
 from kl_plugins.adapters.checkpoints import read_state, record, resumed, write_state
 from kl_plugins.adapters.micro_batch import KLSource, LossBatch, carried, current, entered, unknown_place
-from kl_plugins.adapters.observe import require_unregularised
+from kl_plugins.adapters.observe import require_unregularised, warn_not_of_these_tokens
 from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl import HOST, LOSS_KEY, SCORE_KEY, batch
 from kl_plugins.adapters.verl.config import sampling_of, statement_of
-from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, cost, packed_kl, packed_top_k
-from kl_plugins.adapters.verl.observe import default_word
+from kl_plugins.adapters.verl.exact import CELLS, EXACT, REMAINDER, cost, packed_kl, packed_top_k
+from kl_plugins.adapters.verl.observe import default_word, observed_in
 from kl_plugins.adapters.verl.session import Session, session_of
 from kl_plugins.adapters.verl.shared_sequences import shared
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.verl import HOOKS
+from kl_plugins.probe import Cells
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec import KLSpec, looks_like_spec
 from kl_plugins.spec.observation import Observation, looks_like_observation
@@ -77,7 +78,7 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
     named = dict(arguments(wrapped, args, kwargs))
     config = named["config"]
     if config.use_kl_loss and looks_like_observation(config.kl_loss_type):
-        return _observed_loss(wrapped, args, kwargs, named["data"])
+        return _observed_loss(wrapped, args, kwargs, named["model_output"], named["data"])
     if not (config.use_kl_loss and looks_like_spec(config.kl_loss_type)):
         return wrapped(*args, **kwargs)
     session = current(Session)
@@ -102,17 +103,39 @@ def ppo_loss(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: di
     return loss, metrics
 
 
-def _observed_loss(wrapped: Function, args: tuple[Any, ...], kwargs: dict[str, Any], data: Any) -> Any:
+def _observed_loss(
+    wrapped: Function, args: tuple[Any, ...], kwargs: dict[str, Any], model_output: Any, data: Any
+) -> Any:
     """Let veRL compute its own loss; the metrics of the observed spec join veRL's."""
     session = current(Session)
     if session is None:
         return wrapped(*args, **kwargs)
     micro_batch = batch.read(session, data)
+    if session.spec.needs_exact:
+        _take_states(session, micro_batch, model_output, data)
     with entered(micro_batch):
         loss, metrics = wrapped(*args, **kwargs)
     if micro_batch.metrics is not None:
         metrics.update(session.metrics(micro_batch, _metric))
     return loss, metrics
+
+
+@torch.no_grad()
+def _take_states(session: Session, micro_batch: LossBatch, model_output: Any, data: Any) -> None:
+    """Give a micro-batch what an observed spec with ``top:`` needs, unless the reference's numbers are of no use."""
+    assert session.observation is not None
+    pending, session.pending = session.pending, None
+    if session.misplaced or (pending is None and EXACT not in model_output):
+        warn_not_of_these_tokens(HOST.title, session.observation)
+        return
+    shown = partial(_of_model_output, session.spec, model_output, data)
+    if pending is None:
+        micro_batch.exact, micro_batch.remainder = shown(EXACT), shown(REMAINDER)
+        micro_batch.cells = Cells(*map(shown, CELLS)) if session.probing else None
+        return
+    log_probs = shown(LOG_PROBS)
+    micro_batch.exact, micro_batch.remainder = pending.with_log_probs(session.spec, log_probs)
+    micro_batch.cells = pending.cells(log_probs) if session.probing else None
 
 
 def _metric(aggregation: str, value: float) -> Any:
@@ -129,7 +152,8 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     if session.observation is not None:
         session.steps += 1
         session.applied = float(session.loss_fn.keywords["config"].kl_loss_coef)
-        with entered(session):
+        session.misplaced, session.pending = 0.0, None
+        with entered(session), _showing_logits(session, arguments(wrapped, args, kwargs)["data"]):
             return wrapped(*args, **kwargs)
     session.require_confirmed("require_receipts(worker_group, spec)")
     session.start_step()
@@ -225,14 +249,17 @@ def _showing_logits(session: Session, data: Any) -> Iterator[None]:
         return
     from verl.utils import tensordict_utils
 
+    if session.spec.top is not None and KEY not in data.keys():  # noqa: SIM118  TensorDict has no plain `in`
+        if session.observation is None:
+            raise missing(session.spec)
+        yield  # an observation does not stop a run
+        return
     tensordict_utils.assign_non_tensor(data, **{SHOW: True})
     if session.spec.top is None:
         with session.reference.engine.eval_mode():
             yield
-    elif KEY in data.keys():  # noqa: SIM118  TensorDict has no plain `in`
-        yield
     else:
-        raise missing(session.spec)
+        yield
 
 
 def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tensor) -> dict[str, Tensor]:
@@ -247,8 +274,12 @@ def _on_logits(session: Session | None, *, config: Any, data: Any, **shown: Tens
     if spec.top is None:
         return packed_kl(spec, logits, lambda: _reference_logits(session, data), data, overwritten)
     # Log-probs are gathered from the ranks that share a sequence, logits are not.
-    precise = log_probs_in_32_bits(logits) and not shared()
-    found, session.pending, misplaced = packed_top_k(spec, logits, data, overwritten, precise)
+    given = spec, logits, data, overwritten, log_probs_in_32_bits(logits) and not shared()
+    if session.observation is not None:
+        with torch.no_grad():
+            found, session.pending, session.misplaced = packed_top_k(*given, probed=session.probing)
+        return found
+    found, session.pending, misplaced = packed_top_k(*given)
     session.misplaced = max(session.misplaced, misplaced)
     return found
 
@@ -324,7 +355,9 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
     sessions = [session_of(getattr(role, "actor", None) or role) for role in _roles(process)]
     session = next((found for found in sessions if found is not None), None)
     if session is None and (scoring := _scoring(process)) is not None:
-        return _made(process, parse(spec), scoring.config.actor, behaviour)
+        seen = observed_in(LOSS_KEY, spec)
+        measured, observation = (parse(spec), None) if seen is None else (seen.observation.measured, seen.observation)
+        return _made(process, measured, scoring.config.actor, behaviour, observation)
     if session is None:
         raise RuntimeError("its loss function holds no KL spec; was it started with another config?")
     if not isinstance(getattr(session.loss_fn, "func", None), Hook):

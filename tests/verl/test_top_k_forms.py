@@ -10,7 +10,7 @@ from verl.utils import torch_functional
 from kl_plugins import KLSpec
 from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE
-from kl_plugins.adapters.verl.exact import EXACT, REMAINDER, packed_top_k
+from kl_plugins.adapters.verl.exact import CELLS, EXACT, REMAINDER, packed_top_k
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, Recorder
 from kl_plugins.patches.verl.worker import CROSS_ENTROPY, log_probs_in_32_bits
 
@@ -75,17 +75,20 @@ def test_the_policys_term_and_gradient_are_the_same_in_both_forms(case: tuple[Te
     results = []
     for precise in (True, False):
         leaf = logits.clone().requires_grad_()
-        found, pending, difference = packed_top_k(SPEC, leaf, data, False, precise)
+        found, pending, difference = packed_top_k(SPEC, leaf, data, False, precise, probed=True)
         assert difference == 0
         assert (pending is None) != precise
         if pending is None:
-            exact, remainder = (by_response(found[key][0]) for key in (EXACT, REMAINDER))
+            exact, remainder, *cells = (by_response(found[key][0]) for key in (EXACT, REMAINDER, *CELLS))
         else:
-            exact, remainder = pending.with_log_probs(SPEC, by_response(next_log_probs(leaf, tokens)))
+            own = by_response(next_log_probs(leaf, tokens))
+            exact, remainder = pending.with_log_probs(SPEC, own)
+            cells = pending.cells(own)
         (exact * upstream).sum().backward()
-        results.append((exact.detach(), remainder, leaf.grad.float()))
+        assert not any(part.requires_grad for part in cells)
+        results.append((exact.detach(), remainder, leaf.grad.float(), *cells))
     # The remainder contains the log of the bucket, whose error of about 1e-6 is relative to a small probability.
-    limits = 1e-5, 1e-4, 1e-5 if logits.dtype == torch.float32 else 1e-2
+    limits = 1e-5, 1e-4, 1e-5 if logits.dtype == torch.float32 else 1e-2, *[1e-5] * 3
     for (ours, theirs), bound in zip(zip(*results, strict=True), limits, strict=True):
         assert ours.abs().max() > 0
         assert (ours - theirs).abs().max() < bound

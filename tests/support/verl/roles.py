@@ -127,16 +127,18 @@ def trainer_of(cls: Any, actor: Role, reference: Any, spec: str) -> Any:
         cls: the trainer's class.
         actor: the actor's workers, which have given their receipts.
         reference: the group of the reference's workers.
-        spec: a ``@loss`` spec.
+        spec: a ``@loss`` spec, or a text with ``observe``.
     """
-    from kl_plugins import KLSpec
-    from kl_plugins.adapters.verl.config import Specs
+    from kl_plugins.adapters.verl import LOSS_KEY
+    from kl_plugins.adapters.verl.config import Specs, spec_in
+    from kl_plugins.adapters.verl.observe import observed_in
     from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession
 
     made = cls.__new__(cls)
     made.config, made.actor_rollout_wg = actor.config, actor.workers
     made.ref_policy_wg, made.ref_in_actor = reference, False
-    setattr(made, ATTRIBUTE, TrainerSession(Specs(KLSpec.parse(spec), None)))
+    session = TrainerSession(Specs(spec_in(LOSS_KEY, spec), None), observed=observed_in(LOSS_KEY, spec))
+    setattr(made, ATTRIBUTE, session)
     return made
 
 
