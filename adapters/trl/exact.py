@@ -119,7 +119,7 @@ class OutputHead(NamedTuple):
 
     Attributes:
         weight: (V, D).
-        bias: (V,) or None.
+        bias: (V,) or None; the factor on the logits is in it.
         scale: factor on the logits, before the soft cap.
         softcap: c of c * tanh(logits / c), or None.
     """
@@ -152,8 +152,10 @@ def head_of(model: Any) -> OutputHead:
     weight, bias = (_whole(parameter) for parameter in (layer.weight, layer.bias))
     assert weight is not None
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return OutputHead(weight, bias, _logit_scale(config), None if softcap is None else float(softcap))
+    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+    if bias is not None and scale != 1.0:
+        bias = bias * scale
+    return OutputHead(weight, bias, scale, None if softcap is None else float(softcap))
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
@@ -230,12 +232,7 @@ def scaled(hidden: Tensor, head: OutputHead) -> Tensor:
     Args:
         hidden: (..., D).
         head: the head that they go into.
-
-    Raises:
-        TypeError: the head has a bias as well.
     """
-    if head.scale != 1.0 and head.bias is not None:
-        raise TypeError("kl-plugins: a head with a bias and a logit scale is not one that exact terms know")
     hidden = hidden.to(head.weight.dtype)  # cast_lm_head_to_fp32
     return hidden if head.scale == 1.0 else hidden * head.scale
 

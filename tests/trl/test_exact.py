@@ -1,5 +1,6 @@
 """Exact terms: the full-vocabulary KL of every state, from the heads of TRL's own models."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,32 @@ SPECS = [
     "exact@loss/horizon:sequence/is:decision/behaviour:old",
     "k2@loss/horizon:sequence/future:exact/is:sequence/behaviour:old",
 ]
+
+
+def tokenizer_of(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def scaled_model(name: str, model: str, folder: Path) -> str:
+    """A tiny model of a family in ``SCALED`` with the usual tokenizer; skips where transformers has none."""
+    import transformers
+
+    if not hasattr(transformers, f"{name}ForCausalLM"):
+        pytest.skip(f"this transformers has no {name}")
+    tokenizer = tokenizer_of(model)
+    special = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **special, **SCALED[name])
+    made = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        made.get_output_embeddings().weight.mul_(4.0)  # sharper, so that a factor makes a difference
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def check_gradient(built: Any, inputs: dict[str, Any], spec: str) -> None:
@@ -48,24 +75,34 @@ def test_soft_cap_of_the_model_is_kept(model, tmp_path):
     check_gradient(built, inputs, "exact@loss")
 
 
-def test_a_factor_on_the_logits_is_read_as_the_model_means_it(model, tmp_path):
-    # HyperCLOVA X multiplies by what Granite divides by.
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "HyperCLOVAXForCausalLM"):
-        pytest.skip("this transformers has no HyperCLOVA X")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    for name in ("HyperCLOVAX", "Granite"):
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, logits_scaling=1.5,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-        folder = tmp_path / name
-        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        check_gradient(*moved_on(str(folder), tmp_path, "exact@loss"), "exact@loss")
+SCALED = {
+    "HyperCLOVAX": {"logits_scaling": 1.5},  # multiplies by what Granite divides by
+    "Granite": {"logits_scaling": 1.5},
+    "Cohere": {"logit_scale": 0.6},
+    "NanoChat": {"final_logit_softcapping": 2.0},
+}
+"""Models that do more to their logits than their head, and the settings of it."""
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("spec", ["exact@loss", "exact@loss/top:15"])
+def test_a_factor_on_the_logits_is_read_as_the_model_means_it(name, spec, model, tmp_path):
+    built, inputs = moved_on(scaled_model(name, model, tmp_path / name), tmp_path, spec)
+    check_gradient(built, inputs, spec.split("/")[0])
+
+
+def test_a_bias_of_the_head_is_scaled_too(model, tmp_path):
+    granite = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
+        scaled_model("Granite", model, tmp_path / "granite")
+    )
+    head = granite.get_output_embeddings()
+    biased = torch.nn.Linear(head.in_features, head.out_features)
+    biased.weight = head.weight
+    torch.nn.init.normal_(biased.bias)
+    granite.set_output_embeddings(biased)
+    # Under LoRA, because TRL would load the reference from the folder, where there is no bias.
+    built, inputs = moved_on(granite, tmp_path, "exact@loss", lora=True, tokenizer=tokenizer_of(model))
+    check_gradient(built, inputs, "exact@loss")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
