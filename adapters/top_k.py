@@ -20,6 +20,19 @@ LARGEST_ID = 2**24
 """Token ids below this are exact in float32, in which they are carried."""
 
 
+def runs(rows: Tensor) -> list[slice]:
+    """Return each run of neighbouring rows as one slice, because a selection of rows would copy their logits.
+
+    Args:
+        rows: (N,) bool.
+    """
+    edges = torch.diff(
+        rows.int(), prepend=rows.new_zeros(1, dtype=torch.int), append=rows.new_zeros(1, dtype=torch.int)
+    )
+    bounds = edges.nonzero()[:, 0].tolist()
+    return [slice(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+
+
 def packed(reference: RefTopK) -> Tensor:
     """Put ids, log-probs and the log of the tail into one tensor.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kl_plugins.exact import TopKKL
 from kl_plugins.kernels.exact.arguments import check_floats, checked_labels, checked_reference, flat_rows, row_options
 from kl_plugins.kernels.exact.bucket import TopKReference
-from kl_plugins.kernels.exact.kept_log_probs import kl_of_log_probs, log_of_tail
+from kl_plugins.kernels.exact.kept_log_probs import kl_of_log_probs, log_of_tail, selected_logits
 from kl_plugins.kernels.exact.reference import RefTopK
 from kl_plugins.kernels.exact.reference import top_tokens as rows_top_tokens
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
@@ -42,7 +42,13 @@ def top_tokens(logits: Tensor, k: int) -> Tensor:
 
 
 def log_odds(
-    logits: Tensor, labels: Tensor, ids: Tensor, *, temperature: float = 1.0, softcap: float | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Return log(p_a / p_label) for some tokens a of each position.
 
@@ -54,6 +60,9 @@ def log_odds(
         ids: (..., k) int64 tokens.
         temperature: divides the logits.
         softcap: final logit soft-cap, for logits that were taken before the model's own capping.
+        sparse_grad: pass a sparse gradient to ``logits``. It saves most of the backward pass if a dense gradient from
+            elsewhere is added to it, as that of the log-probs of the labels, and if this function is called after
+            those were computed. Without such a gradient, what comes before ``logits`` gets a sparse one.
 
     Returns:
         (..., k) nats, float32 (float64 for float64 logits).
@@ -62,7 +71,8 @@ def log_odds(
         ValueError: if an option is invalid.
     """
     options = row_options(temperature, softcap, None, "auto", None)
-    found = logits.gather(-1, torch.cat([ids.long(), labels.clamp_min(0).unsqueeze(-1)], -1))
+    tokens = torch.cat([ids.long(), labels.clamp_min(0).unsqueeze(-1)], -1)
+    found = logits.gather(-1, tokens, sparse_grad=True) if sparse_grad else selected_logits(logits, tokens)
     found = scaled(found.to(torch.promote_types(found.dtype, torch.float32)), options.scale, options.softcap)
     return found[..., :-1] - found[..., -1:]
 

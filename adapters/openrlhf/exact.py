@@ -15,6 +15,7 @@ from torch import Tensor
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
 from kl_plugins.adapters.top_k import label_log_probs, unpacked
 from kl_plugins.exact import exact_kl
+from kl_plugins.probe import Cells, cells_of
 from kl_plugins.top_k import log_odds, top_k_kl
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def states_kl(
     """Compute KL(policy || reference) in the states that the response tokens were drawn in, and give it to the batch.
 
     Args:
-        batch: a micro-batch of a spec with exact terms; gets its ``exact``, and under ``top:`` its ``remainder``.
+        batch: a micro-batch of a spec with exact terms; gets its ``exact``, under ``top:`` its ``remainder``, and in a
+            probe its ``cells``.
         logp: (B, A) OpenRLHF's log-probs of the response tokens, computed from the logits, nats, with their graph.
         logits: (B, L, V) of the policy, scaled by the temperature, with their graph; (1, N, V) if they are packed.
         experience: OpenRLHF's micro-batch; its ``sequences`` are (B, L).
@@ -74,12 +76,30 @@ def states_kl(
         else:
             assert batch.numbers is not None
             kept, own = unpacked(batch.numbers), logp[mask]
-            odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0)).flatten(0, -2)[rows]
+            # The gradient of OpenRLHF's own log-probs, computed before, is added to the sparse one.
+            odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0), sparse_grad=True).flatten(0, -2)[rows]
             found = top_k_kl(odds + own[:, None], own, tokens, reference=kept, ref_logp=host_ref_logp)
             batch.exact, batch.remainder = by_token(found.kl), by_token(found.remainder)
+            if batch.session.probing:
+                batch.cells = Cells(*map(by_token, cells_of(odds + own[:, None], tokens, kept)))
             ref_logp = label_log_probs(kept, tokens, host_ref_logp)
     difference = (ref_logp.detach().float() - host_ref_logp).abs().sum()
     return difference if batch.fits else torch.full_like(difference, torch.inf)
+
+
+@torch.no_grad()
+def measure_states(batch: MicroBatch, logp: Tensor, logits: Tensor, experience: Any) -> None:
+    """Give a micro-batch the KL that an observed spec with ``top:`` needs; nothing is read back from the device.
+
+    If the reference's numbers belong to other tokens, the KL becomes NaN. Then no token of the micro-batch is measured.
+
+    Args:
+        batch, logp, logits, experience: as in :func:`states_kl`.
+    """
+    difference = states_kl(batch, logp, logits, experience, None)
+    assert batch.exact is not None
+    belongs = difference <= MEAN_DEVIATION * batch.mask.sum()
+    batch.exact = torch.where(belongs, batch.exact, torch.nan)
 
 
 def require_same_reference(deviation: float, rounded: bool, top: int | None) -> None:

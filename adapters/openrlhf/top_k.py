@@ -8,14 +8,13 @@ tensor per sequence. OpenRLHF splits and merges such a list together with the se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.exact import response_rows
-from kl_plugins.adapters.top_k import KEY, packed
+from kl_plugins.adapters.top_k import KEY, packed, runs
 from kl_plugins.spec import KLSpec
 from kl_plugins.top_k import log_odds, reference_of, top_tokens
 
@@ -38,15 +37,14 @@ def reference_numbers(
     """
     mask = action_mask.bool()
     labels, own = sequences[:, -mask.shape[1] :][mask], logp[mask]
-    rows = response_rows(mask, attention_mask, logits.shape[:-1]).nonzero()[:, 0].cpu()
-    # Each run of neighbouring rows is one slice, because a selection of rows would copy their logits.
-    starts = [0, *((rows.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(rows)]
-    flat, found = logits.flatten(0, -2), []
-    for start, stop in pairwise(starts):
-        part = flat[int(rows[start]) : int(rows[start]) + stop - start] if stop > start else flat[:0]
-        ids = top_tokens(part, k)
-        log_probs = log_odds(part, labels[start:stop], ids) + own[start:stop, None]
+    flat, found, first = logits.flatten(0, -2), [], 0
+    for run in runs(response_rows(mask, attention_mask, logits.shape[:-1])):
+        tokens = slice(first, first := first + run.stop - run.start)
+        ids = top_tokens(flat[run], k)
+        log_probs = log_odds(flat[run], labels[tokens], ids) + own[tokens, None]
         found.append(packed(reference_of(ids, log_probs, flat.shape[-1])))
+    if not found:
+        return own.new_zeros(0, 2 * min(k, flat.shape[-1]) + 1, dtype=torch.float32)
     return torch.cat(found)
 
 

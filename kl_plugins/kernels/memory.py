@@ -28,7 +28,7 @@ def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         A tensor of the same shape and device, with undefined values.
     """
     dtype = dtype or tensor.dtype
-    return _mapped(tensor, dtype) if _suits(tensor, dtype) else torch.empty_like(tensor, dtype=dtype)
+    return _mapped(tensor.shape, dtype) if _suits(tensor, dtype) else torch.empty_like(tensor, dtype=dtype)
 
 
 def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -43,25 +43,37 @@ def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     dtype = dtype or tensor.dtype
     # The operating system fills mapped memory with zeros.
-    return _mapped(tensor, dtype) if _suits(tensor, dtype) else torch.zeros_like(tensor, dtype=dtype)
+    return _mapped(tensor.shape, dtype) if _suits(tensor, dtype) else torch.zeros_like(tensor, dtype=dtype)
+
+
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Do the same as ``torch.zeros``, with huge pages for a large tensor on a CPU.
+
+    Args:
+        shape: shape of the result.
+        dtype: dtype of the result.
+        device: device of the result.
+    """
+    if not _is_large(shape.numel(), dtype, device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return _mapped(shape, dtype)
 
 
 def _suits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        tensor.device.type == "cpu"
-        and tensor.numel() * dtype.itemsize >= LARGE
-        and tensor.is_contiguous()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and _huge_pages()
-    )
+    plain = tensor.is_contiguous() and type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and _is_large(tensor.numel(), dtype, tensor.device)
 
 
-def _mapped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    memory = mmap.mmap(-1, tensor.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _is_large(numbers: int, dtype: torch.dtype, device: torch.device) -> bool:
+    on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and numbers * dtype.itemsize >= LARGE and _huge_pages()
+
+
+def _mapped(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    memory = mmap.mmap(-1, shape.numel() * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     # The storage of the tensor owns the mapping, which is released together with it.
-    return torch.frombuffer(memory, dtype=dtype, count=tensor.numel()).view(tensor.shape)
+    return torch.frombuffer(memory, dtype=dtype, count=shape.numel()).view(shape)
 
 
 @cache

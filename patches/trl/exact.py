@@ -82,12 +82,15 @@ class TrainerStates:
             else:
                 results.append(top_k_of_states(hidden, head_of(reference), attended, top, temperature))
 
+        def wanted(rows: int) -> fused_head.MostProbable:
+            return fused_head.MostProbable(top, scored[-1].to_rows(scored[-1].attended, rows))
+
         def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
             kept = reference_of(ids, log_probs, head_of(reference).weight.shape[0], temperature=temperature)
             states = scored.pop()
             results.append(states.from_rows(packed(kept)).masked_fill(~states.attended[..., None], 0.0))
 
-        with _hook(reference.base_model, after_backbone), self._head_watched(lambda rows: top, from_head):
+        with _hook(reference.base_model, after_backbone), self._head_watched(wanted, from_head):
             yield results
 
     @contextmanager
@@ -131,7 +134,7 @@ class TrainerStates:
             yield results
 
     def _head_watched(
-        self, wanted: Callable[[int], Tensor | int] | None, found: Callable[[Tensor, Tensor, Tensor], None]
+        self, wanted: Callable[[int], fused_head.Wanted] | None, found: Callable[[Tensor, Tensor, Tensor], None]
     ) -> AbstractContextManager[None]:
         return fused_head.watched(wanted, found) if wanted is not None and self._fused else nullcontext()
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kl_plugins.adapters.top_k import runs
 from kl_plugins.patches.engine.fingerprint import fingerprint
 from kl_plugins.top_k import top_tokens
 
@@ -39,13 +40,28 @@ def is_known() -> bool:
     return head is not None and all(fingerprint(getattr(head, name)) in digests for name, digests in KNOWN.items())
 
 
+class MostProbable(NamedTuple):
+    """Asks for the most probable tokens of some rows.
+
+    Attributes:
+        k: number of tokens; the whole vocabulary if it has fewer.
+        rows: (n,) bool; the other rows get token 0.
+    """
+
+    k: int
+    rows: Tensor
+
+
+Wanted = Tensor | MostProbable
+"""The tokens to look at in n rows: their ids (n, k) int64, or those that are the most probable ones."""
+
+
 @contextmanager
-def watched(wanted: Callable[[int], Tensor | int], found: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def watched(wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
     """Within the block, TRL's fused head also gives log-probs of further tokens.
 
     Args:
-        wanted: called with the number n of rows that the head is going to score. It returns the ids (n, k) int64 of
-            the tokens to look at, or the number k of most probable tokens to find.
+        wanted: called with the number n of rows that the head is going to score.
         found: called with the ids (n, k), their log-probs (n, k) with their graph, and the log-probs (n,) of the
             labels; nats, float32.
     """
@@ -169,11 +185,12 @@ class _Rows:
 class _Read:
     """Reads products out of tiles: those of given tokens or of the most probable ones, and then those of the labels."""
 
-    def __init__(self, wanted: Tensor | int, labels: Tensor) -> None:
+    def __init__(self, wanted: Wanted, labels: Tensor) -> None:
         self._labels, self._rows = labels, _Rows()
-        self._count = wanted if isinstance(wanted, int) else 0
-        self._given = None if isinstance(wanted, int) else torch.cat([wanted, labels[:, None]], -1)
+        self._sought = wanted if isinstance(wanted, MostProbable) else None
+        self._given = None if isinstance(wanted, MostProbable) else torch.cat([wanted, labels[:, None]], -1)
         self._blocks: list[tuple[Tensor, Tensor]] = []
+        self._runs: list[slice] = []
 
     def look(self, call: Callable[[], None], tile: Tensor, start: int) -> None:
         """Read a tile."""
@@ -182,17 +199,30 @@ class _Read:
         tokens = self._labels[rows, None] if self._given is None else self._given[rows]
         if start == 0:
             self._blocks.append((tokens, torch.zeros(tokens.shape, dtype=tile.dtype, device=tile.device)))
+            self._runs = [] if self._sought is None else runs(self._sought.rows[rows])
         known, products = self._blocks[-1]
         column, inside = _columns(tokens, start, tile)
         last = tokens.shape[-1]  # the tokens that were found stand before the label
         read = torch.where(inside, tile.gather(-1, column), products[:, -last:])
-        if self._given is None:
-            top = top_tokens(tile, self._count)
-            found = torch.cat([known[:, :-1], top + start], -1)
-            best = torch.cat([products[:, :-1], tile.gather(-1, top)], -1)
-            best, index = best.topk(min(self._count, best.shape[1]), -1)
-            known, read = torch.cat([found.gather(-1, index), tokens], -1), torch.cat([best, read], -1)
+        if self._sought is not None:
+            known, read = self._with_best(self._sought.k, known, torch.cat([products[:, :-1], read], -1), tile, start)
         self._blocks[-1] = known, read
+
+    def _with_best(self, k: int, known: Tensor, products: Tensor, tile: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Replace the most probable tokens and their products by those of the tile where these are larger."""
+        before, width = known.shape[1] - 1, min(k, tile.shape[1])
+        count = min(k, before + width)
+        ids, best = known.new_zeros(len(known), count + 1), products.new_zeros(len(known), count + 1)
+        ids[:, -1], best[:, -1] = known[:, -1], products[:, -1]
+        for run in self._runs:
+            top = top_tokens(tile[run], k)
+            here = tile[run].gather(-1, top)
+            if before:
+                here = torch.cat([products[run, :-1], here], -1)
+                here, index = here.topk(count, -1)
+                top = torch.cat([known[run, :-1] - start, top], -1).gather(-1, index)
+            ids[run, :-1], best[run, :-1] = top + start, here
+        return ids, best
 
     def tokens(self) -> Tensor:
         """Return (n, k + 1) ids, that of the label last."""

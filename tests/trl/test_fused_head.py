@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-def watched(case: Case, wanted: Tensor | int) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
+def watched(case: Case, wanted: fused_head.Wanted) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     seen: list[tuple[Tensor, ...]] = []
     with fused_head.watched(lambda rows: wanted, lambda *given: seen.append(given)):
         results = utils._ChunkedLogProbFunction.apply(*case.arguments)
@@ -85,15 +85,16 @@ def test_log_probs_and_gradient_of_given_tokens(given: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("given", CASES)
 def test_most_probable_tokens(given: tuple[Any, ...]) -> None:
     case = Case(*given)
-    _, (ids, log_probs, _) = watched(case, K)
-    _, every = case.plainly()
+    sought = torch.arange(N) % 5 > 0
+    _, (ids, log_probs, _) = watched(case, fused_head.MostProbable(K, sought))
+    ids, log_probs, every = ids[sought], log_probs[sought], case.plainly()[1][sought]
     torch.testing.assert_close(log_probs.detach().sort(-1)[0], every.topk(K, -1)[0].sort(-1)[0], rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(log_probs.detach(), every.gather(-1, ids), rtol=1e-5, atol=2e-5)
     assert all(len(set(row)) == K for row in ids.tolist())
 
 
 def test_more_tokens_than_the_vocabulary_has_are_all_of_it() -> None:
-    _, (ids, _, _) = watched(Case(*CASES[0]), 2 * V)
+    _, (ids, _, _) = watched(Case(*CASES[0]), fused_head.MostProbable(2 * V, torch.ones(N, dtype=torch.bool)))
     assert torch.equal(ids.sort(-1)[0], torch.arange(V).expand(N, V))
 
 

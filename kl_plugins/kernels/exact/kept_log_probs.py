@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact.bucket import TopKReference, cells_divergence
+from kl_plugins.kernels.memory import zeros
 from kl_plugins.numerics import LINEAR_LIMIT
 
 SMALLEST_TAIL = 2.0**-24
@@ -36,6 +37,33 @@ class KeptKL(NamedTuple):
     kl: Tensor
     remainder: Tensor
     slopes: Tensor
+
+
+class SelectedLogits(torch.autograd.Function):
+    """(logits (..., V), ids (..., k)) -> logits of these ids (..., k).
+
+    It is ``gather``, whose gradient is written into huge pages: most of its time is that of allocating its memory.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, ids: Tensor) -> Tensor:
+        """Select the logits."""
+        return logits.gather(-1, ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Keep the ids, and of the logits only what they look like."""
+        logits, ids = inputs
+        ctx.save_for_backward(ids)
+        ctx.logits = logits.shape, logits.dtype, logits.device
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Put the gradient at the places of the ids."""
+        (ids,) = ctx.saved_tensors
+        return zeros(*ctx.logits).scatter_add_(-1, ids, grads[0]), None
 
 
 class KeptRowsKL(torch.autograd.Function):
@@ -85,6 +113,9 @@ class KeptRowsKL(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         return (grads[0][:, None] * slopes, *(None,) * 6)
 
+
+selected_logits: Callable[[Tensor, Tensor], Tensor] = SelectedLogits.apply
+"""Apply :class:`SelectedLogits`."""
 
 kept_rows: Callable[..., tuple[Tensor, ...]] = KeptRowsKL.apply
 """Apply :class:`KeptRowsKL`."""

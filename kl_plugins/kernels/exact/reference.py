@@ -15,8 +15,8 @@ ACCELERATOR_TILE_BYTES = 2**30
 """Default bound on the temporaries of a call on an accelerator, in bytes. Small tiles would leave it partly idle."""
 
 
-BLOCK = 32
-"""Number of neighbours whose largest logit :func:`top_tokens` looks at first."""
+STRIDED = 8
+"""Number of logits, V / 8 apart, of which :func:`top_tokens` looks at the largest first."""
 
 
 class RefTopK(NamedTuple):
@@ -65,27 +65,22 @@ def tail_log_sum_exp(logits: Tensor, ids: Tensor, scale: float, softcap: float |
 def top_tokens(logits: Tensor, k: int) -> Tensor:
     """Return the ids (n, k) int64 of the k largest logits of each row (n, V), the largest first.
 
-    The k largest logits of a row are in the k blocks of neighbours with the largest maxima, so all other blocks are
-    left out. With 150,000 tokens in float32 on a CPU this takes half of the time of ``torch.topk`` or less. Small
-    vocabularies gain nothing, nor do 16-bit logits on a CPU, whose maxima are slow.
+    Each row is divided into V / 8 groups of 8 logits. The k largest logits are in the k groups with the largest maxima,
+    so all other groups are left out. The logits of a group are V / 8 apart, so that the maxima of neighbouring groups
+    are computed by one instruction. On a CPU this takes about three quarters of the time of ``torch.topk`` with 8,000
+    tokens, and less than half with 150,000.
     """
-    rows, vocabulary = logits.shape
-    blocks = vocabulary // BLOCK
-    if blocks < 8 * k or (logits.device.type == "cpu" and logits.element_size() < 4):
+    vocabulary = logits.shape[-1]
+    groups = vocabulary // STRIDED
+    if groups < 2 * k:
         return logits.topk(min(k, vocabulary), -1).indices
-    whole = blocks * BLOCK
-    body = logits[:, :whole].view(rows, blocks, BLOCK)
-    chosen = body.amax(-1).topk(k, -1, sorted=False).indices
-    row = torch.arange(rows, device=logits.device)[:, None]
-    # The first form reads whole blocks at once, and it needs a view.
-    if body.is_contiguous():
-        found = body.view(-1, BLOCK).index_select(0, (row * blocks + chosen).flatten())
-    else:
-        found = body[row, chosen]
-    candidates = torch.cat([found.view(rows, k * BLOCK), logits[:, whole:]], -1)
-    index = candidates.topk(k, -1).indices
-    block = chosen.gather(-1, (index // BLOCK).clamp_max(k - 1))
-    return torch.where(index < k * BLOCK, block * BLOCK + index % BLOCK, index - k * BLOCK + whole)
+    whole = groups * STRIDED
+    body = logits[:, :whole].unflatten(-1, (STRIDED, groups))
+    chosen = body.amax(1).topk(k, -1, sorted=False).indices
+    members = body.gather(-1, chosen[:, None].expand(-1, STRIDED, -1)).flatten(1)
+    index = torch.cat([members, logits[:, whole:]], -1).topk(k, -1).indices
+    in_group = chosen.gather(-1, index % k) + index // k * groups
+    return torch.where(index < k * STRIDED, in_group, index - k * STRIDED + whole)
 
 
 def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:

@@ -159,6 +159,22 @@ def test_log_odds_of_scaled_and_capped_logits() -> None:
     torch.testing.assert_close(found, capped[:, [2, 1]] - capped[:, :1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sparse_gradient_is_the_dense_one(dtype: torch.dtype) -> None:
+    logits, ref_logits, labels = drawn(dtype, 1.0)
+    ids = top_tokens(ref_logits, K)
+    found = []
+    for sparse_grad in (False, True):
+        leaf = logits.clone().requires_grad_()
+        product = leaf * 1.0
+        logp = label_logp(product, labels)
+        odds = log_odds(product, labels, ids, sparse_grad=sparse_grad)
+        (gradient,) = torch.autograd.grad(((odds + logp[:, None]) ** 2).sum(), leaf)
+        assert not gradient.is_sparse
+        found.append(gradient.float())
+    assert (found[0] - found[1]).norm() < (1e-6 if dtype == torch.float32 else 0.01) * found[0].norm()
+
+
 @pytest.mark.parametrize("vocabulary", [7, 2048, 2050, 4096, 5001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sliced", [False, True])
