@@ -15,8 +15,11 @@ from torch import Tensor
 
 from kl_plugins.adapters.log_probs import POLICY, count_not_finite, require_finite, used
 from kl_plugins.adapters.micro_batch import LossBatch
+from kl_plugins.adapters.observe import warn_not_of_these_tokens
+from kl_plugins.adapters.openrlhf import HOST
 from kl_plugins.adapters.openrlhf.config import behaviour_source
 from kl_plugins.adapters.openrlhf.top_k import arrived
+from kl_plugins.adapters.top_k import KEY
 from kl_plugins.spec import KLSpec
 
 if TYPE_CHECKING:
@@ -58,8 +61,13 @@ class MicroBatch(LossBatch):
         given = None if unwanted else experience.rollout_log_probs
         sampler = unmarked(given, old, source == "sampler" and session.observation is None)
         batch = cls(session, experience.action_mask.bool(), old, sampler, source)
-        if session.spec.top is not None:
+        if session.spec.top is None:
+            return batch
+        if session.observation is None or KEY in experience.info:
             batch.numbers, batch.fits = arrived(session.spec, experience)
+        if session.observation is not None and (batch.numbers is None or not batch.fits):
+            batch.numbers = None  # an observation does not stop a run
+            warn_not_of_these_tokens(HOST.title, session.observation)
         return batch
 
 

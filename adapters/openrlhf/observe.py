@@ -15,9 +15,10 @@ from kl_plugins.adapters.explained.run import Term, settings_of
 from kl_plugins.adapters.metrics import Accumulator
 from kl_plugins.adapters.micro_batch import KLSource
 from kl_plugins.adapters.observe import HostKL, measured
-from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, HOST
+from kl_plugins.adapters.openrlhf import COEFFICIENT_FLAG, HOST, LOSS_FLAG
 from kl_plugins.adapters.openrlhf.batch import unmarked
 from kl_plugins.adapters.openrlhf.config import behaviour_source, corrects_policy_loss, sampling_of
+from kl_plugins.adapters.openrlhf.refusals import exact_problems
 from kl_plugins.probe import HostTerm
 from kl_plugins.spec.observation import Observation, looks_like_observation
 
@@ -93,6 +94,13 @@ def problems(observation: Observation, args: Any) -> Iterator[str]:
             f"{COEFFICIENT_FLAG} is 0, so OpenRLHF loads no reference model and computes no KL; set it to a very small "
             "number, such as 1e-10, to observe a run that trains without a KL"
         )
+    if spec.needs_exact and not args.algo.kl.use_loss:
+        yield (
+            "exact terms need the policy's logits, which OpenRLHF has only while it trains, and its KL is in the "
+            f"reward; observe a sampled spec, such as k2@loss/is:token, or add {LOSS_FLAG}"
+        )
+    elif spec.needs_exact:
+        yield from exact_problems(spec, args)
     if spec.behaviour == "sampler" and not corrects_policy_loss(args):
         yield (
             "behaviour:sampler needs the log-probs of vLLM, for which OpenRLHF does not ask by itself; set "

@@ -40,23 +40,20 @@ def contradictions(spec: KLSpec, args: Any) -> Iterator[str]:
         )
     yield from sampling_of(args).problems(spec, behaviour_source(spec, args))
     if spec.needs_exact:
-        yield from _exact_problems(spec, args)
+        yield from exact_problems(spec, args)
     if spec.placement == "advantage":
         yield from _advantage_problems(args)
 
 
-def _exact_problems(spec: KLSpec, args: Any) -> Iterator[str]:
+def exact_problems(spec: KLSpec, args: Any) -> Iterator[str]:
+    """Give the settings under which a process does not have the logits that exact terms need.
+
+    Args:
+        spec: a spec with exact terms, applied or observed.
+        args: OpenRLHF's nested arguments.
+    """
     if spec.placement != "loss":
         yield "exact terms need the logits, which OpenRLHF has only while it trains; use an exact @loss spec"
-    for flag, size in (
-        ("--ds.tensor_parallel_size", args.ds.tensor_parallel_size),
-        ("--ds.ring_attn_size", args.ds.ring_attn_size),
-    ):
-        if size > 1:
-            yield (
-                f"exact terms need all logits of a micro-batch in one process, and {flag} {size} spreads them over "
-                "several; set it to 1"
-            )
 
 
 def _advantage_problems(args: Any) -> Iterator[str]:
@@ -71,16 +68,6 @@ def _advantage_problems(args: Any) -> Iterator[str]:
             f"--actor.policy_loss_type {args.actor.policy_loss_type} multiplies every token's advantage with the ratio "
             "of the whole sequence, so a per-token penalty would not act on its own token; use ppo, or a @loss spec"
         )
-
-
-def untested(args: Any) -> Iterator[str]:
-    """Name the parts of OpenRLHF that the arguments pick and that the tests do not run.
-
-    Args:
-        args: OpenRLHF's nested arguments.
-    """
-    if args.data.max_images_per_prompt > 0:
-        yield "--data.max_images_per_prompt > 0 was not tested; set it to 0"
 
 
 def require_weights(spec: KLSpec, args: Any, sampling: Sampling) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from kl_plugins.adapters import receipts
+from kl_plugins.adapters.observe import warn_not_of_these_tokens
 from kl_plugins.adapters.openrlhf import HOST, REMEDY
 from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
-from kl_plugins.adapters.openrlhf.top_k import carry, reference_numbers
+from kl_plugins.adapters.openrlhf.observe import observation_of
+from kl_plugins.adapters.openrlhf.top_k import carry, of_batches, reference_numbers
 from kl_plugins.patches.engine.arguments import arguments
 from kl_plugins.receipts import MissingReceiptError, Receipt
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.observation import Observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a reference actor that holds its recorder, and of an experience maker whose actors gave receipts."""
@@ -89,18 +92,21 @@ def receipt(process: Any, spec: str, behaviour: str) -> Receipt:
         RuntimeError: the actor was started with another spec.
     """
     args = process.strategy.args
-    found = spec_of(args)
-    if found is None or str(found) != spec:
+    observation = observation_of(args)
+    found = spec_of(args) if observation is None else observation.measured
+    if found is None or str(observation or found) != spec:
         raise RuntimeError(f"it was started with {args.algo.kl.estimator}, not with {spec}")
-    return receipts.made(HOST, found, statement_of(found, args), ((), ""), int(process._rank), int(process._world_size))
+    ranks = int(process._rank), int(process._world_size)
+    return receipts.made(HOST, found, statement_of(found, args), ((), ""), *ranks, observation=observation)
 
 
-def require_recorders(maker: Any, spec: KLSpec) -> None:
+def require_recorders(maker: Any, spec: KLSpec, observation: Observation | None = None) -> None:
     """Raise unless every reference actor can keep the numbers. Asks once for each experience maker.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run.
+        observation: what the run is asked to observe; None if the spec is applied.
 
     Raises:
         MissingReceiptError: an actor lacks kl-plugins, or has another version or spec; rank, pid and node are named.
@@ -112,39 +118,48 @@ def require_recorders(maker: Any, spec: KLSpec) -> None:
 
     behaviour = behaviour_source(spec, maker.args)
     try:
-        setattr(maker, ATTRIBUTE, receipts.collect(ray, group._actor_handlers, HOST, spec, behaviour, REMEDY))
+        found = receipts.collect(ray, group._actor_handlers, HOST, observation or spec, behaviour, REMEDY)
     except MissingReceiptError as error:
         raise MissingReceiptError(
             f"{error} These are the workers of OpenRLHF's reference model, whose forward passes have to give its "
             f"{spec.top} most probable tokens"
         ) from None
+    setattr(maker, ATTRIBUTE, found)
 
 
-def begin(maker: Any, spec: KLSpec) -> None:
+def begin(maker: Any, spec: KLSpec, observation: Observation | None = None) -> None:
     """Let the reference actors keep numbers, before the forward passes of a rollout batch.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
+        observation: what the run is asked to observe; None if the spec is applied.
     """
-    require_recorders(maker, spec)
+    require_recorders(maker, spec, observation)
     _ask(maker, spec, start, spec.top)
 
 
-def finish(maker: Any, spec: KLSpec, samples: list[Any]) -> None:
+def finish(maker: Any, spec: KLSpec, samples: list[Any], observation: Observation | None = None) -> None:
     """Put the numbers into the experiences, after the forward passes of a rollout batch.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
         samples: the batches that the passes were made for, in that order.
+        observation: what the run is asked to observe; the batches then go without numbers instead of an error.
 
     Raises:
         RuntimeError: a batch has no numbers.
     """
     answers = _ask(maker, spec, stop)
-    if answers is not None:
-        carry(spec, samples, [numbers for answer in answers for numbers in answer])
+    if answers is None:
+        return
+    try:
+        carry(spec, samples, of_batches(answers, maker.args.ds.ring_attn_size, maker.args.ds.tensor_parallel_size))
+    except RuntimeError:
+        if observation is None:
+            raise
+        warn_not_of_these_tokens(HOST.title, observation)
 
 
 def _ask(maker: Any, spec: KLSpec, function: Any, *args: Any) -> list[Any] | None:

@@ -78,6 +78,7 @@ def init_checkpoint_states(wrapped: Function, trainer: Any, args: tuple[Any, ...
         return wrapped(*args, **kwargs)
     if run.observation is not None:
         require_receipts(trainer.actor_model_group, trainer.args)
+        reference.require_recorders(trainer.experience_maker, run.spec, run.observation)
         run.confirmed = True
         states = wrapped(*args, **kwargs)
         require_unregularised(states.get(STATE_KEY), run.observation)
@@ -160,6 +161,12 @@ def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs
         measurement.begin(arguments(wrapped, args, kwargs)["samples_list"], float(maker.kl_ctl.value))
         with entered(measurement):
             return wrapped(*args, **kwargs)
+    observation = observation_of(maker.args)
+    if observation is not None:
+        reference.begin(maker, observation.measured, observation)
+        made = wrapped(*args, **kwargs)
+        reference.finish(maker, observation.measured, made, observation)
+        return made
     spec = spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)

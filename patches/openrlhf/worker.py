@@ -23,7 +23,7 @@ from kl_plugins.adapters.openrlhf.config import (
     spec_of,
     statement_of,
 )
-from kl_plugins.adapters.openrlhf.exact import states_kl
+from kl_plugins.adapters.openrlhf.exact import measure_states, states_kl
 from kl_plugins.adapters.openrlhf.observe import default_word, observation_of
 from kl_plugins.adapters.openrlhf.session import WorkerSession
 from kl_plugins.adapters.openrlhf.shared_sequences import is_counted
@@ -65,6 +65,7 @@ def session_of(trainer: Any) -> WorkerSession | None:
             control,
             behaviour_source(spec, args),
             rounded=args.ds.param_dtype != "fp32",
+            copies=args.ds.ring_attn_size * args.ds.tensor_parallel_size,
             counted=is_counted(trainer.strategy.ds_device_mesh),
         )
         setattr(trainer, ATTRIBUTE, session)
@@ -148,7 +149,7 @@ def _observed_step(
     named = arguments(wrapped, args, kwargs)
     batch = MicroBatch.read(session, named["experience"])
     session.applied, session.steps = float(named["kl_ctl"]), int(trainer.actor.model.global_steps) + 1
-    with entered(batch):
+    with entered(batch), logits_watched(trainer, session, batch, named["experience"]):
         status = wrapped(*args, **kwargs)
     if batch.metrics is not None:
         session.keep(batch)
@@ -232,15 +233,19 @@ def logits_watched(trainer: Any, session: WorkerSession, batch: MicroBatch, expe
         batch: gets the KL.
         experience: OpenRLHF's micro-batch.
     """
-    if not session.spec.needs_exact:
+    observed = session.observation is not None
+    if not session.spec.needs_exact or (observed and batch.numbers is None):
         yield
         return
     forward: Forward | None = session.reference
 
     def after_actor(actor: Any, given: Any, output: Any) -> None:
         handle.remove()  # under LoRA the reference's pass is one of the same module
-        ref_logits = None if forward is None else partial(forward, experience)
         logp, logits = output[0], output[1]["logits"]
+        if observed:
+            measure_states(batch, logp, logits, experience)
+            return
+        ref_logits = None if forward is None else partial(forward, experience)
         session.keep_difference(states_kl(batch, logp, logits, experience, ref_logits))
 
     handle = trainer.actor.register_forward_hook(after_actor)
@@ -289,6 +294,11 @@ def _without_adapter(actor: Any, strategy: Any) -> Forward:
 
 
 def _logits(model: Any, strategy: Any, experience: Any) -> Tensor:
+    images = {}
+    if experience.mm_train_inputs and getattr(model, "is_vlm", False):
+        from openrlhf.utils.vlm_utils import merge_mm_train_inputs
+
+        images = merge_mm_train_inputs(experience.mm_train_inputs, experience.sequences.device)
     with torch.no_grad():
         _, output = model(
             experience.sequences,
@@ -296,6 +306,7 @@ def _logits(model: Any, strategy: Any, experience: Any) -> Tensor:
             attention_mask=experience.attention_mask,
             return_output=True,
             ring_attn_group=strategy.ring_attn_group,
+            **images,
         )
     logits: Tensor = output["logits"]
     return logits
