@@ -181,7 +181,6 @@ def test_the_words_and_the_default_are_openrlhfs(assets):
         ([SPEC, "k9/observe"], "'k9' before observe is not one of OpenRLHF's estimators"),
         ([SPEC, "k3/observe:k2@loss/is:token/behaviour:sampler"], "for which OpenRLHF does not ask by itself"),
         ([SPEC, f"k3/observe:{TOP}"], "exact terms need the policy's logits, which OpenRLHF has only while it trains"),
-        ([*LOSS, f"k3/observe:{TOP}", "--ds.tensor_parallel_size", "2"], "--ds.tensor_parallel_size 2 spreads them"),
     ],
 )
 def test_refusals(flags, says, assets):
