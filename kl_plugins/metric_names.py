@@ -58,6 +58,13 @@ MEANINGS: dict[str, str] = {
 }
 """Meaning of each metric, for the documentation and for readers of a log."""
 
+AGE: dict[str, str] = {
+    "kl/age/mean": "mean age of the responses that are trained on: how many times the weights were sent to the engine "
+    "since it had those that generated the first token; only in asynchronous trainers that know it",
+    "kl/age/max": "the largest of these ages",
+}
+"""Meaning of the metrics that only a trainer of asynchronous rollouts can give; they are about responses."""
+
 LEAST_KL = 1e-4
 """``kl/disagree`` is 0 if ``kl/value`` is below this (nats), because it would then only compare noise with noise."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from kl_plugins.adapters.base import parse_observation
 from kl_plugins.adapters.verl import LOSS_BETA, LOSS_KEY, SCORE_BETA, SCORE_KEY
@@ -103,6 +106,11 @@ def _score_contradictions(spec: KLSpec, config: Any) -> Iterator[str]:
         yield (
             f"the spec's beta:{spec.beta.kind} and algorithm.kl_ctrl.type={algorithm.kl_ctrl.type} would both "
             "control beta; set algorithm.kl_ctrl.type=fixed or leave beta out of the spec"
+        )
+    if spec.beta is not None and config.get("async_training") is not None:
+        yield (
+            "the fully asynchronous trainer saves its checkpoints in a way of its own, so the state of "
+            f"beta:{spec.beta.kind} would be lost where a run is resumed; leave beta out, or use a @loss spec"
         )
     if bypasses(config):
         yield (
@@ -262,11 +270,18 @@ ENGINES = ("fsdp", "fsdp2")
 TRAINERS = (
     "verl.trainer.ppo.ray_trainer.RayPPOTrainer",
     "verl.trainer.ppo.v1.trainer_sync.PPOTrainerSync",
+    "verl.trainer.ppo.v1.trainer_colocate_async.PPOTrainerColocateAsync",
+    "verl.trainer.ppo.v1.trainer_separate_async.PPOTrainerSeparateAsync",
+    "verl.experimental.one_step_off_policy.ray_trainer.OneStepOffRayTrainer",
+    "verl.experimental.fully_async_policy.fully_async_trainer.FullyAsyncTrainer",
 )
 """Trainer classes that the tests run."""
 
-MODES = ("sync",)
+MODES = ("sync", "colocate_async", "separate_async")
 """Values of ``trainer.v1.trainer_mode`` that the tests run."""
+
+FIRST_ASYNCHRONOUS = Version("0.9.1")
+"""The first version of veRL whose asynchronous trainers the tests run."""
 
 
 def _asks_reference(text: Any) -> bool:
@@ -284,6 +299,12 @@ def check_trainer(trainer: type) -> None:
     name = f"{trainer.__module__}.{trainer.__qualname__}"
     if name not in TRAINERS:
         refuse_untested(f"the trainer {name} was not tested with kl-plugins (tested: {', '.join(TRAINERS)})")
+    if name.startswith("verl.experimental.") and _before_asynchronous():
+        refuse_untested(f"the trainer {name} was not tested with veRL before {FIRST_ASYNCHRONOUS}")
+
+
+def _before_asynchronous() -> bool:
+    return Version(version("verl")) < FIRST_ASYNCHRONOUS
 
 
 def untested(config: Any) -> Iterator[str]:
@@ -315,5 +336,9 @@ def untested(config: Any) -> Iterator[str]:
     if (config.get("distillation") or {}).get("enabled", False):
         yield "distillation.enabled=True puts another loss around the PPO loss, which was not tested; set it to False"
     trainer = config.trainer
-    if trainer.get("use_v1", False) and trainer.v1.trainer_mode not in MODES:
-        yield f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} was not tested (tested: {', '.join(MODES)})"
+    if trainer.get("use_v1", False):
+        mode = trainer.v1.trainer_mode
+        if mode not in MODES:
+            yield f"trainer.v1.trainer_mode={mode} was not tested (tested: {', '.join(MODES)})"
+        elif mode != "sync" and _before_asynchronous():
+            yield f"trainer.v1.trainer_mode={mode} was not tested with veRL before {FIRST_ASYNCHRONOUS}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kl_plugins.metric_names import MEANINGS, OBSERVATION
+from kl_plugins.metric_names import AGE, MEANINGS, OBSERVATION
 from kl_plugins.report.native import HostLogs, Known, Role, canonical, known_metrics, recognise
 from kl_plugins.report.series import Series, series_of
 
@@ -87,7 +87,7 @@ def is_ours(key: str) -> bool:
 
 def meaning(key: str) -> str:
     """Return the meaning of a metric of kl-plugins, or an empty text if this version does not know it."""
-    return "the coefficient that was applied" if key == BETA else MEANINGS.get(key) or OBSERVATION.get(key, "")
+    return "the coefficient that was applied" if key == BETA else {**MEANINGS, **AGE, **OBSERVATION}.get(key, "")
 
 
 def unit(key: str) -> str:

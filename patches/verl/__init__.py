@@ -64,6 +64,7 @@ HOOKS = VerlHooks(
         "verl.trainer.ppo.ray_trainer",
         "verl.trainer.ppo.v1.utils",
         "verl.trainer.ppo.v1.trainer_base",
+        "verl.experimental.separation.ray_trainer",
         "verl.workers.utils.losses",
         "verl.workers.engine_workers",
     ),

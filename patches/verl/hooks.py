@@ -14,6 +14,7 @@ WORKERS = "verl.workers.engine_workers"
 TRAINER = "verl.trainer.ppo.ray_trainer"
 TRAINER_V1 = "verl.trainer.ppo.v1.trainer_base"
 V1_UTILS = "verl.trainer.ppo.v1.utils"
+SEPARATE = "verl.experimental.separation.ray_trainer"
 
 _patch = partial(checked_patch, HOOKS.sources.checked)
 
@@ -40,6 +41,9 @@ PATCHES = PatchSet(
         _patch(TRAINER, "RayPPOTrainer._update_actor", trainer.update_actor),
         _patch(TRAINER, "RayPPOTrainer._save_checkpoint", trainer.save_checkpoint),
         _patch(TRAINER, "RayPPOTrainer._load_checkpoint", trainer.load_checkpoint),
+        _patch(TRAINER, "apply_kl_penalty", trainer.apply_kl_penalty, used_in=SEPARATE),
+        _patch(TRAINER, "compute_advantage", trainer.compute_advantage, used_in=SEPARATE),
+        _patch(SEPARATE, "SeparateRayPPOTrainer._init_worker_groups", trainer.init_worker_groups),
         _patch(TRAINER_V1, "PPOTrainer.__init__", trainer.init),
         _patch(TRAINER_V1, "PPOTrainer.init", trainer.init_workers),
         _patch(TRAINER_V1, "PPOTrainer._compute_ref_log_prob", reference.compute_ref_log_prob),

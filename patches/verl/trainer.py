@@ -14,7 +14,7 @@ from kl_plugins.adapters.metrics import warn_if_floored
 from kl_plugins.adapters.micro_batch import entered
 from kl_plugins.adapters.observe import require_unregularised, warn_unobserved
 from kl_plugins.adapters.top_k import KEY
-from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, metrics, score
+from kl_plugins.adapters.verl import ADAPTER, HOST, SCORE_KEY, age, metrics, score
 from kl_plugins.adapters.verl.config import Specs, behaviour_source, sampling_of, spec_in, statement_of
 from kl_plugins.adapters.verl.observe import Observed, ScoreObservation, observation_of
 from kl_plugins.adapters.verl.refusals import check_sessions, check_trainer
@@ -71,6 +71,31 @@ def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[st
     config = arguments(wrapped, args, kwargs)["config"]
     specs, observed = ADAPTER.checked(config), observation_of(config)
     wrapped(*args, **kwargs)
+    _open_session(trainer, config, specs, observed)
+
+
+def init_worker_groups(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Around the start of the worker processes of veRL's experimental trainers, which replace what other trainers have.
+
+    Their own ``__init__`` and ``init_workers`` never call those of veRL's trainer. One of the two classes is that of a
+    Ray actor, which no module holds under its name. This method belongs to the class that both inherit from. At this
+    point no model is loaded. The receipts come as soon as all models are, and before anything else.
+    """
+    config = trainer.config
+    _open_session(trainer, config, ADAPTER.checked(config), observation_of(config))
+    result = wrapped(*args, **kwargs)
+    if session_of(trainer) is not None:
+        load_models = trainer._init_models
+
+        def load_models_and_ask() -> None:
+            load_models()
+            _require_receipts(trainer)
+
+        trainer._init_models = load_models_and_ask
+    return result
+
+
+def _open_session(trainer: Any, config: Any, specs: Specs, observed: Observed | None) -> None:
     if not specs and observed is None:
         return
     check_trainer(type(trainer))
@@ -86,9 +111,14 @@ def init(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[st
 def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Around the start of all workers: receipts, before any rollout and any update."""
     result = wrapped(*args, **kwargs)
+    _require_receipts(trainer)
+    return result
+
+
+def _require_receipts(trainer: Any) -> None:
     session = session_of(trainer)
     if session is None:
-        return result
+        return
     config, actor = trainer.config, trainer.config.actor_rollout_ref.actor
     if session.specs.loss is not None:
         source = behaviour_source(session.specs.loss, config)
@@ -111,7 +141,6 @@ def init_workers(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
     if spec is not None:
         statement = statement_of(spec, actor, sampling=sampling_of(config), reward_site=score.site(spec, config))
         receipts.announce(receipts.made(HOST, spec, statement, HOOKS.summary(functions=SCORE_FUNCTIONS)))
-    return result
 
 
 def apply_kl_penalty(wrapped: Function, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,22 +189,22 @@ def update_actor(wrapped: Function, trainer: Any, args: tuple[Any, ...], kwargs:
             f"kl-plugins: the penalty of {session.specs.score} was computed, but never reached the advantages; this "
             "trainer takes a path that kl-plugins does not know, and would train without the regulariser"
         )
+    ages = age.ages_of(trainer, named["batch"])
     with _carrying(session, named["batch"]):
         output = wrapped(*args, **kwargs)
+    # v1 fills a dict that it was given, v0 returns one with its output.
+    given = named.get("metrics")
+    found: MutableMapping[str, Any] = output.meta_info["metrics"] if given is None else given
     if session.specs.loss is not None:
-        # v1 fills a dict that it was given, v0 returns one with its output.
-        given = named.get("metrics")
-        found: MutableMapping[str, Any] = output.meta_info["metrics"] if given is None else given
         if not metrics.finish(found, prefix="actor/"):
             raise RuntimeError(
                 f"kl-plugins: the workers' update returned no kl/ metrics, so {session.specs.loss} was not "
                 "applied in it"
             )
         warn_if_floored(session.specs.loss, found)
-    if session.observed is not None and session.observed.in_loss:
-        given = named.get("metrics")
-        if not metrics.finish(output.meta_info["metrics"] if given is None else given, prefix="actor/"):
-            warn_unobserved(HOST.title, session.observed.observation)
+    if session.observed is not None and session.observed.in_loss and not metrics.finish(found, prefix="actor/"):
+        warn_unobserved(HOST.title, session.observed.observation)
+    age.report(found, ages)
     return output
 
 

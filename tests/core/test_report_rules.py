@@ -7,7 +7,7 @@ import pytest
 
 from kl_plugins.adapters.metrics import MANY
 from kl_plugins.controllers import LARGEST_BETA
-from kl_plugins.metric_names import MEANINGS, OBSERVATION
+from kl_plugins.metric_names import AGE, MEANINGS, OBSERVATION
 from kl_plugins.report.findings import NOT_ACTIVE, Finding, find
 from kl_plugins.report.native import HostLogs, NativeMetric
 from kl_plugins.report.rules import LEVELS, MOST_FLOORED, RULES
@@ -119,7 +119,7 @@ def test_a_sound_run_has_no_findings() -> None:
     assert not findings_of(**{"kl/value": [0.0, 0.01, 0.02], "kl/ess": [1.0, 0.95, 0.97], "kl/active": [1.0] * 3})
 
 
-@pytest.mark.parametrize("key", [*MEANINGS, *OBSERVATION, "kl/beta"])
+@pytest.mark.parametrize("key", [*MEANINGS, *AGE, *OBSERVATION, "kl/beta"])
 def test_every_metric_has_a_meaning_and_its_unit_follows_from_it(key: str) -> None:
     assert meaning(key)
     assert (unit(key) == "nats") == ("nats" in meaning(key) and key != "kl/disagree")

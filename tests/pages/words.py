@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kl_plugins.cli.listing import build_catalogue
 from kl_plugins.explain.options import markdown_table
-from kl_plugins.metric_names import OBSERVATION
+from kl_plugins.metric_names import AGE, OBSERVATION
 from kl_plugins.metrics import MEANINGS, REDUCTIONS
 from kl_plugins.spec.target import TARGETS
 from tests.pages.parts import table
@@ -73,6 +73,11 @@ def metrics() -> str:
     """Return a table of all metrics, whose names begin with ``kl/``."""
     rows = [(f"`{key}`", MEANINGS[key], JOINED[how]) for key, how in REDUCTIONS.items()]
     rows.append(("`kl/beta`", "the coefficient that was applied", "mean over micro-batches"))
-    joined = {"kl/observed": "mean over micro-batches"}
-    rows += [(f"`{key}`", said, joined.get(key, JOINED["pooled"])) for key, said in OBSERVATION.items()]
+    joined = {
+        "kl/age/mean": "mean over responses",
+        "kl/age/max": JOINED["max"],
+        "kl/observed": "mean over micro-batches",
+    }
+    further = {**AGE, **OBSERVATION}
+    rows += [(f"`{key}`", said, joined.get(key, JOINED["pooled"])) for key, said in further.items()]
     return table(("metric", "meaning", "over micro-batches, ranks and the logging window"), rows)

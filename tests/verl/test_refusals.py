@@ -31,6 +31,11 @@ REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
 V1 = pytest.mark.skipif(not SINCE_0_9, reason="veRL without v1 trainers")
+ASYNCHRONOUS = pytest.mark.skipif(
+    Version(version("verl")) < refusals.FIRST_ASYNCHRONOUS, reason="asynchronous trainers that were not run"
+)
+MODE = "trainer.v1.trainer_mode"
+FULLY = "+async_training.partial_rollout=True"  # its config has this group, and no other has it
 LAUNCHER = pytest.mark.skipif(not SINCE_0_9, reason="veRL that checks its config in Ray's task runner")
 ROLLOUT = "actor_rollout_ref.rollout"
 LOGPROBS = f"{ROLLOUT}.logprobs_mode"
@@ -60,6 +65,10 @@ def test_verls_defaults_hold_no_spec():
         (*REWARD, FUSED, SHARED),
         (*EXACT, SHARED),
         (*TOP, SHARED_BY_ENGINE),
+        pytest.param((*LOSS, f"{MODE}=colocate_async"), marks=ASYNCHRONOUS),
+        pytest.param((*ADVANTAGE, f"{MODE}=separate_async"), marks=ASYNCHRONOUS),
+        (*ADVANTAGE, FULLY),
+        (*LOSS, FULLY, "actor_rollout_ref.actor.kl_loss_type=k2@loss/beta:dual-0.1-0.01"),
     ],
 )
 def test_good_configs_pass(overrides):
@@ -101,6 +110,10 @@ def test_good_configs_pass(overrides):
             (REWARD[0], "algorithm.kl_penalty=k1@reward/beta:dual-0.1-0.01", "algorithm.kl_ctrl.type=adaptive"),
             "both control beta",
         ),
+        (
+            (*ADVANTAGE, FULLY, "algorithm.kl_penalty=k1@advantage/beta:dual-0.1-0.01"),
+            "the state of beta:dual would be lost where a run is resumed",
+        ),
         ((*REWARD, "algorithm.adv_estimator=gdpo"), r"adv_estimator=gdpo .* never reads rewards that hold a KL"),
         ((*REWARD, "algorithm.adv_estimator=grpo_passk"), r"adv_estimator=grpo_passk .* their KL is dropped"),
         ((*REWARD, "algorithm.adv_estimator=mine"), r"adv_estimator=mine .* is not veRL's own.* or a @loss spec"),
@@ -127,7 +140,7 @@ def test_contradictions_are_refused(overrides, message):
         (("model_engine=megatron",), "strategy=megatron"),
         ((FUSED, "actor_rollout_ref.model.fused_kernel_options.impl_backend=triton"), "impl_backend=triton"),
         (("actor_rollout_ref.actor.use_prefix_grouper=True",), "use_prefix_grouper"),
-        pytest.param(("trainer.v1.trainer_mode=separate_async",), "trainer_mode=separate_async", marks=V1),
+        pytest.param(("trainer.v1.trainer_mode=mine",), "trainer_mode=mine was not tested", marks=V1),
         (("distillation.enabled=True",), "distillation"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs of veRL's real ``main_ppo`` in a process of its own, on this machine's CPU."""
+"""Runs of veRL's real programs in a process of their own, on this machine's CPU."""
 
 import json
 import os
@@ -118,8 +118,9 @@ def run(
     folders: Sequence[Path] = (),
     meanwhile: Callable[[Running], None] = lambda running: None,
     seconds: float = 600,  # six times what a run takes on two free cores
+    program: str = "verl.trainer.main_ppo",
 ) -> Finished:
-    """Run ``main_ppo`` with `settings` over the defaults above; what it starts ends with it.
+    """Run a program of veRL with `settings` over the defaults above; what it starts ends with it.
 
     Settings of None are left out. `folders` come first on the import path. `meanwhile` is called while it runs.
     """
@@ -150,7 +151,7 @@ def run(
     output = work / "output.txt"
     with output.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "verl.trainer.main_ppo", *overrides],
+            [sys.executable, "-m", program, *overrides],
             cwd=work,
             env=variables,
             stdout=stream,

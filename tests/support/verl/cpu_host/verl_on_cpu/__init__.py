@@ -6,6 +6,7 @@ For tests only. veRL imports it in every process through ``VERL_USE_EXTERNAL_MOD
 import importlib.util
 
 import verl_on_cpu.flash_attention
+import verl_on_cpu.recorder
 import verl_on_cpu.rollout
 import verl_on_cpu.shims
 import verl_on_cpu.vllm
@@ -19,4 +20,5 @@ else:
 verl_on_cpu.shims.install()
 verl_on_cpu.flash_attention.install()
 verl_on_cpu.vllm.install()
+verl_on_cpu.recorder.install()
 verl_on_cpu.rollout.register()

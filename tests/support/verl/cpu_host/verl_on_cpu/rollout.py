@@ -1,9 +1,14 @@
 """The rollout engine ``transformers_cpu``: one Ray actor per replica that samples from a transformers model.
 
+Like veRL's own engines it stops in the middle of a response when requests are aborted, returns the tokens so far, and
+lets new requests wait until generation goes on.
+
 Environment: ``SAMPLER_SHARPNESS`` scales the sampler's logits, so that it differs from the trainer's policy;
-``SAMPLER_NAN=N`` makes the first log-prob of every response NaN, once the sampler has the weights of N updates.
+``SAMPLER_NAN=N`` makes the first log-prob of every response NaN, once the sampler has the weights of N updates;
+``SAMPLER_SECONDS`` is how long the sampler waits before each token, on average: requests differ in their speed.
 """
 
+import asyncio
 import os
 
 import ray
@@ -23,6 +28,13 @@ def actor_name(rank):
     return f"{NAME}_{rank}"
 
 
+async def _collected(weights):
+    """Names and copies of weights that come from a generator of either kind."""
+    if hasattr(weights, "__aiter__"):
+        return {name: weight.detach().float().cpu().clone() async for name, weight in weights}
+    return {name: weight.detach().float().cpu().clone() for name, weight in weights}
+
+
 class Sampler:
     """Samples token by token; veRL's server methods that have nothing to do on a CPU are accepted and ignored."""
 
@@ -35,6 +47,9 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(rank + 1)
         self.sharpness = float(os.environ.get("SAMPLER_SHARPNESS", "1"))
         self.broken_after = float(os.environ.get("SAMPLER_NAN", "inf"))
+        self.seconds = float(os.environ.get("SAMPLER_SECONDS", "0"))
+        self.going, self.rejecting, self.aborts = asyncio.Event(), False, 0
+        self.going.set()
 
     async def node_address(self):
         return ray.util.get_node_ip_address()
@@ -52,37 +67,55 @@ class Sampler:
         return None
 
     wake_up = sleep = clear_kv_cache = release_kv_cache = resume_kv_cache = _ignored
-    abort_all_requests = resume_generation = start_profile = stop_profile = _ignored
+    start_profile = stop_profile = _ignored
+
+    async def abort_all_requests(self, reject_request=False):
+        self.rejecting, self.aborts = reject_request, self.aborts + 1
+        self.going.clear()
+
+    async def resume_generation(self):
+        self.rejecting = False
+        self.going.set()
 
     async def generate(self, prompt_ids, sampling_params, request_id, **unused):
-        tokens, log_probs = self._sample(torch.tensor([list(prompt_ids)]), sampling_params)
+        if not self.rejecting:
+            await self.going.wait()
+        version = self.global_steps  # until the tokens are returned there may be other weights
+        tokens, log_probs, reason = await self._sample(torch.tensor([list(prompt_ids)]), sampling_params)
         return TokenOutput(
             token_ids=tokens,
             log_probs=log_probs if sampling_params.get("logprobs") else None,
-            stop_reason="completed",
+            stop_reason=reason,
             num_preempted=0,
-            extra_fields={"global_steps": self.global_steps},
+            extra_fields={"global_steps": version if tokens else None},
         )
 
-    @torch.no_grad()
-    def _sample(self, ids, params):
+    async def _sample(self, ids, params):
         temperature = float(params.get("temperature", 1.0))
         limit = int(params.get("max_tokens") or self.response_length)
-        tokens, log_probs, cache = [], [], None
+        tokens, log_probs, cache, aborts = [], [], None, self.aborts
         broken = (self.global_steps or 0) >= self.broken_after
+        seconds = 2 * self.seconds * float(torch.rand((), generator=self.generator)) if self.seconds else 0.0
         while len(tokens) < limit:
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits = output.logits[0, -1].double() * self.sharpness / (temperature or 1.0)
-            logp = logits.log_softmax(-1)
-            greedy = logp.argmax().view(1)
-            token = torch.multinomial(logp.exp(), 1, generator=self.generator) if temperature else greedy
-            tokens.append(token.item())
-            log_probs.append(float("nan") if broken and not log_probs else logp[token].item())
-            if token.item() == self.model.config.eos_token_id:
+            await asyncio.sleep(seconds)
+            if self.rejecting or self.aborts > aborts:
+                return tokens, log_probs, "aborted"
+            token, logp, cache = self._next(ids, temperature, cache)
+            tokens.append(token)
+            log_probs.append(float("nan") if broken and not log_probs else logp)
+            if token == self.model.config.eos_token_id:
                 break
-            ids = token.view(1, 1)
-        return tokens, log_probs
+            ids = torch.tensor([[token]])
+        return tokens, log_probs, "completed"
+
+    @torch.no_grad()
+    def _next(self, ids, temperature, cache):
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        logits = output.logits[0, -1].double() * self.sharpness / (temperature or 1.0)
+        logp = logits.log_softmax(-1)
+        greedy = logp.argmax().view(1)
+        token = torch.multinomial(logp.exp(), 1, generator=self.generator) if temperature else greedy
+        return token.item(), logp[token].item(), output.past_key_values
 
 
 class Replica(RolloutReplica):
@@ -115,5 +148,4 @@ class WeightSender(BaseRollout):
         await self.sampler.sleep.remote()
 
     async def update_weights(self, weights, global_steps=None, **unused):
-        named = {name: weight.detach().float().cpu().clone() for name, weight in weights}
-        await self.sampler.update_weights.remote(named, global_steps)
+        await self.sampler.update_weights.remote(await _collected(weights), global_steps)

@@ -13,6 +13,7 @@ def install():
     _no_pinned_memory()
     _critic_without_flash_attention()
     wrapt.register_post_import_hook(_padding_without_flash_attention, "verl.utils.attention_utils")
+    wrapt.register_post_import_hook(_saved_models_are_copies, "verl.utils.fsdp_utils")
 
 
 def _one_backend_for_one_device():
@@ -56,3 +57,17 @@ def _padding_without_flash_attention(module):
 
     if not hasattr(module, "_fallback_pad_input"):
         module._get_attention_functions = functions
+
+
+def _saved_models_are_copies(module):
+    # Asynchronous trainers save the weights of the actor and put them back. A tensor that is moved from the CPU to the
+    # CPU is no copy, so what was saved would change with the weights.
+    original = getattr(module, "fsdp2_sharded_save_to_cpu", None)
+    if original is None:
+        return
+
+    def fsdp2_sharded_save_to_cpu(model):
+        state, spec = original(model)
+        return {name: (tensor.clone(), own) for name, (tensor, own) in state.items()}, spec
+
+    module.fsdp2_sharded_save_to_cpu = fsdp2_sharded_save_to_cpu
