@@ -83,12 +83,6 @@ class OpenRLHFAdapter(HostAdapter):
             for problem in problems(observation, config):
                 yield f"{ESTIMATOR_FLAG} ", observation, problem
 
-    def untested(self, config: Any) -> Iterator[str]:
-        """Name the parts of OpenRLHF that the arguments pick and that the tests do not run."""
-        from kl_plugins.adapters.openrlhf.refusals import untested
-
-        return untested(config)
-
     def run(self, module: str, argv: Sequence[str]) -> int:
         """Run one of OpenRLHF's programs in this process, with the hooks here and in every Ray worker of its job."""
         if "." not in module:

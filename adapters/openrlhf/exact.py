@@ -1,7 +1,7 @@
 """Exact KL of the states of a training step of OpenRLHF: from its logits, and the reference's logits or top-k numbers.
 
 OpenRLHF can pack the sequences of a micro-batch one after the other. Its logits then are (1, N, V) for the N tokens of
-all sequences, while everything else stays (B, A).
+all sequences, while everything else stays (B, A). Under ring attention each rank has a part of the N tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import MEAN_DEVIATION, MEAN_DEVIATION_16_BIT
+from kl_plugins.adapters.openrlhf.shared_sequences import held
 from kl_plugins.adapters.top_k import label_log_probs, unpacked
 from kl_plugins.exact import exact_kl
 from kl_plugins.probe import Cells, cells_of
@@ -20,22 +21,6 @@ from kl_plugins.top_k import log_odds, top_k_kl
 
 if TYPE_CHECKING:
     from kl_plugins.adapters.openrlhf.batch import MicroBatch
-
-
-def response_rows(mask: Tensor, attention_mask: Tensor, shape: torch.Size) -> Tensor:
-    """Find the rows of OpenRLHF's logits that are the states in which the response tokens were drawn.
-
-    Args:
-        mask: (B, A) bool, response tokens among the last A tokens of each sequence.
-        attention_mask: (B, L) tokens that are no padding.
-        shape: of the logits without the vocabulary: (B, L), or (1, N) where OpenRLHF packs the sequences.
-
-    Returns:
-        (B L,) or (N,) bool; the order of the rows is that of the response tokens in ``mask``.
-    """
-    rows = torch.zeros(attention_mask.shape, dtype=torch.bool, device=mask.device)
-    rows[:, -mask.shape[1] - 1 : -1] = mask
-    return (rows if shape == rows.shape else rows[attention_mask.bool()]).flatten()
 
 
 def states_kl(
@@ -47,7 +32,8 @@ def states_kl(
         batch: a micro-batch of a spec with exact terms; gets its ``exact``, under ``top:`` its ``remainder``, and in a
             probe its ``cells``.
         logp: (B, A) OpenRLHF's log-probs of the response tokens, computed from the logits, nats, with their graph.
-        logits: (B, L, V) of the policy, scaled by the temperature, with their graph; (1, N, V) if they are packed.
+        logits: (B, L, V) of the policy, scaled by the temperature, with their graph; (1, N, V) if they are packed; of
+            the part that :func:`~kl_plugins.adapters.openrlhf.shared_sequences.held` describes.
         experience: OpenRLHF's micro-batch; its ``sequences`` are (B, L).
         reference: gives the same logits of the reference; None under ``top:``.
 
@@ -56,9 +42,10 @@ def states_kl(
         of OpenRLHF's reference actor; infinite if the numbers of ``top:`` do not fit the response tokens.
     """
     spec, mask, shape = batch.session.spec, batch.mask, logits.shape[:-1]
-    rows = response_rows(mask, experience.attention_mask, shape)
-    tokens = experience.sequences[:, -mask.shape[1] :][mask]
-    host_ref_logp = experience.base_action_log_probs[mask].float()
+    here = held(mask, experience.attention_mask, shape)
+    rows = here.rows
+    tokens = experience.sequences[:, -mask.shape[1] :][mask][here.tokens]
+    host_ref_logp = experience.base_action_log_probs[mask][here.tokens].float()
 
     def by_row(values: Tensor, elsewhere: int) -> Tensor:
         # Whole rows, most of them left out. A selection of the logits would be a copy.
@@ -67,7 +54,8 @@ def states_kl(
         return found.view(*shape, *values.shape[1:])
 
     def by_token(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
+        found = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+        return found.masked_scatter(mask, here.of_all(values))
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.estimator == "exact"):
         if reference is not None:
@@ -75,7 +63,7 @@ def states_kl(
             batch.exact, ref_logp = by_token(whole.kl.flatten()[rows]), whole.ref_logp.flatten()[rows]
         else:
             assert batch.numbers is not None
-            kept, own = unpacked(batch.numbers), logp[mask]
+            kept, own = unpacked(batch.numbers[here.tokens]), logp[mask][here.tokens]
             # The gradient of OpenRLHF's own log-probs, computed before, is added to the sparse one.
             odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0), sparse_grad=True).flatten(0, -2)[rows]
             found = top_k_kl(odds + own[:, None], own, tokens, reference=kept, ref_logp=host_ref_logp)
@@ -83,7 +71,7 @@ def states_kl(
             if batch.session.probing:
                 batch.cells = Cells(*map(by_token, cells_of(odds + own[:, None], tokens, kept)))
             ref_logp = label_log_probs(kept, tokens, host_ref_logp)
-    difference = (ref_logp.detach().float() - host_ref_logp).abs().sum()
+    difference = here.of_all((ref_logp.detach().float() - host_ref_logp).abs()).sum()
     return difference if batch.fits else torch.full_like(difference, torch.inf)
 
 

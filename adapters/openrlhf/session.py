@@ -20,10 +20,12 @@ class WorkerSession(Session):
     Attributes:
         rounded: the models compute in 16 bits.
         metrics: of the micro-batches since the last report.
+        copies: how many processes share each sequence.
     """
 
     rounded: bool = True
     metrics: Accumulator = field(default_factory=Accumulator)
+    copies: int = 1
     _kl: Tensor | None = field(default=None, repr=False)
     _difference: Tensor | None = field(default=None, repr=False)
 
@@ -48,7 +50,7 @@ class WorkerSession(Session):
         Args:
             difference: what :func:`~kl_plugins.adapters.openrlhf.exact.states_kl` gave.
         """
-        difference = difference.double()[None]
+        difference = difference.double()[None] / self.copies
         self._difference = difference if self._difference is None else self._difference + difference
 
     def check_step(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.openrlhf.exact import response_rows
+from kl_plugins.adapters.openrlhf.shared_sequences import held
 from kl_plugins.adapters.top_k import KEY, packed, runs
 from kl_plugins.spec import KLSpec
 from kl_plugins.top_k import log_odds, reference_of, top_tokens
@@ -25,7 +25,8 @@ def reference_numbers(
     """Compute what ``top:`` keeps of the reference in the states that the response tokens were drawn in.
 
     Args:
-        logits: (B, L, V) of the reference, scaled by the temperature; (1, N, V) where OpenRLHF packs the sequences.
+        logits: (B, L, V) of the reference, scaled by the temperature; (1, N, V) where OpenRLHF packs the sequences; of
+            the part that :func:`~kl_plugins.adapters.openrlhf.shared_sequences.held` describes.
         logp: (B, A) OpenRLHF's log-probs of the response tokens, computed from these logits, nats, float32.
         sequences: (B, L) tokens.
         action_mask: (B, A) response tokens.
@@ -33,12 +34,14 @@ def reference_numbers(
         k: number of tokens to keep.
 
     Returns:
-        (n, 2 k + 1) float32 for the n response tokens of all sequences, as ``adapters.top_k.packed`` packs them.
+        (n, 2 k + 1) float32 for the n response tokens that belong to the logits here, as ``adapters.top_k.packed``
+        packs them.
     """
     mask = action_mask.bool()
-    labels, own = sequences[:, -mask.shape[1] :][mask], logp[mask]
+    here = held(mask, attention_mask, logits.shape[:-1])
+    labels, own = sequences[:, -mask.shape[1] :][mask][here.tokens], logp[mask][here.tokens]
     flat, found, first = logits.flatten(0, -2), [], 0
-    for run in runs(response_rows(mask, attention_mask, logits.shape[:-1])):
+    for run in runs(here.rows):
         tokens = slice(first, first := first + run.stop - run.start)
         ids = top_tokens(flat[run], k)
         log_probs = log_odds(flat[run], labels[tokens], ids) + own[tokens, None]
@@ -46,6 +49,20 @@ def reference_numbers(
     if not found:
         return own.new_zeros(0, 2 * min(k, flat.shape[-1]) + 1, dtype=torch.float32)
     return torch.cat(found)
+
+
+def of_batches(answers: Sequence[Sequence[Tensor]], ring: int, tensor: int) -> list[Tensor]:
+    """Join what the ranks of the reference gave: one tensor for each batch, in the order of the batches.
+
+    Args:
+        answers: by rank, one tensor for each forward pass. Ranks of tensor parallelism give the same; ranks of a ring
+            give the parts of each batch, in order.
+        ring: number of ranks in a ring.
+        tensor: number of ranks of tensor parallelism.
+    """
+    parts = answers[::tensor]
+    groups = (parts[first : first + ring] for first in range(0, len(parts), ring))
+    return [torch.cat(batch) for group in groups for batch in zip(*group, strict=True)]
 
 
 def carry(spec: KLSpec, samples: Sequence[Any], found: Sequence[Tensor]) -> None:

@@ -22,7 +22,7 @@ from kl_plugins.adapters.openrlhf.config import (
 )
 from kl_plugins.adapters.openrlhf.explained import defaults
 from kl_plugins.adapters.openrlhf.explained.defaults import ADVANTAGE, FLAT, KL
-from kl_plugins.adapters.openrlhf.refusals import contradictions, untested
+from kl_plugins.adapters.openrlhf.refusals import contradictions
 from kl_plugins.explain.config import ConfigExplanation
 from kl_plugins.sampling import Sampling
 from kl_plugins.settings import Format, Settings, read_words
@@ -185,9 +185,6 @@ class OpenRLHFRun(ConfiguredRun):
             self.problems.append((ESTIMATOR, f"a @{spec.placement} spec contradicts {LOSS_FLAG}; {what}"))
             return None
         self.problems += [(ESTIMATOR, problem) for problem in contradictions(spec, self.args)]
-        self.problems += [
-            (ESTIMATOR, f"{problem} (KL_PLUGINS_ALLOW_UNTESTED=1 allows it)") for problem in untested(self.args)
-        ]
         sources = {
             "unused": "none",
             "sampler": "policy / sampler, with the log-probs of vLLM",
