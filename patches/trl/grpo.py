@@ -104,7 +104,8 @@ def _tool_mask_noted(trainer: Any, rollout: Rollout) -> Iterator[None]:
 
     The method is replaced on the trainer itself, so that one of a subclass is noted as well.
     """
-    own, external = trainer._generate, bool(getattr(trainer, "tools", None))
+    own, replaced = trainer._generate, "_generate" in vars(trainer)
+    external = bool(getattr(trainer, "tools", None))
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         generated = own(*args, **kwargs)
@@ -116,3 +117,5 @@ def _tool_mask_noted(trainer: Any, rollout: Rollout) -> Iterator[None]:
         yield
     finally:
         del trainer._generate
+        if replaced:
+            trainer._generate = own

@@ -19,7 +19,6 @@ from kl_plugins.adapters.openrlhf.config import (
     spec_of,
     statement_of,
 )
-from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.receipts import MissingReceiptError
 from tests.support.openrlhf import remote
 from tests.support.openrlhf.command_line import (
@@ -27,7 +26,6 @@ from tests.support.openrlhf.command_line import (
     CORRECTED,
     LOSS,
     ONE_STEP,
-    PACKED,
     REWARD,
     SAMPLER,
     SPEC,
@@ -65,14 +63,6 @@ def test_openrlhfs_own_estimators_are_no_specs(assets, flags):
         (("--algo.kl.use_loss", SPEC, "k2@loss/beta:dual-0.1-0.01", "--algo.kl.target", "6"), "both control beta"),
         ((SPEC, "k1@advantage/future:exact"), "use an exact @loss spec"),
         ((SPEC, "exact@advantage/top"), "use an exact @loss spec"),
-        (
-            (*LOSS[:2], "exact@loss", "--ds.tensor_parallel_size", "2"),
-            "in one process, and --ds.tensor_parallel_size 2",
-        ),
-        (
-            (*LOSS[:2], "exact@loss/top", "--ds.ring_attn_size", "2", *PACKED),
-            "in one process, and --ds.ring_attn_size 2",
-        ),
         ((*ADVANTAGE, "--actor.policy_loss_type", "gspo"), "ratio of the whole sequence"),
     ],
 )
@@ -86,17 +76,6 @@ def test_unknown_advantage_estimators_are_refused(assets):
     args.algo.advantage.estimator = "brand_new"
     with pytest.raises(ValueError, match=r"--algo\.advantage\.estimator brand_new"):
         ADAPTER.checked(args)
-
-
-def test_what_was_not_tested_is_refused_until_allowed(assets, monkeypatch):
-    flags = ("--data.max_images_per_prompt", "1")
-    monkeypatch.delenv("KL_PLUGINS_ALLOW_UNTESTED", raising=False)
-    with pytest.raises(UnsupportedHostError, match=f"{flags[0]} > .* was not tested"):
-        parse(assets, (*LOSS, *flags))
-    assert parse(assets, flags)
-    monkeypatch.setenv("KL_PLUGINS_ALLOW_UNTESTED", "1")
-    with pytest.warns(RuntimeWarning, match="kl-plugins: .* was not tested"):
-        assert parse(assets, (*LOSS, *flags))
 
 
 def test_a_bad_spec_ends_the_program_before_ray_starts(assets):

@@ -206,10 +206,16 @@ def test_a_mask_of_another_length_is_refused(model, tmp_path):
     assert "_generate" not in vars(built)
 
 
-def test_tools_without_a_mask_are_refused():
-    from kl_plugins.adapters.trl.score import written_by_policy
+@with_tools
+def test_tools_without_a_mask_are_refused(model, tmp_path):
+    built = with_calls(model, tmp_path, {"tools": [look_up]})
+    generate = built._generate
 
-    generated = ([[1]], [[2, 3]], None)
-    assert written_by_policy(generated, required=False) is None
+    def without_mask(prompts: list[Any]) -> tuple[Any, ...]:
+        prompt_ids, completion_ids, _, *others = generate(prompts)
+        return prompt_ids, completion_ids, None, *others
+
+    built._generate = without_mask
     with pytest.raises(RuntimeError, match="does not say for each token"):
-        written_by_policy(generated, required=True)
+        trainers.rollout_and_gradient(built)
+    assert built._generate is without_mask

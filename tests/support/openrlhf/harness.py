@@ -158,6 +158,7 @@ class Harness:
             steps: number of ``train_step`` calls; each makes all the optimizer steps that `flags` ask for.
         """
         trainer = self.start(flags)
+        self.ask(remote.name_reference, str(self.assets / "reference"))
         receipts = self.receipts(trainer)
         metrics, experiences = self.train(trainer, rollouts, steps=steps)
         parameters, gradient = self.ask(remote.state)[0]

@@ -18,6 +18,11 @@ def state(actor):
     return parameters, {name: safe_get_full_optimizer_state(value, "exp_avg") / rest for name, value in named.items()}
 
 
+def name_reference(actor, path):
+    """Let a worker take its reference from where the harness took that of the reference actor: for ``exact@loss``."""
+    actor.trainer.args.actor.model_name_or_path = path
+
+
 def imported(actor):
     """Names of the modules of kl-plugins in the process."""
     import sys
