@@ -296,7 +296,7 @@ def check_trainer(trainer: type) -> None:
     Raises:
         UnsupportedHostError: the class, by name.
     """
-    name = f"{trainer.__module__}.{trainer.__qualname__}"
+    name = f"{trainer.__module__}.{trainer.__name__}"  # Ray gives the class of an actor another __qualname__
     if name not in TRAINERS:
         refuse_untested(f"the trainer {name} was not tested with kl-plugins (tested: {', '.join(TRAINERS)})")
     if name.startswith("verl.experimental.") and _before_asynchronous():

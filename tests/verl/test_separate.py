@@ -1,5 +1,6 @@
 """veRL's two experimental asynchronous trainers: their own classes reach the hooks, and ask workers for receipts."""
 
+import copy
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
