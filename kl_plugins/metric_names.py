@@ -84,12 +84,13 @@ OBSERVATION: dict[str, str] = {
     "which it was computed; below 1 where log-probs are missing or not finite",
     **{
         f"kl/probe/{name}/cosine": f"cosine between the coefficients of {said} and of the observed spec, over the "
-        "tokens: 1 is the same direction, 0 none in common"
+        "tokens: 1 is the same direction, 0 none in common; under top: between their gradients by the logits"
         for name, said in _NAMES.items()
     },
     **{
         f"kl/probe/{name}/norm_ratio": f"norm of the coefficients of {said}, divided by that of the observed spec; "
-        "the spec pulls as strongly at beta times this number"
+        "the spec pulls as strongly at beta times this number; under top: norm of the gradient by the logits, with the "
+        "noise of the drawn token in it"
         for name, said in _NAMES.items()
     },
     **{f"kl/probe/{level}/weight": f"mean of an exact is:{level} weight; 1 in expectation" for level in LEVELS},

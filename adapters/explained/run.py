@@ -175,6 +175,15 @@ class ConfiguredRun(ABC):
 
     # What all hosts have in common.
 
+    def observes_exact(self, key: str) -> bool:
+        """Return whether a setting asks to observe a spec with exact terms.
+
+        Args:
+            key: a setting with ``observe``.
+        """
+        _, observation = self.observed.get(key, (None, None))
+        return observation is not None and observation.spec is not None and observation.spec.needs_exact
+
     def look_through_observe(self) -> None:
         """Put what the host trains with in the place of each setting with ``observe``, and keep the observation."""
         for key in self.spec_keys:

@@ -97,7 +97,7 @@ def problems(observation: Observation, args: Any) -> Iterator[str]:
     if spec.needs_exact and not args.algo.kl.use_loss:
         yield (
             "exact terms need the policy's logits, which OpenRLHF has only while it trains, and its KL is in the "
-            f"reward; observe a sampled spec, such as k2@loss/is:token, or add {LOSS_FLAG}"
+            f"reward; use a sampled spec, such as k2@loss/is:token, or add {LOSS_FLAG}"
         )
     elif spec.needs_exact:
         yield from exact_problems(spec, args)

@@ -88,7 +88,7 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
     if spec.needs_exact and run.algorithm == "RLOO":
         yield (
             "exact terms are observed where TRL computes its own KL from the policy's pass, and RLOO puts its KL into "
-            "the reward; observe a sampled spec, such as k2@loss/is:token, or train with GRPO"
+            "the reward; use a sampled spec, such as k2@loss/is:token, or train with GRPO"
         )
     yield from exact_problems(spec, config)
     source = behaviour_source(spec, config, run.sampler_expected or run.arguments is None)

@@ -140,7 +140,7 @@ def problems(found: Observed, config: Any) -> Iterator[str]:
         yield from exact_problems(spec, config)
     elif spec.needs_exact:
         yield (
-            "exact terms need the policy's logits, which veRL's trainer process never has; observe a sampled spec, "
+            "exact terms need the policy's logits, which veRL's trainer process never has; use a sampled spec, "
             f"such as k2@loss/is:token, or put veRL's KL into the loss and observe in {LOSS_KEY}"
         )
     if not found.in_loss and bypasses(config):

@@ -88,6 +88,24 @@ def test_top_k_of_the_reference_actor_in_the_async_program(assets, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [(LOSS, "k3/observe:exact@loss/top/is:token/probe:2"), ((KL,), "k1/observe:k2@loss/probe:1")],
+    ids=["loss", "reward"],
+)
+def test_a_whole_run_is_observed(flags, text, assets, tmp_path):
+    result = run(assets, tmp_path, [*COLOCATED, *flags, text, *TWO_EPOCHS])
+    steps = finished(result)
+    assert f"{text} observes, changes nothing, in OpenRLHF" in result.output
+    assert all(step["kl/observed"] == 1 for step in steps)
+    assert steps[-1]["kl/value"] > 0
+    probes = [key for step in steps for key in step if key.startswith("kl/probe/")]
+    assert {"kl/probe/host/dead_frac", "kl/probe/k2/norm_ratio"} <= set(probes)
+    assert ("kl/exact" in steps[-1]) is ("top" in text)
+    assert ("129 numbers per response token" in result.output) is ("top" in text)
+
+
+@pytest.mark.full
 def test_two_ranks(assets, tmp_path):
     ranks = ["--actor.num_gpus_per_node", 2, "--ref.num_gpus_per_node", 2, "--train.micro_batch_size", 2]
     sizes = ["--rollout.micro_batch_size", 2, "--train.batch_size", 8]

@@ -66,6 +66,14 @@ ROWS: list[Row] = [
     Row("refused", "trl", "beta=0 kl=observe", ("beta=0.1 kl=observe:k2@loss/is:token",)),
     Row("refused", "trl", "beta=0.1 kl=k3/observe", ("beta=0.1 kl=observe/probe:5",)),
     Row("refused", "trl", "beta=0.1 kl=observe:k2@los", ("beta=0.1 kl=observe:k1@loss",)),
+    Row("refused", "trl", "beta=0.1 kl=observe:exact@loss", ("beta=0.1 kl=observe:exact@loss/top",)),
+    Row("refused", "trl", "trl rloo --beta 0.1 --kl observe:exact@loss/top", ("beta=0.1 kl=observe:exact@loss/top:8",)),
+    Row(
+        "refused",
+        "verl",
+        "algorithm.use_kl_in_reward=True algorithm.kl_penalty=kl/observe:exact@loss/top",
+        (LOSS + f"{V}kl_loss_type=k3/observe:exact@loss/top",),
+    ),
     Row("refused", "verl", f"{V}kl_loss_type=observe", (LOSS + f"{V}kl_loss_type=observe",)),
     Row("refused", "verl", LOSS + f"{V}kl_loss_type=k4/observe", (LOSS + f"{V}kl_loss_type=k3+/observe",)),
     Row("refused", "trl", "beta=0 kl=k2@loss", ("beta=0.1 kl=k2@loss",)),
@@ -418,16 +426,16 @@ ROWS += [
     Row("foreign-setting", "openrlhf", "--algo.kl.coef 0.1", (IN_LOSS,)),
     Row("negative-beta", "openrlhf", IN_LOSS + f"{K}init_coef -0.1", (IN_LOSS,)),
     Row("observed", "openrlhf", f"{K}estimator k1/observe", (f"{K}estimator k1",)),
+    Row(
+        "refused",
+        "openrlhf",
+        f"{K}estimator k3/observe:exact@loss/top",
+        (f"{K}estimator k3/observe:exact@loss/top {K}use_loss",),
+    ),
     Row("refused", "openrlhf", f"{K}estimator k4/observe", (f"{K}estimator k2/observe {K}use_loss",)),
     Row("refused", "openrlhf", f"{K}estimator observe {K}init_coef 0", (f"{K}estimator observe",)),
     Row("refused", "openrlhf", f"{K}estimator default", (f"{K}use_loss {K}estimator default",)),
     Row("refused", "openrlhf", f"{K}use_loss {K}estimator k1@advantage", (f"{K}estimator k1@advantage",)),
-    Row(
-        "refused",
-        "openrlhf",
-        f"{K}use_loss {K}estimator default --data.max_images_per_prompt 1",
-        (f"{K}use_loss {K}estimator k2 --data.max_images_per_prompt 1",),
-    ),
     Row("openrlhf-no-kl", "openrlhf", f"{K}init_coef 0", (IN_LOSS,)),
     Row(
         "openrlhf-ignored-without-coefficient", "openrlhf", f"{K}init_coef 0 {K}use_loss", (f"{K}init_coef 0", IN_LOSS)

@@ -267,7 +267,7 @@ def test_refusals(text, changes, says, model, tmp_path):
 
 
 def test_rloo_has_no_pass_in_its_kl_that_top_could_be_observed_in(tmp_path):
-    with pytest.raises(ValueError, match="RLOO puts its KL into the reward; observe a sampled spec"):
+    with pytest.raises(ValueError, match="RLOO puts its KL into the reward; use a sampled spec"):
         adapter.RLOOConfig(**trainers.settings(tmp_path, kl="observe:exact@loss/top"))
 
 

@@ -95,6 +95,19 @@ def test_the_weight_of_what_top_leaves_out_divides_by_the_samplers(model, tmp_pa
     assert (found - expected).norm() / expected.norm() < 1e-4
 
 
+def silent(prompts, trainer):
+    """A rollout function that gives no log-probs, although the sampler's are expected of it."""
+    return {**engine()(prompts, trainer), "logprobs": None}
+
+
+def test_without_log_probs_a_spec_stops_and_an_observation_goes_on(model, tmp_path):
+    with pytest.raises(ValueError, match="return 'logprobs' from rollout_func"):
+        build(model, tmp_path, "k2@loss/is:token", silent).train()
+    watched = build(model, tmp_path, "observe:k2@loss/is:token", silent)
+    watched.train()
+    assert trainers.log_of(watched, "kl/observed") == [0.0, 0.0]
+
+
 def test_metrics_show_the_mismatch(model, tmp_path):
     built = build(model, tmp_path, "k2@loss/is:token", learning_rate=1e-6)
     built.train()

@@ -113,6 +113,28 @@ def config_of(settings):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+def test_a_whole_run_is_observed_in_its_reward(assets, tmp_path):
+    settings = {
+        USE_REWARD: True,
+        SCORE_KEY: "kl/observe:k2@loss/probe:1",
+        "algorithm.kl_ctrl.kl_coef": 0.1,
+        "trainer.total_training_steps": 2,
+    }
+    result = run(assets, tmp_path, settings)
+    steps = finished(result, steps=2)
+    assert "kl/observe:k2@loss/probe:1 observes, changes nothing, in veRL" in result.output
+    assert all(np.isfinite(list(step.values())).all() for step in steps)
+    assert all((step["kl/observed"], step["kl/beta"]) == (1, 0.1) for step in steps)
+    assert all(step["kl/probe/host/dead_frac"] == 0 for step in steps)
+    # The first rollout is the reference's own, as far as rounding goes.
+    assert steps[1]["kl/value"] > steps[0]["kl/value"]
+    assert steps[1]["kl/reverse_k1"] == pytest.approx(steps[1]["actor/reward_kl_penalty"], rel=0.2, abs=1e-3)
+    assert "kl/probe/k2/norm_ratio" in steps[1]
+    assert not list(tmp_path.rglob("kl_plugins*.json"))
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_whole_run_is_observed(assets, tmp_path):
     # Two optimizer steps, so that the second one sees a policy that has left the reference.
     settings = {

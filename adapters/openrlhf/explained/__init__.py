@@ -79,6 +79,8 @@ class OpenRLHFRun(ConfiguredRun):
             yield f"{self.text(key)!r} before observe is not one of OpenRLHF's estimators; use {', '.join(CLAMPS)}"
         if self.number(COEFFICIENT) == 0:
             yield "the coefficient is 0, so OpenRLHF loads no reference model; set it to a very small number"
+        if self.observes_exact(key) and not self.flag(USE_LOSS):
+            yield "exact terms need logits, which OpenRLHF has only while it trains; add --algo.kl.use_loss"
 
     @property
     def kl_keys(self) -> frozenset[str]:

@@ -62,6 +62,8 @@ class TRLRun(ConfiguredRun):
             self.settings.add(key, None, "kl-plugins")
         if self.number("beta") == 0:
             yield "beta is 0, so TRL loads no reference model and computes no KL; set beta to a very small number"
+        if self.observes_exact(key) and self.algorithm == "RLOO":
+            yield "exact terms are observed in GRPO alone, because RLOO puts its KL into the reward"
 
     @cached_property
     def defaults(self) -> Mapping[str, Any]:

@@ -66,6 +66,8 @@ class VerlRun(ConfiguredRun):
             yield f"{word!r} before observe is not one of veRL's estimators; use {', '.join(ESTIMATORS)}"
         if not self.flag(switch):
             yield f"{switch} is False, so veRL computes no such KL; set it to True, with a coefficient of 0 if needed"
+        if self.observes_exact(key) and key != LOSS_KEY:
+            yield f"exact terms need the policy's logits; put veRL's KL into the loss and observe in {LOSS_KEY}"
 
     @property
     def kl_keys(self) -> frozenset[str]:
