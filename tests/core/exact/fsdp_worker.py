@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from kl_plugins import linear_kl
+from tests.core.exact.processes import finish
 
 TOKENS, WIDTH, VOCAB = 6, 8, 40
 
@@ -65,8 +66,7 @@ def main() -> None:
         kl = policy(inputs, reference, labels)
         kl.mean().backward()
         saved[frozen_head] = {"kl": kl.detach(), "gradients": gradients(policy)}
-    torch.save(saved, output)
-    dist.destroy_process_group()
+    finish(saved, output)
 
 
 if __name__ == "__main__":

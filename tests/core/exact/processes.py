@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,5 +33,25 @@ def run_ranks(module: str, size: int, folder: Path, *arguments: str, **environme
     finally:
         for rank in ranks:
             rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), messages[0][-3000:]
+    if any(rank.returncode for rank in ranks):
+        ends = (f"rank {index} ended with {rank.returncode}:" for index, rank in enumerate(ranks))
+        raise AssertionError("\n".join(f"{end}\n{text[-3000:]}" for end, text in zip(ends, messages, strict=True)))
     return [torch.load(file) for file in files]
+
+
+def finish(result: Any, file: str) -> NoReturn:
+    """Save a rank's result, wait for those of the other ranks, and end the process without releasing the gloo group.
+
+    A process that releases a gloo group, or ends, while another rank still uses it now and then aborts one of the two
+    after all results are there. No test is about that.
+    """
+    path = Path(file)
+    torch.save(result, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    deadline = time.monotonic() + 120
+    while not all(path.with_name(f"{rank}.pt").exists() for rank in range(dist.get_world_size())):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all ranks have saved a result in {path.parent}")
+        time.sleep(0.05)
+    sys.stderr.flush()
+    os._exit(0)

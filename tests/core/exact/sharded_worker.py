@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from kl_plugins.tensor_parallel import sharded_exact_kl
+from tests.core.exact.processes import finish
 from tests.core.exact.triton_cases import BF16, Case, Inputs, inputs
 
 
@@ -152,8 +153,7 @@ def main(rank: int, size: int, rendezvous: str, path: str, backend: str) -> None
         "gap": refused(5 * rank, 5 * rank + 4, [4]),
         "ignored": refused(4 * rank, 4 * rank + 4, [-100, 0]),
     }
-    torch.save(results, path)
-    dist.destroy_process_group()
+    finish(results, path)
 
 
 if __name__ == "__main__":
