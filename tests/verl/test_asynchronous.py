@@ -3,8 +3,10 @@
 import itertools
 import re
 from dataclasses import dataclass
+from statistics import mean
 
 import pytest
+import torch
 
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, Finished, run
 from tests.support.verl.ray_support import SINCE_0_9
@@ -46,13 +48,16 @@ class Mode:
     Attributes:
         settings: that choose it.
         every: number of updates between two times that weights are sent to the engine.
-        old: which policy the old log-probs are of: ``present``, ``sampler``, or ``sent``, the weights sent last.
+        old: which policy the old log-probs are of by default: ``present``, ``sampler``, or ``sent``, the weights that
+            were sent last.
+        recomputed: the same without bypass mode.
         program: of veRL.
         logged: number of updates in each line of metrics.
     """
 
     settings: dict[str, object]
     old: str
+    recomputed: str
     every: int = 1
     program: str = "verl.trainer.main_ppo"
     logged: tuple[int, ...] = (1, 1, 1, 1)
@@ -60,7 +65,9 @@ class Mode:
 
 MODES = {
     "colocate_async": Mode(
-        {"trainer.v1.trainer_mode": "colocate_async", "trainer.v1.colocate_async.num_warmup_batches": 2}, "present"
+        {"trainer.v1.trainer_mode": "colocate_async", "trainer.v1.colocate_async.num_warmup_batches": 2},
+        "present",
+        "present",
     ),
     "separate_async": Mode(
         {
@@ -71,10 +78,13 @@ MODES = {
             "actor_rollout_ref.rollout.nnodes": 1,
         },
         "sent",
+        "sent",
         every=2,
         logged=(2, 2, 2, 2),
     ),
-    "one_step_off_policy": Mode(EXPERIMENTAL, "sampler", program="verl.experimental.one_step_off_policy.main_ppo"),
+    "one_step_off_policy": Mode(
+        EXPERIMENTAL, "sampler", "present", program="verl.experimental.one_step_off_policy.main_ppo"
+    ),
     "fully_async_policy": Mode(
         {
             **EXPERIMENTAL,
@@ -89,6 +99,7 @@ MODES = {
             "trainer.test_freq": 1000,
         },
         "sampler",
+        "sent",
         every=2,
         program="verl.experimental.fully_async_policy.fully_async_main",
         logged=(1, 2, 2, 2, 1),  # veRL logs a cycle before it adds the last update of it
@@ -106,7 +117,7 @@ def trained(mode: Mode, assets, work, settings: dict[str, object]) -> tuple[Fini
         "actor_rollout_ref.actor.optim.lr": 2e-4,
         "reward.custom_reward_function.path": work / "reward.py",
     }
-    environment = {"RECORD_UPDATES": str(record), "SAMPLER_SECONDS": "0.6"}
+    environment = {"RECORD_UPDATES": str(record), "SAMPLER_SECONDS": "0.5"}
     merged = {**general, **mode.settings, **settings}
     result = run(assets, work, merged, environment=environment, program=mode.program)
     assert result.status == 0, result.error()
@@ -123,6 +134,16 @@ def lines_of(result: Finished, mode: Mode) -> list[tuple[dict[str, float], range
     return [(line, range(end - count, end)) for line, end, count in zip(logged, ends, mode.logged, strict=True)]
 
 
+def is_of(policy: str, updates: Updates, index: int, mode: Mode) -> bool:
+    """Whether the old log-probs of an update are those of a policy."""
+    update = updates.all[index]
+    old = update.flat("old_log_probs")
+    if policy == "sampler":
+        return torch.equal(old, update.flat("rollout_log_probs"))
+    of = index if policy == "present" else index // mode.every * mode.every
+    return bool((old - updates.under(of, update)).abs().max() < 2e-4)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_a_weighted_loss(name, assets, tmp_path):
     mode = MODES[name]
@@ -130,29 +151,65 @@ def test_a_weighted_loss(name, assets, tmp_path):
     assert re.search(rf"{SPEC} active in veRL \S+, rank 0 of 1 .*behaviour sampler", result.output)
     lines = lines_of(result, mode)
     assert len(updates.all) == sum(mode.logged)
-    spans = set()
+    parts_of_two = False
     for logged, indices in lines:
-        expected: dict[str, list[float]] = {"kl/weight/mean": [], "kl/floor_frac": [], "kl/age/mean": []}
+        weights, floored, youngest, oldest = [], [], [], []
         for index in indices:
             update, cycle = updates.all[index], index // mode.every
             drawn = updates.generated_by(index, mode.every)
-            spans |= {row[-1] - row[0] for row in drawn}
+            parts_of_two |= any(row[0][1] < row[-1][0] for row in drawn)
             present, sampler = updates.under(index, update), update.flat("rollout_log_probs")
-            sent = updates.under(cycle * mode.every, update)
-            old = {"present": present, "sampler": sampler, "sent": sent}[mode.old]
-            assert (update.flat("old_log_probs") - old).abs().max() < 2e-4
+            assert is_of(mode.old, updates, index, mode)
             assert (update.flat("ref_log_prob") - updates.under(0, update)).abs().max() < 2e-4
             assert updates.gradient_error(index, BETA, FLOOR) < 1e-3
             weight = (present - sampler).exp()
-            expected["kl/weight/mean"].append(float(weight.mean()))
-            expected["kl/floor_frac"].append(float((weight < FLOOR).double().mean()))
-            expected["kl/age/mean"].append(sum(cycle - row[0] for row in drawn) / len(drawn))
-        for key, values in expected.items():
-            assert logged[key] == pytest.approx(sum(values) / len(values), abs=1e-3), (key, indices)
+            weights.append(float(weight.mean()))
+            floored.append(float((weight < FLOOR).double().mean()))
+            youngest.append(mean([cycle - row[0][1] for row in drawn]))
+            oldest.append(mean([cycle - row[0][0] for row in drawn]))
+        assert logged["kl/weight/mean"] == pytest.approx(mean(weights), abs=1e-3)
+        assert logged["kl/floor_frac"] == pytest.approx(mean(floored), abs=1e-3)
+        assert mean(youngest) <= logged["kl/age/mean"] <= mean(oldest)
         assert logged["kl/active"] == 1
         assert logged["kl/beta"] == BETA
     last, _ = lines[-1]
     assert last["kl/age/max"] >= 1
     assert last["kl/value"] > 0
     # The one-step-off trainer waits for whole batches.
-    assert (1 in spans) == (name != "one_step_off_policy")
+    assert parts_of_two == (name != "one_step_off_policy")
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_penalty_in_the_advantages(name, assets, tmp_path):
+    mode = MODES[name]
+    settings = {
+        "algorithm.use_kl_in_reward": True,
+        "algorithm.kl_penalty": "k1@advantage",
+        "algorithm.kl_ctrl.kl_coef": BETA,
+        "algorithm.rollout_correction.bypass_mode": False,
+    }
+    result, updates = trained(mode, assets, tmp_path, settings)
+    assert len(re.findall("k1@advantage active in veRL", result.output)) == 1
+    k1 = []
+    for index, update in enumerate(updates.all):
+        assert is_of(mode.recomputed, updates, index, mode)
+        for row in update.rows:
+            own = row["old_log_probs"] - row["ref_log_prob"]
+            # GRPO's advantages are the same for all tokens of a response.
+            assert torch.allclose(row["advantages"].diff(), BETA * own[:-1], atol=1e-5)
+        k1.append(float((update.flat("old_log_probs") - update.flat("ref_log_prob")).mean()))
+    assert max(k1) > 1e-3
+    for logged, indices in lines_of(result, mode):
+        assert logged["kl/reverse_k1"] == pytest.approx(mean(k1[index] for index in indices), abs=1e-4)
+        assert logged["kl/beta"] == BETA
+        assert "kl/age/mean" in logged
+
+
+@pytest.mark.parametrize("name", ["separate_async", "fully_async_policy"])
+def test_the_references_most_probable_tokens(name, assets, tmp_path):
+    mode, k = MODES[name], 4
+    result, updates = trained(mode, assets, tmp_path, {**LOSS, KL_TYPE: f"exact@loss/top:{k}"})
+    exact = [updates.bucketed(index, k) for index in range(len(updates.all))]
+    assert max(exact) > 1e-4
+    for logged, indices in lines_of(result, mode):
+        assert logged["kl/exact"] == pytest.approx(mean(exact[index] for index in indices), rel=1e-3)

@@ -38,9 +38,8 @@ def started(name: str, workers: Any, assets: Path, kl_type: str = SPEC, **algori
     """One of the trainers after it has started its workers and loaded its models, which are those of a test."""
     cls = class_of(name)
     trainer = cls.__new__(cls)
-    trainer.config = config_of(
-        str(assets / "model"), actor__use_kl_loss=True, actor__kl_loss_coef=0.1, actor__kl_loss_type=kl_type
-    )
+    loss = {"actor__use_kl_loss": True, "actor__kl_loss_coef": 0.1, "actor__kl_loss_type": kl_type}
+    trainer.config = copy.deepcopy(config_of(str(assets / "model"), **loss))  # others share it
     for key, value in algorithm.items():
         trainer.config.algorithm[key] = value
     trainer.kl_ctrl_in_reward = SimpleNamespace(value=0.1)

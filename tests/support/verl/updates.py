@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,38 +42,64 @@ class Updates:
 
     def log_probs(self, parameters: dict[str, Tensor], rows: list[dict[str, Tensor]]) -> list[Tensor]:
         """Log-probs of the responses under given parameters, one tensor per row."""
+        whole = self.distributions(parameters, rows)
+        return [
+            logp.gather(-1, row["ids"][-len(logp) :].unsqueeze(-1)).squeeze(-1)
+            for logp, row in zip(whole, rows, strict=True)
+        ]
+
+    def distributions(self, parameters: dict[str, Tensor], rows: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Log-probs of all tokens in the states of the responses under given parameters, (T, V) per row."""
         results = []
         for row in rows:
             count = len(row["response_mask"])
             output = torch.func.functional_call(
                 self.model, parameters, (), {"input_ids": row["ids"].unsqueeze(0), "use_cache": False}
             )
-            logp = output.logits[0, -count - 1 : -1].log_softmax(-1)
-            results.append(logp.gather(-1, row["ids"][-count:].unsqueeze(-1)).squeeze(-1))
+            results.append(output.logits[0, -count - 1 : -1].log_softmax(-1))
         return results
+
+    def bucketed(self, update: int, k: int) -> float:
+        """The mean over the tokens of an update of the KL over the reference's k tokens and one bucket, nats.
+
+        Args:
+            update: which one; the reference is the policy before the first.
+            k: number of tokens.
+        """
+        rows = self.all[update].rows
+        with torch.no_grad():
+            policy, reference = (
+                torch.cat(self.distributions(self.all[index].parameters, rows)).double() for index in (update, 0)
+            )
+        chosen = reference.topk(k, -1).indices
+        p, r = policy.gather(-1, chosen).exp(), reference.gather(-1, chosen).exp()
+        tail_p, tail_r = 1 - p.sum(-1), 1 - r.sum(-1)
+        return float(((p * (p / r).log()).sum(-1) + tail_p * (tail_p / tail_r).log()).mean())
 
     def under(self, index: int, update: Update) -> Tensor:
         """Log-probs of an update's tokens under the parameters before another update."""
         with torch.no_grad():
             return torch.cat(self.log_probs(self.all[index].parameters, update.rows)).double()
 
-    def generated_by(self, update: int, every: int, tolerance: float = 2e-4) -> list[list[int]]:
-        """For each row, how many times weights had been sent to the sampler when each of its tokens was drawn.
+    def generated_by(self, update: int, every: int, tolerance: float = 2e-4) -> list[list[tuple[int, int]]]:
+        """For each token of each row, which of the weights that were sent to the sampler may have drawn it.
 
         Args:
             update: which one.
             every: number of updates between two times that weights are sent.
             tolerance: nats; between the sampler's log-prob of a token and that of the weights which drew it.
+
+        Returns:
+            The numbers of the oldest and of the newest weights, which are 0 for those before the first update. They
+            differ where several weights give a token the same log-prob.
         """
         this = self.all[update]
-        # The newest first: where two versions agree on a token, it is the newer one's.
-        sent = range(update // every, -1, -1)
-        under = torch.stack([self.under(number * every, this) for number in sent])
-        differences = (under - this.flat("rollout_log_probs")).abs()
-        assert differences.amin(0).max() < tolerance, "no weights that were sent gave these log-probs"
-        drawn = (update // every - (differences < tolerance).int().argmax(0)).tolist()
-        lengths = [len(row["response_mask"]) for row in this.rows]
-        return [[drawn.pop(0) for _ in range(length)] for length in lengths]
+        under = torch.stack([self.under(number * every, this) for number in range(update // every + 1)])
+        fitting = (under - this.flat("rollout_log_probs")).abs() < tolerance
+        assert fitting.any(0).all(), "no weights that were sent gave these log-probs"
+        oldest, newest = fitting.int().argmax(0), len(fitting) - 1 - fitting.flip(0).int().argmax(0)
+        pairs = iter(zip(oldest.tolist(), newest.tolist(), strict=True))
+        return [list(itertools.islice(pairs, len(row["response_mask"]))) for row in this.rows]
 
     def gradient_error(self, update: int, beta: float, floor: float) -> float:
         """Distance of the recorded gradient from that of PPO's loss plus ``k2@loss/is:token/floor``, relative.
