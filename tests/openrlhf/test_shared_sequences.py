@@ -23,8 +23,8 @@ def check_metrics(one, two, rounding):
     "flags",
     [
         (*USE, "k2@loss/is:prefix/behaviour:sampler/cap:5"),
-        (SPEC, "k1@reward"),
-        (*USE, "exact@loss"),
+        pytest.param((SPEC, "k1@reward"), marks=pytest.mark.full),
+        pytest.param((*USE, "exact@loss"), marks=pytest.mark.full),
         (*USE, "exact@loss/top:8/is:token/behaviour:sampler"),
     ],
     ids=lambda flags: flags[-1],
