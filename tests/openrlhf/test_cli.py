@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from kl_plugins.spec.observation import Observation
 from tests.support.openrlhf.cli import COLOCATED, run
 
 KL = "--algo.kl.estimator"
@@ -96,7 +97,7 @@ def test_top_k_of_the_reference_actor_in_the_async_program(assets, tmp_path):
 def test_a_whole_run_is_observed(flags, text, assets, tmp_path):
     result = run(assets, tmp_path, [*COLOCATED, *flags, text, *TWO_EPOCHS])
     steps = finished(result)
-    assert f"{text} observes, changes nothing, in OpenRLHF" in result.output
+    assert f"{Observation.parse(text)} observes, changes nothing, in OpenRLHF" in result.output
     assert all(step["kl/observed"] == 1 for step in steps)
     assert steps[-1]["kl/value"] > 0
     probes = [key for step in steps for key in step if key.startswith("kl/probe/")]
