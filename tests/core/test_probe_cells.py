@@ -160,6 +160,14 @@ def test_probabilities_of_zero_give_finite_numbers() -> None:
         assert all(part.isfinite().all() for part in found)
 
 
+def test_rounding_makes_no_bucket_where_every_token_is_kept() -> None:
+    given = states(k=VOCABULARY)
+    kept = given.logits.detach().log_softmax(-1).gather(-1, given.reference.ids)
+    exact, rounded = (cells_of(kept - error, given.tokens, given.reference) for error in (0.0, 1e-6))
+    for one, other in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
 def test_parts_join_into_the_whole() -> None:
     given, spec = states(), KLSpec.parse(SPECS[2])
     sides = [part.detach() for part in (given.logp(), given.ref_logp, given.mask, given.old)]
