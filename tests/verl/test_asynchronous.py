@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, Finished, run
-from tests.support.verl.ray_support import SINCE_0_9
+from tests.support.verl.ray_support import ASYNCHRONOUS
 from tests.support.verl.updates import Updates
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(1200), pytest.mark.skipif(not SINCE_0_9, reason="not run before")]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not ASYNCHRONOUS, reason="refused in this version"),
+]
 
 BETA, FLOOR = 0.1, 0.5
 SPEC = "k2@loss/is:token/floor:0.5"
@@ -161,7 +165,7 @@ def test_a_weighted_loss(name, assets, tmp_path):
             present, sampler = updates.under(index, update), update.flat("rollout_log_probs")
             assert is_of(mode.old, updates, index, mode)
             assert (update.flat("ref_log_prob") - updates.under(0, update)).abs().max() < 2e-4
-            assert updates.gradient_error(index, BETA, FLOOR) < 1e-3
+            assert updates.gradient_error(index, BETA, FLOOR) < 1e-5
             weight = (present - sampler).exp()
             weights.append(float(weight.mean()))
             floored.append(float((weight < FLOOR).double().mean()))

@@ -17,7 +17,7 @@ from kl_plugins.adapters.versions import UnsupportedHostError
 from kl_plugins.patches.verl.trainer import ATTRIBUTE, TrainerSession
 from kl_plugins.spec import KLSpec, KLSpecError
 from tests.support.verl.configs import composed as config
-from tests.support.verl.ray_support import ENVIRONMENT, SINCE_0_9
+from tests.support.verl.ray_support import ASYNCHRONOUS, ENVIRONMENT, SINCE_0_9
 
 LOSS = ("actor_rollout_ref.actor.use_kl_loss=True", "actor_rollout_ref.actor.kl_loss_type=k2@loss/is:token")
 EXACT = (LOSS[0], "actor_rollout_ref.actor.kl_loss_type=exact@loss")
@@ -31,9 +31,7 @@ REWARD = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@reward")
 ADVANTAGE = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=k1@advantage", "algorithm.adv_estimator=grpo")
 NO_LOG_PROBS = "actor_rollout_ref.rollout.calculate_log_probs=False"
 V1 = pytest.mark.skipif(not SINCE_0_9, reason="veRL without v1 trainers")
-ASYNCHRONOUS = pytest.mark.skipif(
-    Version(version("verl")) < refusals.FIRST_ASYNCHRONOUS, reason="asynchronous trainers that were not run"
-)
+MODES = pytest.mark.skipif(not ASYNCHRONOUS, reason="refused in this version")
 MODE = "trainer.v1.trainer_mode"
 FULLY = "+async_training.partial_rollout=True"  # its config has this group, and no other has it
 LAUNCHER = pytest.mark.skipif(not SINCE_0_9, reason="veRL that checks its config in Ray's task runner")
@@ -65,8 +63,8 @@ def test_verls_defaults_hold_no_spec():
         (*REWARD, FUSED, SHARED),
         (*EXACT, SHARED),
         (*TOP, SHARED_BY_ENGINE),
-        pytest.param((*LOSS, f"{MODE}=colocate_async"), marks=ASYNCHRONOUS),
-        pytest.param((*ADVANTAGE, f"{MODE}=separate_async"), marks=ASYNCHRONOUS),
+        pytest.param((*LOSS, f"{MODE}=colocate_async"), marks=MODES),
+        pytest.param((*ADVANTAGE, f"{MODE}=separate_async"), marks=MODES),
         (*ADVANTAGE, FULLY),
         (*LOSS, FULLY, "actor_rollout_ref.actor.kl_loss_type=k2@loss/beta:dual-0.1-0.01"),
     ],
@@ -159,6 +157,14 @@ def test_under_top_the_references_engine_was_tested_as_well():
     assert ADAPTER.checked(config(*EXACT, other))
     with pytest.raises(UnsupportedHostError, match=r"ref\.strategy=torchtitan, which has to show its logits"):
         ADAPTER.checked(config(*TOP, other))
+
+
+@V1
+@pytest.mark.parametrize("mode", ["colocate_async", "separate_async"])
+def test_asynchronous_modes_of_versions_that_were_not_run_are_refused(mode, monkeypatch):
+    monkeypatch.setattr(refusals, "FIRST_ASYNCHRONOUS", Version("99"))
+    with pytest.raises(UnsupportedHostError, match=f"{mode} was not tested with veRL before 99"):
+        ADAPTER.checked(config(*LOSS, f"{MODE}={mode}"))
 
 
 @V1

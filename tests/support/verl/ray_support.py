@@ -16,6 +16,9 @@ CPU_HOST = Path(__file__).parent / "cpu_host"
 SINCE_0_9 = find_spec("verl") is not None and Version(version("verl")).release >= (0, 9)
 """veRL has entry points, platforms and its v1 trainers; before, it is told of the plugin by name."""
 
+ASYNCHRONOUS = find_spec("verl") is not None and Version(version("verl")) >= Version("0.9.1")
+"""The asynchronous trainers of this version are run by the tests, and not refused."""
+
 TRAINERS = ("v0", "v1") if SINCE_0_9 else ("v0",)
 
 WITHOUT_PLUGIN = {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"}
