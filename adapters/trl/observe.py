@@ -90,7 +90,7 @@ def problems(observation: Observation, run: Run) -> Iterator[str]:
             "exact terms are observed where TRL computes its own KL from the policy's pass, and RLOO puts its KL into "
             "the reward; use a sampled spec, such as k2@loss/is:token, or train with GRPO"
         )
-    yield from exact_problems(spec, config)
+    yield from exact_problems(spec, config, installed())
     source = behaviour_source(spec, config, run.sampler_expected or run.arguments is None)
     if spec.needs_behaviour:
         known = sampling_of(config, mode_in(config, run.own_rollout, installed()) or PROCESSED)

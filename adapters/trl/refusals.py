@@ -10,6 +10,7 @@ from packaging.version import Version
 
 from kl_plugins.adapters.trl.config import (
     PROCESSED,
+    WITH_KNOWN_HEAD,
     Run,
     behaviour_source,
     by_sequence,
@@ -68,7 +69,7 @@ def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> I
             f"generation_kwargs samples at temperature {generating:g}, while TRL scores with {scoring:g}, so its "
             "log-probs are not those of the policy that is sampled; set temperature instead"
         )
-    yield from exact_problems(spec, config)
+    yield from exact_problems(spec, config, trl)
     if algorithm == "RLOO" and spec.placement == "loss":
         yield (
             "RLOO has no KL term in its loss and one importance ratio per sequence; use k1@reward (RLOO's own site) or "
@@ -78,17 +79,19 @@ def contradictions(spec: KLSpec, config: Any, algorithm: str, trl: Version) -> I
         yield from _grpo_contradictions(spec, config, trl)
 
 
-def exact_problems(spec: KLSpec, config: Any) -> Iterator[str]:
+def exact_problems(spec: KLSpec, config: Any, trl: Version) -> Iterator[str]:
     """Give the settings under which the heads that exact terms need are not whole.
 
     Args:
         spec: the parsed spec.
         config: a GRPOConfig or RLOOConfig.
+        trl: TRL's version. Where its fused head is known, ``top:`` reads that head, which gathers its weights itself.
     """
-    if spec.needs_exact and _zero_3(config):
+    if spec.needs_exact and (spec.top is None or trl < WITH_KNOWN_HEAD) and _zero_3(config):
         yield (
             "exact terms multiply with the output heads of policy and reference, which ZeRO-3 keeps in pieces; use "
-            "ZeRO-2 or FSDP, or a sampled spec, such as k2@loss/is:token"
+            f"exact@{spec.placement}/top with TRL {WITH_KNOWN_HEAD}, which reads TRL's own head, or ZeRO-2 or FSDP, or "
+            "a sampled spec, such as k2@loss/is:token"
         )
 
 

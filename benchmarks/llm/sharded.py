@@ -69,7 +69,7 @@ WAYS = {
         },
         cpu_processes=2,
     ),
-    ZERO3: Way(refused=("exact@loss", "exact@loss/top"), cpu_environment=(("DS_ACCELERATOR", "cpu"),)),
+    ZERO3: Way(refused=("exact@loss",), cpu_environment=(("DS_ACCELERATOR", "cpu"),)),
 }
 
 

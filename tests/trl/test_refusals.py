@@ -8,6 +8,7 @@ import trl
 from packaging.version import Version
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from kl_plugins.adapters.trl.config import WITH_KNOWN_HEAD, installed
 from tests.support.trl import trainers
 
 
@@ -158,6 +159,12 @@ def test_exact_terms_under_zero_3(spec, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"ZeRO-3.*sampled spec"):
         GRPOConfig(**settings, kl=spec)
     GRPOConfig(**settings, kl="k2@loss")
+    # benchmarks.llm.sharded runs it.
+    if installed() >= WITH_KNOWN_HEAD:
+        GRPOConfig(**settings, kl=f"{spec}/top")
+    else:
+        with pytest.raises(ValueError, match="ZeRO-3"):
+            GRPOConfig(**settings, kl=f"{spec}/top")
 
 
 def test_detaching_in_the_middle_does_not_go_unnoticed(model, tmp_path):
