@@ -20,7 +20,7 @@ test: .venv/complete  ## run all that CI runs: lint, the tests, and every benchm
 	$(call nox,lint core trl verl openrlhf bench_smoke)
 
 test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel, fresh installations, and the coverage
-	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm openrlhf_full coverage)
+	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm verl_megatron openrlhf_full coverage)
 
 test-core: .venv/complete  ## run the tests that need no host framework
 	$(call nox,core)

@@ -213,6 +213,19 @@ def verl_full(session: nox.Session, environment: Environment) -> None:
 
 
 @nox.session
+def verl_megatron(session: nox.Session) -> None:
+    """Test veRL's Megatron engine, with stand-ins for what needs a GPU; megatron-core stays out of the environment."""
+    VERL.ensure(session)
+    target = ROOT / ".nox" / "megatron"
+    if not (target / "megatron").exists():
+        session.run(
+            VERL.python, "-m", "pip", "install", "--no-deps", "--target", str(target), "megatron-core==0.16.1",
+            external=True,
+        )  # fmt: skip
+    VERL.run(session, "-m", "pytest", "--full", "tests/verl/test_megatron.py")
+
+
+@nox.session
 def verl_vllm(session: nox.Session) -> None:
     """Test the veRL adapter with veRL's own vLLM rollout on the CPU."""
     VERL_VLLM.run(session, "-m", "pytest", "--full", "tests/verl", "-m", "vllm")

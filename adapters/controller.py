@@ -90,6 +90,15 @@ class Controller:
         sums = torch.stack([kl, tokens, mask.any(-1).sum().to(kl)]).float()
         self._sums = sums if self._sums is None else self._sums + sums
 
+    def observe_elsewhere(self, device: torch.device) -> None:
+        """Take part in the sum over ranks without a micro-batch, because other processes compute the loss.
+
+        Args:
+            device: where the host's collectives take their tensors.
+        """
+        if self.schedule is not None:
+            self._sums = torch.zeros(3, device=device)
+
     @property
     def observed(self) -> Tensor | None:
         """What this process has observed since the last step: (3,) KL in nats, tokens, responses; None if nothing."""

@@ -39,6 +39,8 @@ class Session:
         steps: optimizer steps under an observation; the present one is counted.
         counted: the tokens of this process belong into sums over ranks. Of several processes that share a sequence,
             and so hold the same tokens, one is counted.
+        elsewhere: the device of this process where other processes compute the loss, as the last stage of a pipeline
+            does for all stages; None where this process computes it.
     """
 
     host: Host
@@ -52,6 +54,7 @@ class Session:
     truncated: bool = False
     steps: int = 0
     counted: bool = True
+    elsewhere: torch.device | None = None
     _counts: Tensor | None = field(default=None, repr=False)
     _changed: BetaChangedError | None = None
 
@@ -133,8 +136,11 @@ class Session:
             LogProbError: on all ranks; a log-prob that the spec needs is not finite on one of them.
             BetaChangedError: on all ranks; the host's coefficient was changed on one of them although the spec
                 controls beta.
-            RuntimeError: no micro-batch has been computed under the spec.
+            RuntimeError: no micro-batch has been computed under the spec, in a process that computes the loss.
         """
+        if self._counts is None and self.elsewhere is not None:
+            self._counts = torch.zeros(len(NAMES) + 1, device=self.elsewhere)
+            self.controller.observe_elsewhere(self.elsewhere)
         if self._counts is None:
             raise RuntimeError(
                 f"kl-plugins: {self.host.title} is about to make an optimizer step without having computed the loss of "

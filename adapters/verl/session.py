@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,6 +95,19 @@ class Session(session.Session):
         if batch.metrics is None:
             raise RuntimeError(f"kl-plugins: {self.spec} was not computed")
         return worker_metrics(batch.metrics, batch.mask, self.applied, make)
+
+
+def loss_elsewhere() -> torch.device | None:
+    """Return the device of this process if it is a stage of Megatron's pipeline that computes no loss, else None."""
+    stages = sys.modules.get("megatron.core.parallel_state")
+    if stages is None or not stages.model_parallel_is_initialized():
+        return None
+    if stages.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    from verl.utils.device import get_device_id, get_device_name
+
+    name = get_device_name()
+    return torch.device(name) if name == "cpu" else torch.device(name, get_device_id())
 
 
 def session_of(worker: Any) -> Session | None:

@@ -22,7 +22,7 @@ from kl_plugins.adapters.verl import HOST, LOSS_KEY, SCORE_KEY, batch
 from kl_plugins.adapters.verl.config import sampling_of, statement_of
 from kl_plugins.adapters.verl.exact import CELLS, EXACT, REMAINDER, cost, packed_kl, packed_top_k
 from kl_plugins.adapters.verl.observe import default_word, observed_in
-from kl_plugins.adapters.verl.session import Session, session_of
+from kl_plugins.adapters.verl.session import Session, loss_elsewhere, session_of
 from kl_plugins.adapters.verl.shared_sequences import shared
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
@@ -158,7 +158,7 @@ def train_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     session.require_confirmed("require_receipts(worker_group, spec)")
     session.start_step()
     # Under sequence parallelism several ranks hold the same tokens; veRL collects outputs from one of them.
-    session.counted = worker.engine.is_mp_src_rank_with_outputs()
+    session.counted, session.elsewhere = worker.engine.is_mp_src_rank_with_outputs(), loss_elsewhere()
     with (
         entered(session),
         _showing_logits(session, arguments(wrapped, args, kwargs)["data"]),

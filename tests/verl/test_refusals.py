@@ -88,6 +88,7 @@ def test_good_configs_pass(overrides):
         ((*REWARD, "algorithm.kl_ctrl.kl_coef=0"), "nothing would be regularised"),
         ((*REWARD, "algorithm.kl_penalty=k1@advantage/future:exact"), "use an exact @loss spec"),
         ((*EXACT, LORA), "under LoRA .* use exact@loss/top"),
+        ((*TOP, "model_engine=megatron"), "strategy=megatron does not show the whole logits"),
         ((*EXACT, "++actor_rollout_ref.actor.fsdp_config.pad_to_length=True"), "pad_to_length"),
         ((*TOP, "++actor_rollout_ref.ref.fsdp_config.pad_to_length=True"), r"ref\.fsdp_config\.pad_to_length"),
         ((*TOP, FUSED), "a kernel that never holds the logits"),
