@@ -75,7 +75,7 @@ def top_tokens(logits: Tensor, k: int) -> Tensor:
     if groups < 2 * k:
         return logits.topk(min(k, vocabulary), -1).indices
     whole = groups * STRIDED
-    body = logits[:, :whole].unflatten(-1, (STRIDED, groups))
+    body = logits[:, :whole].view(len(logits), STRIDED, groups)
     chosen = body.amax(1).topk(k, -1, sorted=False).indices
     members = body.gather(-1, chosen[:, None].expand(-1, STRIDED, -1)).flatten(1)
     index = torch.cat([members, logits[:, whole:]], -1).topk(k, -1).indices
