@@ -8,14 +8,19 @@ import shutil
 import pytest
 import torch
 import trl
+from packaging.version import Version
 from transformers.trainer_callback import TrainerCallback
 
 from kl_plugins import KLSpec, KLSpecError, kl_penalty
 from kl_plugins.adapters import trl as adapter
 from kl_plugins.adapters.top_k import KEY, unpacked
+from kl_plugins.adapters.trl import top_k
+from kl_plugins.adapters.trl.exact import OutputHead
 from kl_plugins.kernels.backend import say_once
 from kl_plugins.metrics import penalty_metrics
 from kl_plugins.patches.trl import fused_head
+from kl_plugins.reference import RefTopK
+from kl_plugins.top_k import log_odds
 from tests.support.trl import states, trainers
 
 TIMING = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -132,7 +137,16 @@ def test_a_probe_of_top_by_hand(case, model, tmp_path):
     built, inputs = states.moved_on(used, tmp_path, f"observe:exact@loss/top:{K}/is:token/probe:1", **changes)
     built._kl_plugins.steps = 1
     built._metrics["train"].clear()
+    graphs, join = [], built._kl_plugins.states.joined
+
+    def joined(results, *rest):
+        graphs.extend(part.requires_grad for part in results[0])
+        return join(results, *rest)
+
+    built._kl_plugins.states.joined = joined
     built.compute_loss(built.model, inputs)
+    assert graphs
+    assert not any(graphs), "a graph would keep memory for a backward pass that never comes"
     logged = {key: values[0] for key, values in built._metrics["train"].items() if key.startswith("kl/")}
     mask = inputs["completion_mask"].bool()
     leaf = states.log_softmax(built.model, inputs).detach().requires_grad_()
@@ -157,6 +171,24 @@ def test_a_probe_of_top_by_hand(case, model, tmp_path):
     assert 0.1 < logged["kl/probe/k2/cosine"] < 0.99
     weights = weight[mask]
     assert logged["kl/probe/token/weight"] == pytest.approx(weights.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rows_of_a_head_with_a_bias(softcap, monkeypatch):
+    monkeypatch.setattr(top_k, "ROWS_OF_THE_HEAD", 100)  # two states at a time
+    head = OutputHead(torch.randn(20, 8), torch.randn(20), 1.0, softcap)
+    hidden, labels, ids = torch.randn(2, 3, 8), torch.randint(0, 20, (2, 3)), torch.randint(0, 20, (2, 3, 4))
+    reference = RefTopK(ids, torch.zeros(2, 3, 4), torch.zeros(2, 3), 0.7)
+    found = top_k.log_odds_of_states(hidden, head, labels, reference)
+    logits = hidden @ head.weight.T + head.bias
+    torch.testing.assert_close(found, log_odds(logits, labels, ids, temperature=0.7, softcap=softcap))
+
+
+def test_heads_in_pieces_are_refused_where_trls_head_is_not_known(monkeypatch, tmp_path):
+    monkeypatch.setattr("kl_plugins.adapters.trl.refusals.WITH_KNOWN_HEAD", Version("99"))
+    monkeypatch.setattr("kl_plugins.adapters.trl.refusals._zero_3", lambda config: True)
+    with pytest.raises(ValueError, match="which ZeRO-3 keeps in pieces"):
+        adapter.GRPOConfig(**trainers.settings(tmp_path, kl="observe:exact@loss/top"))
 
 
 def test_the_start_says_what_top_costs(model, tmp_path, capfd):
