@@ -9,14 +9,19 @@ from verl.utils.config import validate_config
 from kl_plugins import KLSpec, KLSpecError, kl_penalty, kl_term
 from kl_plugins.adapters.verl import LOSS_KEY, SCORE_KEY
 from kl_plugins.adapters.verl.explained.defaults import DEFAULTS, ESTIMATORS
-from kl_plugins.adapters.verl.observe import ScoreObservation, default_word, native_term, observed_in
+from kl_plugins.adapters.verl.observe import (
+    USE_LOSS,
+    USE_REWARD,
+    ScoreObservation,
+    default_word,
+    native_term,
+    observed_in,
+)
 from kl_plugins.metrics import penalty_metrics
 from kl_plugins.patches.verl.trainer import ATTRIBUTE
-from tests.support.verl.configs import composed
+from tests.support.verl.configs import with_settings
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, finished, run
 from tests.support.verl.rewards import BETA, rollout
-
-USE_LOSS, USE_REWARD = "actor_rollout_ref.actor.use_kl_loss", "algorithm.use_kl_in_reward"
 
 
 def shaped(text):
@@ -81,34 +86,14 @@ def test_every_word_of_verls_is_one_that_it_takes():
 )
 def test_refusals(settings, says):
     with pytest.raises(ValueError, match=says):
-        validate_config(config_of(settings), use_reference_policy=True, use_critic=False)
+        validate_config(with_settings(settings), use_reference_policy=True, use_critic=False)
 
 
 def test_a_typo_ends_the_launch():
     with pytest.raises(KLSpecError, match="did you mean: loss"):
         validate_config(
-            config_of({USE_LOSS: True, LOSS_KEY: "k3/observe:k2@los"}), use_reference_policy=True, use_critic=False
+            with_settings({USE_LOSS: True, LOSS_KEY: "k3/observe:k2@los"}), use_reference_policy=True, use_critic=False
         )
-
-
-def config_of(settings):
-    import copy
-
-    from omegaconf import OmegaConf
-
-    config = copy.deepcopy(composed())
-    fixed = {
-        "trainer.n_gpus_per_node": 1,
-        "data.train_batch_size": 256,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
-        "actor_rollout_ref.rollout.name": "vllm",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 4,
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 4,
-        "algorithm.adv_estimator": "grpo",
-    }
-    for key, value in {**fixed, **settings}.items():
-        OmegaConf.update(config, key, value)
-    return config
 
 
 @pytest.mark.full

@@ -10,15 +10,16 @@ from verl.utils.config import validate_config
 
 from kl_plugins.adapters.top_k import KEY, packed
 from kl_plugins.adapters.verl import LOSS_KEY, SCORE_KEY
+from kl_plugins.adapters.verl.observe import USE_LOSS, USE_REWARD
 from kl_plugins.adapters.verl.top_k import ASKED
 from kl_plugins.patches.verl.trainer import session_of
 from kl_plugins.reference import reference_top_k
 from tests.support.verl import remote
+from tests.support.verl.configs import with_settings
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
 from tests.support.verl.ray_support import TRAINERS
 from tests.support.verl.roles import shifted, trainer_of
 from tests.support.verl.workers import make_batch, policy_logits
-from tests.verl.test_observe import USE_LOSS, USE_REWARD, config_of
 
 K = 4
 SPEC = f"exact@loss/top:{K}/is:token"
@@ -133,7 +134,7 @@ def test_the_trainer_asks_the_references_pass_for_the_numbers(single, drawn):
 
     single.use(WORD)
     called = SimpleNamespace(compute_ref_log_prob=lambda data: single.workers.infer_batch(data).get())
-    trainer = trainer_of(RayPPOTrainer, SimpleNamespace(config=config_of({}), workers=None), called, OBSERVE)
+    trainer = trainer_of(RayPPOTrainer, SimpleNamespace(config=with_settings({}), workers=None), called, OBSERVE)
     data = DataProto(
         batch=drawn.left_and_right().exclude("ref_log_prob", KEY),
         meta_info={"temperature": 1.0, "global_token_num": [1] * len(drawn.prompts)},
@@ -177,7 +178,7 @@ def _silent(data):
 )
 def test_refusals(settings, says):
     with pytest.raises((ValueError, RuntimeError), match=says):
-        validate_config(config_of({USE_LOSS: True, **settings}), use_reference_policy=True, use_critic=False)
+        validate_config(with_settings({USE_LOSS: True, **settings}), use_reference_policy=True, use_critic=False)
 
 
 @pytest.mark.full
