@@ -1,7 +1,8 @@
 """The command `python -m benchmarks.llm.sharded`: compares the gradients of sharded training with those of one process.
 
-TRL makes one step under FSDP2, started as `accelerate launch` starts it, and one under DeepSpeed ZeRO-3. The gradient
-is compared with that of one process without sharding. On a GPU each way uses one process; FSDP2 on a CPU uses two.
+TRL makes one step under FSDP2, started as `accelerate launch` starts it, and one each under DeepSpeed ZeRO-2 and
+ZeRO-3. The gradient is compared with that of one process without sharding. On a GPU each way uses one process, on a CPU
+two.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.reporting import finished, machine, write_json
 
 from . import model
 from .settings import HOST, checked_arm, sources, versions
-from .sharded_worker import FSDP2, SINGLE, ZERO3, Plan, gradient_file
+from .sharded_worker import FSDP2, SINGLE, STAGES, ZERO2, ZERO3, Plan, gradient_file
 
 ARMS = (HOST, "k2@loss", "exact@loss", "exact@loss/top", "k1@advantage")
 MOST = 1e-4
@@ -45,7 +46,7 @@ class Way:
     """A way of sharding.
 
     Attributes:
-        environment: the variables that `accelerate launch` sets for it; ZeRO-3 is a setting of the trainer instead.
+        environment: the variables that `accelerate launch` sets for it; ZeRO is a setting of the trainer instead.
         refused: arms that kl-plugins refuses under it.
         cpu_processes: number of processes on a CPU; on a GPU it is one.
         cpu_environment: further variables on a CPU.
@@ -69,7 +70,8 @@ WAYS = {
         },
         cpu_processes=2,
     ),
-    ZERO3: Way(refused=("exact@loss",), cpu_environment=(("DS_ACCELERATOR", "cpu"),)),
+    ZERO2: Way(cpu_processes=2, cpu_environment=(("DS_ACCELERATOR", "cpu"),)),
+    ZERO3: Way(refused=("exact@loss",), cpu_processes=2, cpu_environment=(("DS_ACCELERATOR", "cpu"),)),
 }
 
 
@@ -132,7 +134,7 @@ def complete(found: dict[str, Any] | None) -> bool:
 def reason_against(way: str) -> str | None:
     """Return why a way cannot be run here, or None if it can."""
     site = os.environ.get(SITE, "")
-    if way != ZERO3 or find_spec("deepspeed") or (site and (Path(site) / "deepspeed").is_dir()):
+    if way not in STAGES or find_spec("deepspeed") or (site and (Path(site) / "deepspeed").is_dir()):
         return None
     return f"DeepSpeed is not installed; install it, or set {SITE} to a folder that pip --target installed it into"
 
@@ -162,7 +164,7 @@ def launch(folder: Path, way: str, arms: list[str], device: str, out: Path, end:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
         command = [sys.executable, *launcher, *worker]
         environment |= {**kind.environment, **(dict(kind.cpu_environment) if device == "cpu" else {})}
-    if way == ZERO3 and environment.get(SITE):
+    if way in STAGES and environment.get(SITE):
         # Only here, because transformers imports DeepSpeed in every process that could.
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (environment.get("PYTHONPATH"), environment[SITE])))
     log = out / "logs" / f"{way}.log"

@@ -32,7 +32,8 @@ from . import model
 from .settings import HOST
 from .train import classes
 
-SINGLE, FSDP2, ZERO3 = "single", "fsdp2", "zero3"
+SINGLE, FSDP2, ZERO2, ZERO3 = "single", "fsdp2", "zero2", "zero3"
+STAGES = {ZERO2: 2, ZERO3: 3}  # of DeepSpeed's ZeRO
 LEARNING_RATE = 1e3  # so large that rounding of the weights after the step does not matter
 NOISE = 0.03  # of the weights of the policy, as a share of their standard deviation
 
@@ -71,14 +72,14 @@ def gradient_of(plan: Plan, way: str, arm: str) -> dict[str, Tensor]:
 
     Args:
         plan: the plan.
-        way: `single`, `fsdp2` or `zero3`; its environment variables are set already.
+        way: `single`, `fsdp2`, `zero2` or `zero3`; its environment variables are set already.
         arm: `trl` or a KL spec.
     """
     from transformers import PrinterCallback
 
     from kl_plugins.adapters.trl import detach
 
-    if way == ZERO3:
+    if way in STAGES:
         # As long as the config of an earlier arm is known, transformers loads models in pieces.
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -91,8 +92,8 @@ def gradient_of(plan: Plan, way: str, arm: str) -> dict[str, Tensor]:
     try:
         with tempfile.TemporaryDirectory() as output:
             config = config_class(**_arguments(plan, way, arm, output))
-            if way == FSDP2 and plan.device == "cpu":
-                _call_the_processes_gpus()
+            if way != SINGLE and plan.device == "cpu":
+                _call_the_processes_gpus(way)
             trainer = trainer_class(
                 policy,
                 reward_funcs=_no_reward,
@@ -156,9 +157,9 @@ def _arguments(plan: Plan, way: str, arm: str, output: str) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         # DeepSpeed finds the CPU by a variable of its own; Accelerate would ignore DeepSpeed together with use_cpu.
-        "use_cpu": plan.device == "cpu" and way != ZERO3,
+        "use_cpu": plan.device == "cpu" and way not in STAGES,
         **({} if arm == HOST else {"kl": arm}),
-        **({"deepspeed": DEEPSPEED} if way == ZERO3 else {}),
+        **({"deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": STAGES[way]}}} if way in STAGES else {}),
     }
 
 
@@ -166,16 +167,22 @@ DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
-    "zero_optimization": {"stage": 3},
     "zero_allow_untested_optimizer": True,
 }
 
 
-def _call_the_processes_gpus() -> None:
-    """Make Accelerate use FSDP on a CPU, which it does only for processes on accelerators."""
+def _call_the_processes_gpus(way: str) -> None:
+    """Make Accelerate shard on a CPU, which it does only for processes on accelerators.
+
+    Under DeepSpeed it does not count processes on a CPU either.
+    """
     from accelerate.state import DistributedType, PartialState
 
-    PartialState().distributed_type = DistributedType.MULTI_GPU
+    state = PartialState()
+    state.distributed_type = DistributedType.MULTI_GPU
+    if way in STAGES:
+        state.backend, state.num_processes = "gloo", int(os.environ.get("WORLD_SIZE", "1"))
+        state.process_index = state.local_process_index = int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
@@ -190,11 +197,16 @@ def without_compilation() -> Iterator[None]:
 
 
 def _require(trainer: Any, way: str) -> None:
-    """Check that the trainer really sharded policy and reference.
+    """Check that the trainer really sharded policy and reference; ZeRO-2 shards the policy's gradients alone.
 
     Raises:
         RuntimeError: It did not.
     """
+    if way == ZERO2:
+        stage = trainer.model_wrapped.zero_optimization_stage()
+        if stage != STAGES[way]:
+            raise RuntimeError(f"the model was trained with ZeRO-{stage}, although {way} was asked for")
+        return
     for name in ("model", "ref_model"):
         parameter = next(iter(trainer.accelerator.unwrap_model(getattr(trainer, name)).parameters()))
         found = FSDP2 if hasattr(parameter, "full_tensor") else ZERO3 if hasattr(parameter, "ds_id") else SINGLE
@@ -245,7 +257,7 @@ def main(folder: Path, way: str, arms: list[str]) -> None:
     if plan.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     made: dict[str, Any] = {}
-    with without_compilation() if way == ZERO3 and plan.device == "cpu" else nullcontext():
+    with without_compilation() if way in STAGES and plan.device == "cpu" else nullcontext():
         for arm in arms:
             made[arm] = attempt(plan, folder, way, arm)
             if rank == 0:

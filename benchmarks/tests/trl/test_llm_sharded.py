@@ -1,4 +1,4 @@
-"""Gradients of TRL under FSDP2, in two processes on the CPU, and under ZeRO-3 where DeepSpeed is installed."""
+"""Gradients of TRL under FSDP2, in two processes on the CPU, and under ZeRO-2 and ZeRO-3 where DeepSpeed is there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.llm import model, sharded
-from benchmarks.llm.sharded_worker import FSDP2, ZERO3
+from benchmarks.llm.sharded_worker import FSDP2, STAGES, ZERO3
 from benchmarks.tests.trl.study_support import needs_rollouts
 
 pytestmark = [needs_rollouts, pytest.mark.timeout(600)]
@@ -41,9 +41,10 @@ def test_a_trainer_that_is_not_sharded_has_failed(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.full
 @pytest.mark.skipif(sharded.reason_against(ZERO3) is not None, reason="needs DeepSpeed")
-def test_gradients_under_zero_3_are_those_of_one_process(tmp_path: Path) -> None:
-    status, found, output = run(tmp_path, ZERO3)
-    refused = sharded.WAYS[ZERO3].refused
+@pytest.mark.parametrize("way", STAGES)
+def test_gradients_under_zero_are_those_of_one_process(tmp_path: Path, way: str) -> None:
+    status, found, output = run(tmp_path, way)
+    refused = sharded.WAYS[way].refused
     expected = {arm: sharded.REFUSED if arm in refused else sharded.EQUAL for arm in sharded.ARMS}
     assert {arm: row["verdict"] for arm, row in found.items()} == expected, output
     assert status == 0
