@@ -155,7 +155,7 @@ def statement_of(spec: KLSpec, args: Any) -> Statement:
 def exact_cost(spec: KLSpec, args: Any) -> str:
     """Describe what exact terms add to OpenRLHF's own work."""
     if spec.top is not None:
-        return f"2 k + 1 = {2 * spec.top + 1} numbers per response token from the reference actor's own forward pass"
+        return f"2 k + 1 = {2 * spec.top + 1} numbers per response token from the reference actor's own pass"
     copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
     each = "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
     return f"{copy}{each}; top: in the spec needs none of this"

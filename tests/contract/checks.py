@@ -213,6 +213,16 @@ def aggregation_is_said(driver: Driver) -> None:
     assert receipt.aggregation in receipt.line()
 
 
+def top_is_said(driver: Driver) -> None:
+    """Check that top: is accepted, and that the receipt names the numbers per token and no pass of the reference."""
+    assert driver.refusal("exact@loss/top") == ""
+    for spec, numbers in (("exact@loss/top:4/is:token", "9 numbers"), ("exact@loss/top", "129 numbers")):
+        receipt = driver.receipt(spec)
+        assert numbers in receipt.cost
+        assert numbers in receipt.line()
+        assert "forward pass" not in receipt.cost
+
+
 def wrong_key(driver: Driver) -> None:
     """Check that the error about a spec in a wrong setting names the right one."""
     refusal = driver.refusal("k1@reward" if driver.host != "trl" else "k2@loss", wrong_key=True)

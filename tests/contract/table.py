@@ -171,6 +171,13 @@ ROWS = (
         checks.aggregation_is_said,
     ),
     Row(
+        "top_is_said",
+        "The spec is exact@loss/top, and the reference may run in another process than the policy.",
+        "The receipt says that 2 k + 1 numbers per token come from the pass that scores the reference.",
+        "The reference is loaded once, and makes no further pass.",
+        checks.top_is_said,
+    ),
+    Row(
         "wrong_key",
         "A spec is in a setting where it cannot work.",
         "An error names the right setting before a model is loaded.",

@@ -66,7 +66,7 @@ def test_numbers_of_top_are_those_of_the_spec_that_trains(harness, rollouts):
     assert {f"kl/probe/{name}/cosine" for name in ("host", "k1", "k2", "k3")} <= set(probes)
     assert all(map(math.isfinite, probes.values()))
     (receipt,) = result.receipts
-    assert receipt.cost == "2 k + 1 = 17 numbers per response token from the reference actor's own forward pass"
+    assert receipt.cost == "2 k + 1 = 17 numbers per response token from the reference actor's own pass"
 
 
 def moved(experiences):

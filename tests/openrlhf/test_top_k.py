@@ -212,7 +212,7 @@ def test_a_run_resumes(harness, rollouts, tmp_path):
 
 def test_the_receipt_says_what_it_costs(harness):
     (receipt,) = harness.receipts(harness.start((*USE, SPEC)))
-    assert receipt.cost == "2 k + 1 = 129 numbers per response token from the reference actor's own forward pass"
+    assert receipt.cost == "2 k + 1 = 129 numbers per response token from the reference actor's own pass"
 
 
 def test_a_reference_actor_without_kl_plugins_stops_the_run(harness, rollouts):
