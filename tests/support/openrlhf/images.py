@@ -13,7 +13,7 @@ from tests.support.openrlhf import assets
 from tests.support.openrlhf.rollouts import PROMPTS, RESPONSES, Rollouts
 
 SIDE = 16
-"""Of the square images, in pixels."""
+"""Width and height of the square images, in pixels."""
 
 IMAGE = 300
 """Token that stands for a part of an image."""

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from tests.support.trl import trainers
 
 SIDE = 16
-"""Of the square images, in pixels."""
+"""Width and height of the square images, in pixels."""
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
