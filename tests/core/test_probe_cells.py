@@ -35,7 +35,7 @@ class States(NamedTuple):
         return cells_of(kept, self.tokens, self.reference)
 
     def in_cells(self, gradient: Tensor) -> Tensor:
-        """Reduce a gradient (B, T, V) by the logits to the derivatives (B, T, k + 1) by the cells: kept tokens and bucket."""
+        """Reduce a gradient (B, T, V) by the logits to one (B, T, k + 1) by the cells: kept tokens and the bucket."""
         kept = gradient.gather(-1, self.reference.ids)
         return torch.cat([kept, gradient.sum(-1, keepdim=True) - kept.sum(-1, keepdim=True)], -1)
 
