@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kl_plugins.adapters.base import HostAdapter, parse
 from kl_plugins.adapters.trl import unsloth
+from kl_plugins.adapters.trl.processes import end_process_group
 from kl_plugins.hosts import Finding, Host
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.observation import Observation, looks_like_observation
@@ -154,16 +155,8 @@ class TRLAdapter(HostAdapter):
         parser = script.make_parser()
         # TRL's default for scripts is to drop what it does not know. Here a misspelt key must not train without it.
         script.main(*parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True))
-        _end_process_group()
+        end_process_group()
         return 0
-
-
-def _end_process_group() -> None:
-    # TRL's scripts leave it to the end of the process, which then aborts more often than not (gloo, torch 2.13).
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 ADAPTER = TRLAdapter(HOST)

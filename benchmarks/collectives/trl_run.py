@@ -14,6 +14,7 @@ import torch
 from benchmarks.collectives.count import Counter
 from benchmarks.collectives.plan import MICRO_BATCHES, NATIVE, SPECS
 from benchmarks.drivers import trl
+from kl_plugins.adapters.trl.processes import end_process_group
 from tests.support.trl import trainers
 
 STEPS = 2
@@ -43,8 +44,7 @@ def main(folder: Path) -> None:
     found = {spec or NATIVE["trl"]: counted(model, work / "out", spec) for spec in ("", *SPECS["trl"])}
     if rank == 0:
         (folder / f"trl-{ranks}.json").write_text(json.dumps({"version": version("trl"), "arms": found}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # Without this call, a process sometimes aborts at its end.
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.drivers.trl import QUIET, Responses
 from benchmarks.reporting import write_json
+from kl_plugins.adapters.trl.processes import end_process_group
 
 from . import model
 from .settings import HOST
@@ -262,8 +263,7 @@ def main(folder: Path, way: str, arms: list[str]) -> None:
             made[arm] = attempt(plan, folder, way, arm)
             if rank == 0:
                 write_json(folder / f"{way}.json", made)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

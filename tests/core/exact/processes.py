@@ -42,8 +42,8 @@ def run_ranks(module: str, size: int, folder: Path, *arguments: str, **environme
 def finish(result: Any, file: str) -> NoReturn:
     """Save a rank's result, wait for those of the other ranks, and end the process without releasing the gloo group.
 
-    A process that releases a gloo group, or ends, while another rank still uses it now and then aborts one of the two
-    after all results are there. No test is about that.
+    A thread of the group can abort a process that ends in the usual way, see ``kl_plugins.adapters.trl.processes``.
+    A rank that ends while another one still uses the group can make that one fail. No test is about either.
     """
     path = Path(file)
     torch.save(result, path.with_suffix(".part"))

@@ -12,6 +12,7 @@ import trl
 
 from kl_plugins.adapters import trl as adapter
 from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.trl.processes import end_process_group
 from tests.support.trl import trainers
 
 RANK = int(os.environ["RANK"])
@@ -101,5 +102,6 @@ def unequal(model: str, folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     scenario, model, folder = sys.argv[1:]
     result = {"stock": stock, "train": train, "missing": missing, "unequal": unequal}[scenario](model, Path(folder))
+    end_process_group()
+    result["threads"] = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     (Path(folder) / f"{RANK}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()  # a process that ends without aborts now and then
