@@ -13,7 +13,12 @@ from torch import Tensor
 from kl_plugins.exact import TopKKL
 from kl_plugins.kernels.exact.arguments import check_floats, checked_labels, checked_reference, flat_rows, row_options
 from kl_plugins.kernels.exact.bucket import TopKReference
-from kl_plugins.kernels.exact.kept_log_probs import kl_of_log_probs, log_of_tail, selected_logits
+from kl_plugins.kernels.exact.kept_log_probs import (
+    kl_of_log_probs,
+    log_of_tail,
+    selected_logits,
+    selected_logits_shared,
+)
 from kl_plugins.kernels.exact.reference import RefTopK
 from kl_plugins.kernels.exact.reference import top_tokens as rows_top_tokens
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
@@ -48,7 +53,7 @@ def log_odds(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    sparse_grad: bool = False,
+    share_grad: bool = False,
 ) -> Tensor:
     """Return log(p_a / p_label) for some tokens a of each position.
 
@@ -60,9 +65,9 @@ def log_odds(
         ids: (..., k) int64 tokens.
         temperature: divides the logits.
         softcap: final logit soft-cap, for logits that were taken before the model's own capping.
-        sparse_grad: pass a sparse gradient to ``logits``. It saves most of the backward pass if a dense gradient from
-            elsewhere is added to it, as that of the log-probs of the labels, and if this function is called after
-            those were computed. Without such a gradient, what comes before ``logits`` gets a sparse one.
+        share_grad: add the gradient in place to the one that ``logits`` gets from elsewhere, for example from the
+            log-probs of the labels. It saves the memory of a second gradient of this size, and most of the time of this
+            function's backward pass. It is an error if there is no other gradient.
 
     Returns:
         (..., k) nats, float32 (float64 for float64 logits).
@@ -72,7 +77,7 @@ def log_odds(
     """
     options = row_options(temperature, softcap, None, "auto", None)
     tokens = torch.cat([ids.long(), labels.clamp_min(0).unsqueeze(-1)], -1)
-    found = logits.gather(-1, tokens, sparse_grad=True) if sparse_grad else selected_logits(logits, tokens)
+    found = (selected_logits_shared if share_grad else selected_logits)(logits, tokens)
     found = scaled(found.to(torch.promote_types(found.dtype, torch.float32)), options.scale, options.softcap)
     return found[..., :-1] - found[..., -1:]
 

@@ -64,8 +64,7 @@ def states_kl(
         else:
             assert batch.numbers is not None
             kept, own = unpacked(batch.numbers[here.tokens]), logp[mask][here.tokens]
-            # The gradient of OpenRLHF's own log-probs, computed before, is added to the sparse one.
-            odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0), sparse_grad=True).flatten(0, -2)[rows]
+            odds = log_odds(logits, by_row(tokens, 0), by_row(kept.ids, 0), share_grad=True).flatten(0, -2)[rows]
             found = top_k_kl(odds + own[:, None], own, tokens, reference=kept, ref_logp=host_ref_logp)
             batch.exact, batch.remainder = by_token(found.kl), by_token(found.remainder)
             if batch.session.probing:

@@ -137,7 +137,7 @@ def packed_top_k(
     everywhere = unpacked(spread)
     with _with_gradient(spec):
         if log_probs_in_32_bits:
-            odds = log_odds(logits.squeeze(0), labels, everywhere.ids)[rows.position]
+            odds = log_odds(logits.squeeze(0), labels, everywhere.ids, share_grad=True)[rows.position]
             return {}, Pending(rows, drawn, kept, host, odds), difference
         ref_logp = host.new_zeros(len(labels))
         ref_logp[rows.position] = host

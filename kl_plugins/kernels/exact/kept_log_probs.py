@@ -66,6 +66,56 @@ class SelectedLogits(torch.autograd.Function):
         return zeros(*ctx.logits).scatter_add_(-1, ids, grads[0]), None
 
 
+class GradientLeft(torch.autograd.Function):
+    """(logits (..., V), ids (..., k), left) -> logits of these ids (..., k); its gradient is put into ``left``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, left: list[Tensor]) -> Tensor:
+        """Select the logits."""
+        ctx.left = left
+        return logits.gather(-1, ids)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        """Leave the gradient to the hook of :func:`selected_logits_shared`, which runs later in the same pass."""
+        ctx.left[:] = grads
+        return None, None, None
+
+
+gradient_left: Callable[[Tensor, Tensor, list[Tensor]], Tensor] = GradientLeft.apply
+"""Apply :class:`GradientLeft`."""
+
+
+def selected_logits_shared(logits: Tensor, ids: Tensor) -> Tensor:
+    """Do what :func:`selected_logits` does, without a dense gradient (..., V) of its own.
+
+    Its gradient is added in place to the gradient that the logits get from elsewhere. Autograd calls a hook of a tensor
+    when the tensor's gradient is complete. If the logits are a view of a tensor of the same size, the hook is on that
+    tensor, because other uses of it do not go through the view. The functions that compute log-probs and entropies
+    return a gradient that nothing else refers to, so it can be changed in place.
+    """
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return logits.gather(-1, ids)
+    whole = logits if logits._base is None else logits._base
+    if whole.numel() != logits.numel() or not (whole.is_contiguous() and logits.is_contiguous()):
+        return selected_logits(logits, ids)
+    left: list[Tensor] = []
+    shape = logits.shape
+
+    def add(gradient: Tensor | None) -> Tensor | None:
+        if not left:
+            return gradient
+        ours = left.pop()
+        if gradient is None:
+            raise RuntimeError("kl-plugins: share_grad=True, but the logits have no other gradient; leave it out")
+        gradient = gradient.contiguous()  # that of a sum is one number in the memory
+        gradient.view(shape).scatter_add_(-1, ids, ours.to(gradient.dtype))
+        return gradient
+
+    whole.register_hook(add)  # type: ignore[no-untyped-call]
+    return gradient_left(logits, ids, left)
+
+
 class KeptRowsKL(torch.autograd.Function):
     """(log_probs, logp, kept, in_set, *TopKReference without ids) -> KeptKL; only kl is differentiable."""
 

@@ -159,20 +159,57 @@ def test_log_odds_of_scaled_and_capped_logits() -> None:
     torch.testing.assert_close(found, capped[:, [2, 1]] - capped[:, :1])
 
 
+def squared_log_probs(product: Tensor, labels: Tensor, ids: Tensor, **options: bool) -> Tensor:
+    """Compute a sum over the log-probs of some tokens and their labels."""
+    odds = log_odds(product, labels, ids, **options)
+    return ((odds + label_logp(product, labels)[..., None]) ** 2).sum()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sparse_gradient_is_the_dense_one(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", ["whole", "view", "part"])
+def test_a_shared_gradient_is_that_of_its_own(dtype: torch.dtype, shape: str) -> None:
     logits, ref_logits, labels = drawn(dtype, 1.0)
     ids = top_tokens(ref_logits, K)
     found = []
-    for sparse_grad in (False, True):
+    for share_grad in (False, True):
         leaf = logits.clone().requires_grad_()
         product = leaf * 1.0
-        logp = label_logp(product, labels)
-        odds = log_odds(product, labels, ids, sparse_grad=sparse_grad)
-        (gradient,) = torch.autograd.grad(((odds + logp[:, None]) ** 2).sum(), leaf)
-        assert not gradient.is_sparse
+        seen = {"whole": product, "view": product.unsqueeze(0).squeeze(0), "part": product[:-1]}[shape]
+        size = len(seen)
+        odds = log_odds(seen, labels[:size], ids[:size], share_grad=share_grad)
+        own = label_logp(product, labels)[:size, None]  # does not go through the view
+        (gradient,) = torch.autograd.grad(((odds + own) ** 2).sum(), leaf)
         found.append(gradient.float())
+    assert found[0].norm() > 0
     assert (found[0] - found[1]).norm() < (1e-6 if dtype == torch.float32 else 0.01) * found[0].norm()
+
+
+def test_a_shared_gradient_needs_another_one() -> None:
+    logits, ref_logits, labels = drawn(torch.float32, 1.0)
+    ids = top_tokens(ref_logits, K)
+    leaf = logits.clone().requires_grad_()
+    product = leaf * 1.0
+    odds = log_odds(product, labels, ids, share_grad=True).sum()
+    with pytest.raises(RuntimeError, match="no other gradient"):
+        odds.backward(retain_graph=True)
+    # The gradient of a sum is one number in memory, which is copied before something is added to it.
+    (product.sum() + odds).backward()
+    (expected,) = torch.autograd.grad(product.sum() + log_odds(product, labels, ids).sum(), product)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_shared_gradient_is_added_once_in_each_backward_pass(times: int) -> None:
+    logits, ref_logits, labels = drawn(torch.float64, 1.0)
+    leaf = logits.clone().requires_grad_()
+    ids = top_tokens(ref_logits, K)
+    loss = squared_log_probs(leaf * 1.0, labels, ids, share_grad=True)
+    for _ in range(times):
+        loss.backward(retain_graph=True)
+    (expected,) = torch.autograd.grad(squared_log_probs(leaf, labels, ids), leaf)
+    torch.testing.assert_close(leaf.grad, times * expected)
+    with torch.no_grad():
+        torch.testing.assert_close(log_odds(leaf, labels, ids, share_grad=True), log_odds(leaf, labels, ids))
 
 
 @pytest.mark.parametrize("vocabulary", [7, 2048, 2050, 4096, 5001])
