@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,8 +35,6 @@ def main(
     console = console_of(150)
     size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
     rounds, steps = (3, 1) if smoke else (rounds, steps)
-    # With a fixed threshold, glibc returns the memory of freed tensors, so one arm's peak does not hide another's.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     with over_hosts(python, out) as hosts:
