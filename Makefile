@@ -16,11 +16,11 @@ demo: .venv/complete  ## train a tiny model under five regularisers and draw the
 demo-llm: .venv/complete  ## train a real language model under four regularisers; writes out/demo-llm (a few minutes on a GPU)
 	$(call nox,demo_llm)
 
-test: .venv/complete  ## run all that CI runs: lint, the tests, and every benchmark at its smallest size
+test: .venv/complete  ## run all that CI runs: lint, the tests, and most benchmarks at their smallest size
 	$(call nox,lint core trl verl openrlhf bench_smoke)
 
 test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel, fresh installations, and the coverage
-	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm verl_megatron openrlhf_full coverage)
+	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm verl_megatron openrlhf_full bench_smoke_full coverage)
 
 test-core: .venv/complete  ## run the tests that need no host framework
 	$(call nox,core)
@@ -83,7 +83,7 @@ bench-report: .venv/complete  ## put all results under out/bench on one page
 	$(call nox,bench_report)
 
 bench-smoke: .venv/complete  ## run every benchmark at its smallest size (some minutes)
-	$(call nox,bench_smoke)
+	$(call nox,bench_smoke bench_smoke_full)
 
 gpu-bundle: .venv/complete  ## collect the files that the GPU stages need on a machine without a network; writes out/gpu-bundle (95 MiB)
 	$(call nox,gpu_bundle)

@@ -386,21 +386,36 @@ def bench_report(session: nox.Session) -> None:
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """Run every benchmark from end to end at its smallest size; writes out/bench-smoke. The numbers have no meaning."""
+    """Run benchmarks from end to end at their smallest size; writes out/bench-smoke. The numbers have no meaning."""
     smallest = (
-        ("study", TRL, ("--smoke", "--fresh")),
         ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
         ("variance", CORE, ("--smoke",)),
         ("staleness", CORE, ("--smoke",)),
         ("top_k", TRL, ("--smoke",)),
         *(("host_terms", environment, ("--rounds", "3")) for environment in (TRL, VERL, OPENRLHF)),
     )
+    smoke(session, ("collectives", "hosts"), smallest)
+
+
+@nox.session
+def bench_smoke_full(session: nox.Session) -> None:
+    """Do the same for the benchmarks whose smallest size takes long."""
+    smoke(session, ("overhead",), (("study", TRL, ("--smoke", "--fresh")),))
+
+
+def smoke(
+    session: nox.Session, hosts: tuple[str, ...], single: tuple[tuple[str, Environment, tuple[str, ...]], ...]
+) -> None:
+    """Run benchmarks at their smallest size and put their results on one page.
+
+    Args:
+        session: the session.
+        hosts: names of benchmarks that run in every host.
+        single: name, environment and arguments of other benchmarks.
+    """
     # The longest benchmarks start first, so that none of them runs alone at the end.
-    commands = [
-        over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}")
-        for name in ("collectives", "overhead", "hosts")
-    ]
-    for name, environment, arguments in smallest:
+    commands = [over_hosts(session, name, "--smoke", "--out", f"out/bench-smoke/{name}") for name in hosts]
+    for name, environment, arguments in single:
         environment.ensure(session)
         program = (environment.python, "-m", f"benchmarks.{name}")
         commands.append([*program, *arguments, "--out", f"out/bench-smoke/{name}"])

@@ -14,6 +14,7 @@ MISMATCH = {"SAMPLER_SHARPNESS": "0.8"}
 pytestmark = pytest.mark.timeout(900)
 
 
+@pytest.mark.full
 def test_grpo_with_a_weighted_loss_over_two_epochs(assets, tmp_path):
     settings = {**LOSS, KL_TYPE: "k2@loss/is:token", "actor_rollout_ref.actor.ppo_epochs": 2}
     result = run(assets, tmp_path, settings, environment=MISMATCH)

@@ -32,6 +32,7 @@ def test_gradients_under_fsdp2_are_those_of_one_process(tmp_path: Path, monkeypa
     assert run(tmp_path, FSDP2)[:2] == (0, found)
 
 
+@pytest.mark.full
 def test_a_trainer_that_is_not_sharded_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sharded.WAYS, FSDP2, sharded.Way())
     status, found, _ = run(tmp_path, FSDP2, "k2@loss")
