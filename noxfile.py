@@ -399,7 +399,7 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench_smoke_full(session: nox.Session) -> None:
-    """Do the same for the benchmarks whose smallest size takes long."""
+    """Run the benchmarks whose smallest size takes long; writes out/bench-smoke. The numbers have no meaning."""
     smoke(session, ("overhead",), (("study", TRL, ("--smoke", "--fresh")),))
 
 

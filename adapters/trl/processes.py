@@ -14,8 +14,9 @@ def end_process_group() -> None:
     TRL's scripts leave this to the end of the process, which then sometimes aborts with exit status -6 (gloo, torch
     2.13): a thread of the group drops the tensors of the last collective while Python shuts down, and a thread that
     asks for Python's lock at that time is killed. ``destroy_process_group`` alone does not stop the threads, because
-    the trainer's model still refers to the group. To collect the model first can hang: the group then waits for its
-    threads, which wait for Python's lock. The threads get the lock while this function sleeps, and are idle afterwards.
+    the trainer's model still refers to the group. A garbage collection would remove both, but it can hang: the group
+    waits for its threads while it holds Python's lock, and a thread may wait for this lock. The threads get the lock
+    while this function sleeps, and are idle afterwards.
     """
     import torch.distributed as dist
 
