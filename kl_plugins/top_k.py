@@ -20,8 +20,8 @@ from kl_plugins.kernels.exact.kept_log_probs import (
     selected_logits_shared,
 )
 from kl_plugins.kernels.exact.reference import RefTopK
-from kl_plugins.kernels.exact.reference import top_tokens as rows_top_tokens
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
+from kl_plugins.kernels.exact.top_tokens import top_tokens as rows_top_tokens
 
 __all__ = ["log_odds", "reference_of", "top_k_kl", "top_tokens"]
 

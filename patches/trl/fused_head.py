@@ -160,12 +160,12 @@ class _Transform(NamedTuple):
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits / self.temperature
 
-    def slopes(self, products: Tensor) -> Tensor:
-        """Return the derivatives of the logits with respect to the products, float32."""
-        flat = torch.ones_like(products, dtype=torch.float32)
-        if self.softcap is not None:
-            flat = 1 - torch.tanh(products.float() * self.scale / self.softcap).square()
-        return flat * (self.scale / self.temperature)
+    def slopes(self, tile: Tensor, column: Tensor) -> Tensor | float:
+        """Return the derivatives of the logits in some columns of a tile with respect to the products, float32."""
+        slope = self.scale / self.temperature
+        if self.softcap is None:
+            return slope
+        return slope * (1 - torch.tanh(tile.gather(-1, column).float() * self.scale / self.softcap).square())
 
 
 class _Rows:
@@ -243,7 +243,7 @@ class _Add:
         """Let TRL turn a tile into its gradient, and add ours."""
         rows = self._rows.of(tile, start)
         column, inside = _columns(self._tokens[rows], start, tile)
-        slopes = self._transform.slopes(tile.gather(-1, column))
+        slopes = self._transform.slopes(tile, column)
         call()
         ours = torch.where(inside, self._gradient[rows] * slopes, 0.0)
         tile.scatter_add_(-1, column, ours.to(tile.dtype))

@@ -212,22 +212,6 @@ def test_a_shared_gradient_is_added_once_in_each_backward_pass(times: int) -> No
         torch.testing.assert_close(log_odds(leaf, labels, ids, share_grad=True), log_odds(leaf, labels, ids))
 
 
-@pytest.mark.parametrize("vocabulary", [7, 2048, 2050, 4096, 5001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sliced", [False, True])
-def test_top_tokens_are_the_largest(vocabulary: int, dtype: torch.dtype, sliced: bool) -> None:
-    """Vocabularies in which blocks are skipped, and in which they are not; with many ties in 16 bits."""
-    torch.manual_seed(0)
-    logits = torch.randn(50, vocabulary + 1).to(dtype)
-    logits = logits[:, 1:] if sliced else logits[:, 1:].contiguous()
-    for k in (1, 5, 8):
-        ids = top_tokens(logits[:, None], k)[:, 0]
-        count = min(k, vocabulary)
-        assert ids.shape == (50, count)
-        assert all(len(set(row)) == count for row in ids.tolist())
-        assert torch.equal(logits.gather(-1, ids), logits.topk(count, -1)[0])
-
-
 def test_arguments_that_do_not_fit() -> None:
     reference = RefTopK(torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2), torch.zeros(3))
     row, labels = torch.zeros(3), torch.zeros(3, dtype=torch.long)
@@ -238,5 +222,3 @@ def test_arguments_that_do_not_fit() -> None:
         top_k_kl(torch.zeros(3, 4), row, labels, **given)
     with pytest.raises(ValueError, match="one per position"):
         top_k_kl(torch.zeros(3, 2), row, labels[:2], **given)
-    with pytest.raises(ValueError, match="k=0: must be at least 1"):
-        top_tokens(torch.zeros(3, 2), 0)
