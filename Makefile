@@ -17,7 +17,7 @@ demo-llm: .venv/complete  ## train a real language model under four regularisers
 	$(call nox,demo_llm)
 
 test: .venv/complete  ## run all that CI runs: lint, the tests, and most benchmarks at their smallest size
-	$(call nox,lint core trl verl openrlhf bench_smoke)
+	$(call nox,environments lint core trl verl openrlhf bench_smoke)
 
 test-full: .venv/complete  ## run lint and all tests: also slow ones, older hosts, vLLM, the built wheel, fresh installations, and the coverage
 	$(call nox,lint core_full wheel install trl_full trl_vllm verl_full verl_vllm verl_megatron openrlhf_full bench_smoke_full coverage)

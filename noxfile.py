@@ -31,7 +31,7 @@ TESTS = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorde
 
 CORE_TESTS = ("tests/core", "tests/oracle", "tests/cli", "tests/packaging", "benchmarks/tests/core")
 
-nox.options.sessions = ["lint", "core", "trl", "verl", "openrlhf", "bench_smoke"]
+nox.options.sessions = ["environments", "lint", "core", "trl", "verl", "openrlhf", "bench_smoke"]
 nox.options.default_venv_backend = "none"
 
 
@@ -138,6 +138,15 @@ BENCH_KERNEL = Environment(
     packages=("triton==3.9.0",),  # the file of veRL that is measured imports it
     sources=("liger-kernel==0.8.5", "verl==0.9.1"),
 )
+
+
+@nox.session
+def environments(session: nox.Session) -> None:
+    """Make the environments of `make test`, two at a time: while one unpacks, the other often waits for the network."""
+    with ThreadPoolExecutor(2) as pool:
+        # The longest installation starts first.
+        for _ in pool.map(lambda environment: environment.ensure(session), (OPENRLHF, VERL, TRL, CORE)):
+            pass
 
 
 @nox.session
@@ -388,7 +397,6 @@ def bench_report(session: nox.Session) -> None:
 def bench_smoke(session: nox.Session) -> None:
     """Run benchmarks from end to end at their smallest size; writes out/bench-smoke. The numbers have no meaning."""
     smallest = (
-        ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32")),
         ("variance", CORE, ("--smoke",)),
         ("staleness", CORE, ("--smoke",)),
         ("top_k", TRL, ("--smoke",)),
@@ -399,8 +407,9 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session
 def bench_smoke_full(session: nox.Session) -> None:
-    """Run the benchmarks whose smallest size takes long; writes out/bench-smoke. The numbers have no meaning."""
-    smoke(session, ("overhead",), (("study", TRL, ("--smoke", "--fresh")),))
+    """Run the benchmarks that take long at their smallest size; writes out/bench-smoke. The numbers have no meaning."""
+    kernel = ("kernel", BENCH_KERNEL, ("--sizes", "smoke", "--rounds", "3", "--dtypes", "float32"))
+    smoke(session, ("overhead",), (("study", TRL, ("--smoke", "--fresh")), kernel))
 
 
 def smoke(

@@ -46,6 +46,7 @@ def two_nodes(assets, tmp_path, *second, seconds=600):
     return status, *(stream.read_text() for stream in streams)
 
 
+@pytest.mark.full
 def test_workers_on_two_nodes_give_receipts_and_train(assets, tmp_path):
     status, output, errors = two_nodes(assets, tmp_path)
     assert status == 0, errors[-3000:]
