@@ -67,23 +67,25 @@ def watched(wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Te
     """
     from trl.trainer import utils
 
-    own, ours = utils._ChunkedLogProbFunction, _kept_log_probs()
-
-    class Watched:
-        """Stands in for TRL's function."""
-
-        @staticmethod
-        def apply(hidden: Tensor, *args: Any) -> tuple[Any, ...]:
-            """Call TRL's function, and look at its tiles."""
-            *results, ids, log_probs = ours.apply(hidden, *args, wanted(len(hidden)))
-            found(ids, log_probs, results[0])
-            return tuple(results)
-
-    utils._ChunkedLogProbFunction = Watched
+    own = utils._ChunkedLogProbFunction
+    utils._ChunkedLogProbFunction = _Watched(wanted, found)
     try:
         yield
     finally:
         utils._ChunkedLogProbFunction = own
+
+
+class _Watched:
+    """Stands in for TRL's function within :func:`watched`, and has the same arguments."""
+
+    def __init__(self, wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        self._wanted, self._found = wanted, found
+
+    def apply(self, hidden: Tensor, *args: Any) -> tuple[Any, ...]:
+        """Call TRL's function, and look at its tiles."""
+        *results, ids, log_probs = _kept_log_probs().apply(hidden, *args, self._wanted(len(hidden)))
+        self._found(ids, log_probs, results[0])
+        return tuple(results)
 
 
 def _trl_function() -> Any:
@@ -256,28 +258,33 @@ def _columns(tokens: Tensor, start: int, tile: Tensor) -> tuple[Tensor, Tensor]:
     return column.masked_fill(~inside, 0), inside
 
 
+Look = Callable[[Callable[[], None], Tensor, int], None]
+"""Called for each tile: with what calls TRL's function of the tile, the tile, and the first token of its columns."""
+
+
+# Both stand-ins are classes of this module. A class that a function makes is part of a reference cycle, so everything
+# that it refers to, here tensors of a micro-batch, would stay in memory until Python's garbage collector runs.
+class _Looked:
+    """Stands in for a function of a tile, or for a Triton kernel, which is called as ``kernel[grid](...)``."""
+
+    def __init__(self, function: Any, look: Look, first_token: int) -> None:
+        self._function, self._look, self._first_token = function, look, first_token
+
+    def __getitem__(self, grid: Any) -> _Looked:
+        return _Looked(self._function[grid], self._look, self._first_token)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._look(lambda: self._function(*args, **kwargs), args[0], args[self._first_token])
+
+
 @contextmanager
-def _each_tile(names: tuple[str, str], look: Callable[[Callable[[], None], Tensor, int], None]) -> Iterator[None]:
+def _each_tile(names: tuple[str, str], look: Look) -> Iterator[None]:
     """Within the block, TRL's functions of a tile are called through ``look``."""
     from trl.kernels import chunked_logprob
 
-    first_token = FIRST_TOKEN[names]
-
-    class Looked:
-        """Stands in for a function, or for a Triton kernel, which is called as ``kernel[grid](...)``."""
-
-        def __init__(self, function: Any) -> None:
-            self._function = function
-
-        def __getitem__(self, grid: Any) -> Looked:
-            return Looked(self._function[grid])
-
-        def __call__(self, *args: Any, **kwargs: Any) -> None:
-            look(lambda: self._function(*args, **kwargs), args[0], args[first_token])
-
     own = {name: getattr(chunked_logprob, name) for name in names if hasattr(chunked_logprob, name)}
     for name, function in own.items():
-        setattr(chunked_logprob, name, Looked(function))
+        setattr(chunked_logprob, name, _Looked(function, look, FIRST_TOKEN[names]))
     try:
         yield
     finally:
