@@ -240,6 +240,14 @@ def unused(driver: Driver) -> None:
     assert stock.metrics == attached.metrics
 
 
+def garbage(driver: Driver) -> None:
+    """Check that nothing of an update waits for Python's garbage collector."""
+    for spec in (BY_SAMPLER, driver.observing(OBSERVED, "/probe:1")):
+        outcome = driver.update(Request(spec, betas=(BETA, BETA), garbage=True))
+        _went_on(outcome)
+        assert outcome.garbage == (), spec
+
+
 OBSERVED = "k2@loss/is:token/floor:0.5"
 """A spec that the host does not train under in any of these checks."""
 

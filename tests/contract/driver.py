@@ -45,6 +45,7 @@ class Request:
         micro_batches: number of micro-batches per rank and optimizer step.
         betas: the host's coefficient in each optimizer step; there are as many steps as coefficients.
         sampler: whether the batch has the sampler's log-probs and the host's settings request them.
+        garbage: whether to look for objects that the last step leaves to Python's garbage collector.
     """
 
     spec: str | None
@@ -54,6 +55,7 @@ class Request:
     micro_batches: int = 1
     betas: tuple[float, ...] = (BETA,)
     sampler: bool = True
+    garbage: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ class Outcome:
         changed: whether the last update changed at least one parameter.
         metrics: for each step, the ``kl/`` metrics that rank 0 of the host logged.
         gradient: gradient of the last step, flattened in a fixed order, float32; None if the run stopped.
+        garbage: names of classes and functions of kl-plugins in the garbage of the last step, if the request asks for
+            them; None if it does not.
     """
 
     errors: tuple[str | None, ...]
     changed: bool
     metrics: tuple[dict[str, float], ...] = ()
     gradient: Tensor | None = field(default=None, repr=False)
+    garbage: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

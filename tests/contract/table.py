@@ -192,6 +192,13 @@ ROWS = (
         checks.unused,
     ),
     Row(
+        "garbage",
+        "An update has ended.",
+        "Nothing.",
+        "No object of kl-plugins waits for Python's garbage collector, and so no tensor that it refers to.",
+        checks.garbage,
+    ),
+    Row(
         "observed",
         "The setting is observe with a spec, alone or with probes.",
         "The kl/ metrics of the spec, as if it were applied, and kl/observed; with probe:<n>, more every n steps.",

@@ -15,6 +15,7 @@ from kl_plugins.patches.openrlhf import reference
 from kl_plugins.receipts import MissingReceiptError
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
+from tests.support import garbage
 from tests.support.openrlhf import by_hand, remote
 from tests.support.openrlhf.assets import VOCABULARY
 from tests.support.openrlhf.command_line import DYNAMIC, ONE_STEP, PACKED
@@ -38,7 +39,8 @@ EACH = ("--train.batch_size", "8", "--train.micro_batch_size", "2")
 
 @pytest.fixture(scope="module", autouse=True)
 def by_value():
-    ray.cloudpickle.register_pickle_by_value(by_hand)
+    for module in (by_hand, garbage):
+        ray.cloudpickle.register_pickle_by_value(module)
 
 
 def losses(harness, rollouts, assets, *flags):
@@ -196,6 +198,16 @@ def test_no_pass_and_no_copy_of_the_reference_is_added(harness, rollouts):
     ((policy, copy),) = top[1]
     assert sorted(policy) == sorted(sampled[1][0][0])
     assert not copy
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector(harness, rollouts):
+    trainer = harness.start((*USE, SPEC, *ONE_STEP))
+    harness.receipts(trainer)
+    harness.train(trainer, rollouts)
+    for ask in (harness.ask, harness.ask_reference):
+        ask(garbage.watch)
+    harness.train(trainer, rollouts)
+    assert [ask(garbage.watched) for ask in (harness.ask, harness.ask_reference)] == [[[]], [[]]]
 
 
 def test_a_run_resumes(harness, rollouts, tmp_path):

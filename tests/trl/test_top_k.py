@@ -13,6 +13,7 @@ from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTra
 from kl_plugins.adapters.trl import exact as adapter
 from kl_plugins.patches.trl import exact as patches
 from kl_plugins.patches.trl import fused_head
+from tests.support import garbage
 from tests.support.trl import kernels, trainers
 from tests.support.trl.states import TEMPERATURE, by_hand, capped_model, moved_on
 
@@ -93,6 +94,15 @@ def test_with_kernels_the_head_scores_attended_tokens_alone(
     )
     assert not inputs["completion_mask"].all()
     check_gradient(built, inputs, is_token=False)
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector(model: str, tmp_path: Path) -> None:
+    """Tensors of a micro-batch must not stay in memory until Python's garbage collector runs."""
+    built = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl=f"exact@loss/top:{K}")
+    trainers.rollout_and_gradient(built)
+    garbage.watch()
+    trainers.rollout_and_gradient(built)
+    assert garbage.watched() == []
 
 
 def test_later_terms_take_set_bucket_and_remainder(model: str, tmp_path: Path) -> None:

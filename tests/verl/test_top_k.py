@@ -15,6 +15,7 @@ from kl_plugins.adapters.verl.session import require_reference
 from kl_plugins.adapters.verl.top_k import ASKED
 from kl_plugins.patches.verl.trainer import session_of
 from kl_plugins.receipts import MissingReceiptError
+from tests.support import garbage
 from tests.support.verl import remote
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
 from tests.support.verl.ray_support import TRAINERS
@@ -159,6 +160,15 @@ def test_no_model_runs_once_more(single, drawn, reference):
         trained += single.ask(remote.counted_forwards)
     assert asked == [2, 2], "a forward pass for each micro-batch of four sequences"
     assert trained == [1, 1]
+
+
+def test_a_step_leaves_nothing_to_the_garbage_collector(single, drawn, reference):
+    single.use(SPEC)
+    single.train(scored(drawn, reference.workers, K))
+    for group in (single, reference):
+        group.ask(garbage.watch)
+    single.train(scored(drawn, reference.workers, K))
+    assert [group.ask(garbage.watched) for group in (single, reference)] == [[[]], [[]]]
 
 
 def test_under_lora_the_policy_without_its_adapter_gives_the_numbers(assets, cluster, models):

@@ -26,6 +26,7 @@ from kl_plugins.adapters.openrlhf import require_receipts
 from kl_plugins.receipts import Receipt
 from kl_plugins.spec.observation import looks_like_observation
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
+from tests.support import garbage
 from tests.support.openrlhf import by_hand, cli, remote
 from tests.support.openrlhf.command_line import ONE_STEP, parse
 from tests.support.openrlhf.harness import ONE_STEP_STOCK, STOCK, Harness
@@ -87,7 +88,8 @@ class OpenRLHFDriver:
         self._started: tuple[Harness, list[str], Any] | None = None
         self._untouched = False
         self._engine: Any = None
-        ray.cloudpickle.register_pickle_by_value(by_hand)
+        for module in (by_hand, garbage):
+            ray.cloudpickle.register_pickle_by_value(module)
 
     # Updates
 
@@ -108,6 +110,9 @@ class OpenRLHFDriver:
             fault = request.fault if step == len(request.betas) - 1 else None
             before = host.ask(remote.flat)[0]
             spoilt = _spoilt(host, rollouts, fault, training=True)
+            if request.garbage and step == len(request.betas) - 1:
+                garbage.watch()
+                host.ask(garbage.watch)
             with spoilt as samples, _moved(host, trainer), recorded(host) as fits:
                 try:
                     status, _ = trainer.train_step(samples.experiences(), step)
@@ -117,9 +122,10 @@ class OpenRLHFDriver:
                     after = host.ask(remote.flat)[0]
                     return Outcome(errors, not torch.equal(before[0], after[0]), tuple(metrics))
             metrics.append({key: value for key, value in status.items() if key.startswith("kl/")})
+        left = (*garbage.watched(), *host.ask(garbage.watched)[0]) if request.garbage else None
         after = host.ask(remote.flat)[0]
         gradient = (after[1] - after[2] * before[1]) / (1 - after[2])  # Adam's first moment: m' = b m + (1 - b) g
-        return Outcome((None,) * request.ranks, not torch.equal(before[0], after[0]), tuple(metrics), gradient)
+        return Outcome((None,) * request.ranks, not torch.equal(before[0], after[0]), tuple(metrics), gradient, left)
 
     def _trainer(self, host: Harness, flags: list[str]) -> Any:
         """A trainer whose models are as at the start: that of the last request, where its workers never trained."""

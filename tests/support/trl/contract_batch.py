@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from tests.contract.driver import Fault, Outcome, Request
+from tests.support import garbage
 from tests.support.trl import trainers
 
 LENGTHS = (8, 7, 6, 5, 4, 3, 2, 1)
@@ -55,7 +56,7 @@ def outcome(
     """
     rank, steps = int(os.environ.get("RANK", 0)), len(request.betas)
     trainer = _built(request, model, folder, *(kinds or ours()))
-    watch = _Watch(trainer, request.betas)
+    watch = _Watch(trainer, request.betas, request.garbage)
     trainer.add_callback(watch)
     fault = request.fault if request.fault is not None and request.fault.rank == rank else None
     batches = _micro_batches(trainer, request, rank)
@@ -68,7 +69,8 @@ def outcome(
 
     with broken(trainer.model, fault if fault is not None and fault.whose == "policy" else None, now):
         error = attempted(trainer)
-    return Outcome((error,), watch.changed(), logged(trainer, everything), None if error else watch.gradient)
+    gradient = None if error else watch.gradient
+    return Outcome((error,), watch.changed(), logged(trainer, everything), gradient, watch.garbage)
 
 
 def attempted(trainer: Any, **arguments: Any) -> str | None:
@@ -191,10 +193,11 @@ def _break(batch: dict[str, Tensor], fault: Fault | None) -> None:
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Sets the coefficient of each step, and keeps weights and gradient of the last one."""
+    """Sets the coefficient of each step, and keeps weights, gradient and garbage of the last one."""
 
-    def __init__(self, trainer: Any, betas: tuple[float, ...]) -> None:
-        self.trainer, self.betas = trainer, betas
+    def __init__(self, trainer: Any, betas: tuple[float, ...], garbage: bool) -> None:
+        self.trainer, self.betas, self.watches_garbage = trainer, betas, garbage
+        self.garbage: tuple[str, ...] | None = None
         self.gradient: Tensor | None = None
         self.before: Tensor | None = None
 
@@ -207,6 +210,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.beta = self.betas[state.global_step]
         self.before = self.weights()
+        if self.watches_garbage and state.global_step == len(self.betas) - 1:
+            garbage.watch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watches_garbage and state.global_step == len(self.betas):
+            self.garbage = tuple(garbage.watched())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.gradient = trainers.gradient(self.trainer).float().clone()

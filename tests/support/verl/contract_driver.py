@@ -24,6 +24,7 @@ from kl_plugins.adapters.verl.score import ScoreController
 from kl_plugins.adapters.verl.session import collect
 from kl_plugins.receipts import Receipt
 from tests.contract.driver import BETA, Fault, Outcome, Program, Request, Resumed, Sampled
+from tests.support import garbage
 from tests.support.verl import main_ppo, remote
 from tests.support.verl.configs import composed
 from tests.support.verl.workers import PROMPTS, Batch, Group, answer, make_batch
@@ -72,13 +73,16 @@ class VerlDriver:
             group.ask(remote.set_coefficient, beta)
             last = number == len(request.betas)
             before = group.ask(remote.weights)[0]
+            if last and request.garbage:
+                group.ask(garbage.watch)
             errors, found = self._step(group, batch, request, request.fault if last else None)
             metrics += [found] if found else []
             if any(errors):
                 break
+        left = tuple(group.ask(garbage.watched)[0]) if request.garbage else None
         after = group.ask(remote.weights)[0]
         gradient = _flat(group.ask(remote.recorded_gradients)[0])
-        return Outcome(errors, _differ(before, after), tuple(metrics), None if any(errors) else gradient)
+        return Outcome(errors, _differ(before, after), tuple(metrics), None if any(errors) else gradient, left)
 
     def _prepared(self, request: Request) -> Batch:
         batch, rows = self._batch, len(PROMPTS) // request.ranks

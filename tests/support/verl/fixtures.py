@@ -49,9 +49,10 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
+    from tests.support import garbage
     from tests.support.verl import remote
 
-    with ray_support.cluster(remote, cpus=32):
+    with ray_support.cluster(remote, garbage, cpus=32):
         yield
 
 
