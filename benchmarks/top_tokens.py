@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 
 from benchmarks.command_line import console_of, typed
+from benchmarks.overhead.measure import spread
 from benchmarks.reporting import machine, write_json
 from kl_plugins.top_k import top_tokens
 
@@ -56,13 +57,12 @@ def measure(states: int, vocabulary: int, k: int, dtype: torch.dtype, device: st
             times[name].append((time.perf_counter() - start) * 1e3 / COPIES)
     times = {name: found[1:] for name, found in times.items()}  # the first round includes allocations
     peer, ours = times.values()
-    lower, middle, upper = statistics.quantiles([b / a for a, b in zip(peer, ours, strict=True)], n=4)
     return {
         "states": states,
         "vocabulary": vocabulary,
         "ms": times,
         "median_ms": {name: statistics.median(found) for name, found in times.items()},
-        "ratio": {"median": middle, "lower": lower, "upper": upper},
+        "ratio": spread([b / a for a, b in zip(peer, ours, strict=True)]),
     }
 
 
