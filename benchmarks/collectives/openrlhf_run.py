@@ -27,7 +27,7 @@ def counted(host: Harness, rollouts: Rollouts, kl: str) -> dict[str, Any]:
     host.receipts(trainer) if "@loss" in kl else None
     host.ask(count.start)
     _, experiences = host.train(trainer, rollouts)
-    sent = sum(count.size(experience.info.get(KEY, [])) for experience in experiences)
+    sent = sum(part.nbytes for experience in experiences for part in experience.info.get(KEY, []))
     return {
         "seen": host.ask(count.stop)[0],
         "steps": 1,

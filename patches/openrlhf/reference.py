@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from kl_plugins.adapters import receipts
 from kl_plugins.adapters.observe import warn_not_of_these_tokens
 from kl_plugins.adapters.openrlhf import HOST, REMEDY
 from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, statement_of
 from kl_plugins.adapters.openrlhf.observe import observation_of
-from kl_plugins.adapters.openrlhf.top_k import carry, of_batches, reference_numbers
+from kl_plugins.adapters.openrlhf.top_k import Numbers, carry, of_batches, reference_numbers
 from kl_plugins.patches.engine.arguments import arguments
 from kl_plugins.receipts import MissingReceiptError, Receipt
 from kl_plugins.spec import KLSpec
@@ -39,7 +37,7 @@ class Recorder:
             model: OpenRLHF's ``Actor`` of the reference.
             k: number of tokens to keep.
         """
-        self.model, self.k, self.numbers = model, k, list[Tensor]()
+        self.model, self.k, self.numbers = model, k, list[Numbers]()
         self._handles = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -53,10 +51,10 @@ class Recorder:
         given = arguments(self.model.forward, args, kwargs)
         tokens = given["sequences"], given["action_mask"], given["attention_mask"]
         numbers = reference_numbers(found["logits"], log_probs, *tokens, self.k)
-        self.numbers.append(numbers.cpu())
+        self.numbers.append(numbers.cpu().numpy())
         return log_probs
 
-    def stop(self) -> list[Tensor]:
+    def stop(self) -> list[Numbers]:
         """Stop watching, and return the numbers."""
         for handle in self._handles:
             handle.remove()
@@ -74,7 +72,7 @@ def start(process: Any, k: int) -> None:
     setattr(process, ATTRIBUTE, Recorder(process.model, k))
 
 
-def stop(process: Any) -> list[Tensor]:
+def stop(process: Any) -> list[Numbers]:
     """Take the numbers of a reference actor's forward passes since the start; runs there."""
     recorder: Recorder | None = vars(process).pop(ATTRIBUTE, None)
     return [] if recorder is None else recorder.stop()
@@ -127,33 +125,44 @@ def require_recorders(maker: Any, spec: KLSpec, observation: Observation | None 
     setattr(maker, ATTRIBUTE, found)
 
 
-def begin(maker: Any, spec: KLSpec, observation: Observation | None = None) -> None:
+def begin(maker: Any, spec: KLSpec, observation: Observation | None = None) -> list[Any]:
     """Let the reference actors keep numbers, before the forward passes of a rollout batch.
+
+    Nothing waits for the actors here: an actor does what it is asked in the order in which it is asked.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
         observation: what the run is asked to observe; None if the spec is applied.
+
+    Returns:
+        Ray's references to the actors' answers, for :func:`finish`.
     """
     require_recorders(maker, spec, observation)
-    _ask(maker, spec, start, spec.top)
+    return _ask(maker, spec, start, spec.top)
 
 
-def finish(maker: Any, spec: KLSpec, samples: list[Any], observation: Observation | None = None) -> None:
+def finish(
+    maker: Any, spec: KLSpec, samples: list[Any], begun: list[Any], observation: Observation | None = None
+) -> None:
     """Put the numbers into the experiences, after the forward passes of a rollout batch.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
         samples: the batches that the passes were made for, in that order.
+        begun: what :func:`begin` returned. An error of an actor that could not begin is raised here.
         observation: what the run is asked to observe; the batches then go without numbers instead of an error.
 
     Raises:
         RuntimeError: a batch has no numbers.
     """
-    answers = _ask(maker, spec, stop)
-    if answers is None:
+    ended = _ask(maker, spec, stop)
+    if not ended:
         return
+    import ray
+
+    answers = ray.get([*begun, *ended])[len(begun) :]
     try:
         carry(spec, samples, of_batches(answers, maker.args.ds.ring_attn_size, maker.args.ds.tensor_parallel_size))
     except RuntimeError:
@@ -162,11 +171,8 @@ def finish(maker: Any, spec: KLSpec, samples: list[Any], observation: Observatio
         warn_not_of_these_tokens(HOST.title, observation)
 
 
-def _ask(maker: Any, spec: KLSpec, function: Any, *args: Any) -> list[Any] | None:
+def _ask(maker: Any, spec: KLSpec, function: Any, *args: Any) -> list[Any]:
     group = maker.initial_model_group
     if spec.top is None or group is None:  # the check of the rollout batch names a missing reference
-        return None
-    import ray
-
-    found: list[Any] = ray.get([actor.__ray_call__.remote(function, *args) for actor in group._actor_handlers])
-    return found
+        return []
+    return [actor.__ray_call__.remote(function, *args) for actor in group._actor_handlers]

@@ -163,18 +163,18 @@ def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs
             return wrapped(*args, **kwargs)
     observation = observation_of(maker.args)
     if observation is not None:
-        reference.begin(maker, observation.measured, observation)
+        begun = reference.begin(maker, observation.measured, observation)
         made = wrapped(*args, **kwargs)
-        reference.finish(maker, observation.measured, made, observation)
+        reference.finish(maker, observation.measured, made, begun, observation)
         return made
     spec = spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)
     if spec.placement == "loss":
-        reference.begin(maker, spec)
+        begun = reference.begin(maker, spec)
         made = wrapped(*args, **kwargs)
         check_rollout(spec, maker.args, made)
-        reference.finish(maker, spec, made)
+        reference.finish(maker, spec, made, begun)
         return made
     control = maker.kl_ctl
     if not isinstance(control, ScoreController):

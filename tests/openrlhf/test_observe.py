@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,7 +72,7 @@ def test_numbers_of_top_are_those_of_the_spec_that_trains(harness, rollouts):
 
 def moved(experiences):
     info = experiences[-1].info
-    info[KEY] = [*info[KEY][:-1], info[KEY][-1].roll(1, 0)]
+    info[KEY] = [*info[KEY][:-1], np.roll(info[KEY][-1], 1, 0)]
 
 
 def shortened(experiences):

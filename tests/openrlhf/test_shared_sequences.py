@@ -2,9 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
 import ray
-import torch
 
 from tests.support.openrlhf.command_line import ONE_STEP, SPEC
 from tests.support.openrlhf.contract_driver import by_rank, recorded
@@ -57,7 +57,7 @@ def test_what_ranks_of_the_reference_give_is_joined_by_batch():
 
     # Two data-parallel groups with two batches each, two ranks in a ring, two of tensor parallelism.
     def rank(data, part):
-        return [torch.full((1 + part, 3), 100 * data + 10 * batch + part) for batch in range(2)]
+        return [np.full((1 + part, 3), 100 * data + 10 * batch + part) for batch in range(2)]
 
     answers = [rank(data, part) for data in range(2) for part in range(2) for _ in range(2)]
     found = of_batches(answers, ring=2, tensor=2)

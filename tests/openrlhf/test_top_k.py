@@ -5,6 +5,7 @@ Policy and reference are Ray actors of their own, so the numbers travel through 
 
 import math
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -148,7 +149,7 @@ def test_the_numbers_stay_with_their_tokens_when_batches_are_shuffled(harness, r
 
 
 def moved_by_one(parts):
-    return [*parts[:-1], parts[-1].roll(1, 0)]
+    return [*parts[:-1], np.roll(parts[-1], 1, 0)]
 
 
 def swapped(parts):
@@ -252,6 +253,6 @@ def test_passes_without_numbers_stop_the_run(harness, rollouts):
     with pytest.raises(
         RuntimeError, match="for 0 batches with 0 response tokens, but the rollout has 8 batches with 43"
     ):
-        reference.finish(trainer.experience_maker, KLSpec.parse(SPEC), samples)
+        reference.finish(trainer.experience_maker, KLSpec.parse(SPEC), samples, [])
     with pytest.raises(RuntimeError, match="a micro-batch arrived without the reference's most probable tokens"):
         arrived(KLSpec.parse(SPEC), samples[0])

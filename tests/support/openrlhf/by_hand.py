@@ -154,6 +154,7 @@ def top_losses(actor, cases, experience, beta, path, key):
         of drawn tokens in the bucket, how far their importance weights are from 1, and by how much the reference's mass
         on the kept tokens is below that of its most probable ones.
     """
+    import numpy as np
     import torch
     from openrlhf.models import aggregate_loss
     from openrlhf.utils.loss_utils import get_loss_batch_info
@@ -188,7 +189,7 @@ def top_losses(actor, cases, experience, beta, path, key):
             (hooked,) = torch.autograd.grad(taken.pop(), logits, retain_graph=True)
             logp, ref_logp = (part[:, states].double().log_softmax(-1) for part in (logits, ref_logits))
             ids = torch.zeros(*mask.shape, spec.top, dtype=torch.long)
-            ids[mask] = torch.cat(list(numbers))[:, : spec.top].long()
+            ids[mask] = torch.from_numpy(np.concatenate(numbers))[:, : spec.top].long()
             kept = torch.zeros_like(logp, dtype=torch.bool).scatter_(-1, ids, True)
             tail, ref_tail = (part.masked_fill(kept, -torch.inf).logsumexp(-1) for part in (logp, ref_logp))
             within = (logp.exp() * (logp - ref_logp)).masked_fill(~kept, 0.0).sum(-1)
