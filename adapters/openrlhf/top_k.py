@@ -47,15 +47,15 @@ def reference_numbers(
     mask = action_mask.bool()
     here = held(mask, attention_mask, logits.shape[:-1])
     labels, own = sequences[:, -mask.shape[1] :][mask][here.tokens], logp[mask][here.tokens]
-    flat, found, first = logits.flatten(0, -2), [], 0
+    flat, first = logits.flatten(0, -2), 0
+    ids, odds = [], []
     for run in runs(here.rows):
         tokens = slice(first, first := first + run.stop - run.start)
-        ids = top_tokens(flat[run], k)
-        log_probs = log_odds(flat[run], labels[tokens], ids) + own[tokens, None]
-        found.append(packed(reference_of(ids, log_probs, flat.shape[-1])))
-    if not found:
+        ids.append(top_tokens(flat[run], k))
+        odds.append(log_odds(flat[run], labels[tokens], ids[-1]))
+    if not ids:
         return own.new_zeros(0, 2 * min(k, flat.shape[-1]) + 1, dtype=torch.float32)
-    return torch.cat(found)
+    return packed(reference_of(torch.cat(ids), torch.cat(odds) + own[:, None], flat.shape[-1]))
 
 
 def of_batches(answers: Sequence[Sequence[Numbers]], ring: int, tensor: int) -> list[Numbers]:
