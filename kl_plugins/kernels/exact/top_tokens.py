@@ -19,7 +19,7 @@ ID_BITS = 29
 def top_tokens(logits: Tensor, k: int, *, in_order: bool = True) -> Tensor:
     """Return the ids (n, k) int64 of the k largest logits of each row (n, V), by default the largest first.
 
-    On a CPU this takes less than half of the time of ``torch.topk``. If V is below k, all V ids are returned.
+    On a CPU this takes about half of the time of ``torch.topk``, or less. If V is below k, all V ids are returned.
     """
     vocabulary = logits.shape[-1]
     groups = vocabulary // GROUP
