@@ -4,6 +4,7 @@ Policy and reference are Ray actors of their own, so the numbers travel through 
 """
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -245,6 +246,20 @@ def test_a_reference_actor_with_another_spec_is_named(harness, rollouts):
     trainer.args.algo.kl.estimator = SPEC
     with pytest.raises(MissingReceiptError, match=rf"it was started with k2@loss, not with {SPEC}"):
         reference.require_recorders(trainer.experience_maker, KLSpec.parse(SPEC))
+
+
+def broken(process, k):
+    raise ValueError("it cannot begin")
+
+
+def test_a_reference_actor_that_cannot_begin_stops_the_run(harness, rollouts):
+    trainer = harness.start((*USE, SPEC))
+    harness.receipts(trainer)
+    with (
+        mock.patch("kl_plugins.patches.openrlhf.reference.start", broken),
+        pytest.raises(ray.exceptions.RayTaskError, match="it cannot begin"),
+    ):
+        harness.train(trainer, rollouts)
 
 
 def test_passes_without_numbers_stop_the_run(harness, rollouts):
