@@ -10,6 +10,7 @@ from kl_plugins.adapters.micro_batch import current
 from kl_plugins.adapters.trl.batch import response_mask
 from kl_plugins.adapters.trl.config import by_sequence
 from kl_plugins.adapters.trl.score import COLUMN, Rollout, task_reward, with_column, with_weight, written_by_policy
+from kl_plugins.patches.engine.instead import instead
 from kl_plugins.patches.trl.trainer import (
     log_of,
     model_of,
@@ -102,9 +103,9 @@ def _reward_column(trainer: Any, rollout: Rollout) -> Iterator[None]:
 def _tool_mask_noted(trainer: Any, rollout: Rollout) -> Iterator[None]:
     """Within the block, the tool mask is noted where TRL generates: where it computes rewards, it does not show it.
 
-    The method is replaced on the trainer itself, so that one of a subclass is noted as well.
+    The method of a subclass is noted as well.
     """
-    own, replaced = trainer._generate, "_generate" in vars(trainer)
+    own = trainer._generate
     external = bool(getattr(trainer, "tools", None))
 
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -112,10 +113,5 @@ def _tool_mask_noted(trainer: Any, rollout: Rollout) -> Iterator[None]:
         rollout.written = written_by_policy(generated, required=external)
         return generated
 
-    trainer._generate = generate
-    try:
+    with instead(trainer, "_generate", generate):
         yield
-    finally:
-        del trainer._generate
-        if replaced:
-            trainer._generate = own

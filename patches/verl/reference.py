@@ -6,14 +6,14 @@ workers' hook reads the note, and veRL carries what it adds to their output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl.top_k import ASKED, Recorder, keep, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
+from kl_plugins.patches.engine.instead import instead
 from kl_plugins.patches.verl.trainer import session_of
 from kl_plugins.patches.verl.worker import SHOW, log_probs_in_32_bits
 
@@ -33,7 +33,7 @@ def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     def recording(data: Any, loss_function: Any = None) -> Any:
         return infer(data, loss_function=Recorder(k, log_probs_in_32_bits))
 
-    with _instead(worker.engine, "infer_batch", recording):
+    with instead(worker.engine, "infer_batch", recording):
         return wrapped(*args, **kwargs)
 
 
@@ -58,7 +58,7 @@ def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...],
 
     notes[ASKED] = spec.top
     try:
-        with _instead(group, method, partial(called, getattr(group, method))):
+        with instead(group, method, partial(called, getattr(group, method))):
             result = wrapped(*args, **kwargs)
     finally:
         notes.pop(ASKED, None)
@@ -69,17 +69,3 @@ def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...],
     if older:
         session.kept = keep(outputs[0], result)
     return result
-
-
-@contextmanager
-def _instead(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, an object calls another function by one of its names."""
-    own = vars(owner).get(name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)

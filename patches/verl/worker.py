@@ -26,6 +26,7 @@ from kl_plugins.adapters.verl.session import Session, loss_elsewhere, session_of
 from kl_plugins.adapters.verl.shared_sequences import shared
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, NEVER_SHOWN, missing
 from kl_plugins.patches.engine.arguments import Function, arguments, replaced
+from kl_plugins.patches.engine.instead import instead
 from kl_plugins.patches.engine.patch import Hook
 from kl_plugins.patches.verl import HOOKS
 from kl_plugins.probe import Cells
@@ -177,7 +178,7 @@ def _checked_steps(engine: Any, session: Session) -> Iterator[None]:
     Raises:
         RuntimeError: the block ended without a step.
     """
-    step, own, steps = engine.optimizer_step, vars(engine).get("optimizer_step"), 0
+    step, steps = engine.optimizer_step, 0
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
@@ -185,13 +186,8 @@ def _checked_steps(engine: Any, session: Session) -> Iterator[None]:
         steps += 1
         return step(*args, **kwargs)
 
-    engine.optimizer_step = checked
-    try:
+    with instead(engine, "optimizer_step", checked):
         yield
-    finally:
-        del engine.optimizer_step
-        if own is not None:
-            engine.optimizer_step = own
     if steps != 1:
         raise RuntimeError(
             f"kl-plugins: veRL's engine took {steps} optimizer steps in one train_batch instead of one, so the "
