@@ -1,12 +1,14 @@
 """What OpenRLHF's reference actors do under ``top:``: their forward passes also give the k most probable tokens.
 
-Nothing of OpenRLHF is wrapped here. The trainer process asks each actor by remote call to watch its model during the
-forward passes of a rollout batch, and then for the numbers. So no pass is added, and the actor returns the same.
+The trainer process asks each actor by remote call to watch its model during the forward passes of a rollout batch, and
+then for the numbers. So no pass is added, and the actor returns the same.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from kl_plugins.adapters import receipts
 from kl_plugins.adapters.observe import warn_not_of_these_tokens
@@ -15,12 +17,25 @@ from kl_plugins.adapters.openrlhf.config import behaviour_source, spec_of, state
 from kl_plugins.adapters.openrlhf.observe import observation_of
 from kl_plugins.adapters.openrlhf.top_k import Numbers, carry, of_batches, reference_numbers
 from kl_plugins.patches.engine.arguments import arguments
+from kl_plugins.patches.engine.instead import instead
 from kl_plugins.receipts import MissingReceiptError, Receipt
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.observation import Observation
 
 ATTRIBUTE = "_kl_plugins"
 """Attribute of a reference actor that holds its recorder, and of an experience maker whose actors gave receipts."""
+
+
+class Asked(NamedTuple):
+    """What the reference actors were asked around one call for forward passes.
+
+    Attributes:
+        begun: Ray's references to their answers to :func:`start`, by rank.
+        numbers: Ray's references to their answers to :func:`stop`, by rank.
+    """
+
+    begun: list[Any]
+    numbers: list[Any]
 
 
 class Recorder:
@@ -125,25 +140,40 @@ def require_recorders(maker: Any, spec: KLSpec, observation: Observation | None 
     setattr(maker, ATTRIBUTE, found)
 
 
-def begin(maker: Any, spec: KLSpec, observation: Observation | None = None) -> list[Any]:
-    """Let the reference actors keep numbers, before the forward passes of a rollout batch.
+@contextmanager
+def recorded(maker: Any, spec: KLSpec, observation: Observation | None = None) -> Iterator[list[Asked]]:
+    """Within the block, let the reference actors keep numbers during their forward passes.
 
-    Nothing waits for the actors here: an actor does what it is asked in the order in which it is asked.
+    An actor does what it is asked in the order in which it is asked. So it is asked to begin before the passes and for
+    the numbers after them, while they still run, and nothing waits for the answers here.
 
     Args:
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
         observation: what the run is asked to observe; None if the spec is applied.
 
-    Returns:
-        Ray's references to the actors' answers, for :func:`finish`.
+    Yields:
+        A list that gets the :class:`Asked` of each call for forward passes, for :func:`collect`.
     """
     require_recorders(maker, spec, observation)
-    return _ask(maker, spec, start, spec.top)
+    group, asked = maker.initial_model_group, list[Asked]()
+    if spec.top is None or group is None:  # the check of the rollout batch names a missing reference
+        yield asked
+        return
+    passes = group.async_run_method_batch
+
+    def with_numbers(*args: Any, **kwargs: Any) -> Any:
+        begun = _ask(group, start, spec.top)
+        answers = passes(*args, **kwargs)
+        asked.append(Asked(begun, _ask(group, stop)))
+        return answers
+
+    with instead(group, "async_run_method_batch", with_numbers):
+        yield asked
 
 
-def finish(
-    maker: Any, spec: KLSpec, samples: list[Any], begun: list[Any], observation: Observation | None = None
+def collect(
+    maker: Any, spec: KLSpec, samples: list[Any], asked: list[Asked], observation: Observation | None = None
 ) -> None:
     """Put the numbers into the experiences, after the forward passes of a rollout batch.
 
@@ -151,28 +181,27 @@ def finish(
         maker: OpenRLHF's ``RemoteExperienceMaker``.
         spec: the ``@loss`` spec of the run; nothing happens without ``top:``.
         samples: the batches that the passes were made for, in that order.
-        begun: what :func:`begin` returned. An error of an actor that could not begin is raised here.
+        asked: what :func:`recorded` gave. An error of an actor that could not begin is raised here.
         observation: what the run is asked to observe; the batches then go without numbers instead of an error.
 
     Raises:
         RuntimeError: a batch has no numbers.
     """
-    ended = _ask(maker, spec, stop)
-    if not ended:
+    if spec.top is None or maker.initial_model_group is None:
         return
     import ray
 
-    answers = ray.get([*begun, *ended])[len(begun) :]
+    found: list[Numbers] = []
+    for call in asked:
+        answers = ray.get([*call.begun, *call.numbers])[len(call.begun) :]
+        found += of_batches(answers, maker.args.ds.ring_attn_size, maker.args.ds.tensor_parallel_size)
     try:
-        carry(spec, samples, of_batches(answers, maker.args.ds.ring_attn_size, maker.args.ds.tensor_parallel_size))
+        carry(spec, samples, found)
     except RuntimeError:
         if observation is None:
             raise
         warn_not_of_these_tokens(HOST.title, observation)
 
 
-def _ask(maker: Any, spec: KLSpec, function: Any, *args: Any) -> list[Any]:
-    group = maker.initial_model_group
-    if spec.top is None or group is None:  # the check of the rollout batch names a missing reference
-        return []
+def _ask(group: Any, function: Any, *args: Any) -> list[Any]:
     return [actor.__ray_call__.remote(function, *args) for actor in group._actor_handlers]

@@ -163,18 +163,18 @@ def make_experience(wrapped: Function, maker: Any, args: tuple[Any, ...], kwargs
             return wrapped(*args, **kwargs)
     observation = observation_of(maker.args)
     if observation is not None:
-        begun = reference.begin(maker, observation.measured, observation)
-        made = wrapped(*args, **kwargs)
-        reference.finish(maker, observation.measured, made, begun, observation)
+        with reference.recorded(maker, observation.measured, observation) as asked:
+            made = wrapped(*args, **kwargs)
+        reference.collect(maker, observation.measured, made, asked, observation)
         return made
     spec = spec_of(maker.args)
     if spec is None:
         return wrapped(*args, **kwargs)
     if spec.placement == "loss":
-        begun = reference.begin(maker, spec)
-        made = wrapped(*args, **kwargs)
+        with reference.recorded(maker, spec) as asked:
+            made = wrapped(*args, **kwargs)
         check_rollout(spec, maker.args, made)
-        reference.finish(maker, spec, made, begun)
+        reference.collect(maker, spec, made, asked)
         return made
     control = maker.kl_ctl
     if not isinstance(control, ScoreController):

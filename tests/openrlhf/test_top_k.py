@@ -268,6 +268,6 @@ def test_passes_without_numbers_stop_the_run(harness, rollouts):
     with pytest.raises(
         RuntimeError, match="for 0 batches with 0 response tokens, but the rollout has 8 batches with 43"
     ):
-        reference.finish(trainer.experience_maker, KLSpec.parse(SPEC), samples, [])
+        reference.collect(trainer.experience_maker, KLSpec.parse(SPEC), samples, [])
     with pytest.raises(RuntimeError, match="a micro-batch arrived without the reference's most probable tokens"):
         arrived(KLSpec.parse(SPEC), samples[0])
