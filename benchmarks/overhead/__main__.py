@@ -25,6 +25,7 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model, few steps: that it runs, no numbers.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Blocks of each arm.")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 3,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Keep both arms in memory; OpenRLHF only.")] = False,
     hidden: Annotated[int, typer.Option(help="Width of the model; a multiple of 32.")] = Size.hidden,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = Size.layers,
     vocabulary: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = Size.vocabulary,
@@ -35,6 +36,8 @@ def main(
     console = console_of(150)
     size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
     rounds, steps = (3, 1) if smoke else (rounds, steps)
+    if loaded and {name.partition("=")[0] for name in python} != {"openrlhf"}:
+        raise typer.BadParameter("--loaded works for openrlhf alone")
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     with over_hosts(python, out) as hosts:
@@ -44,7 +47,7 @@ def main(
             pairs = tuple(pair for pair in PAIRS[host] if only in pair.spec)
             if not pairs:
                 raise typer.BadParameter(f"no pair of {NAMES[host]} has a spec with {only!r}")
-            Plan(size, pairs[: 1 if smoke else None], rounds, steps).write(plan)
+            Plan(size, pairs[: 1 if smoke else None], rounds, steps, loaded).write(plan)
             if not hosts.run(host, f"benchmarks.overhead.{host}_steps", plan, hosts.folder, result, limit=limit):
                 continue
             found = json.loads(result.read_text())
@@ -55,7 +58,7 @@ def main(
     undecided = [f"{NAMES[row['host']]} {row['spec']}" for row in rows if row["verdict"] == UNDECIDED]
     if undecided:
         console.print(f"too noisy for a verdict, here and with so many rounds: {', '.join(undecided)}")
-    settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "smoke": smoke}
+    settings = {"size": asdict(size), "rounds": rounds, "steps": steps, "loaded": loaded, "smoke": smoke}
     about = {"machine": machine(), "command": typed("benchmarks.overhead"), "versions": versions, **settings}
     write_json(out / "overhead.json", {**about, "failed": hosts.failed, "rows": rows})
     if rows:

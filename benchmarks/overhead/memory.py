@@ -16,10 +16,17 @@ def restart(process: Any = None) -> int:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return size()
+
+
+def size(process: Any = None) -> int:
+    """Return the bytes in use."""
+    import torch
+
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
 
 
 def peak(process: Any = None) -> int:

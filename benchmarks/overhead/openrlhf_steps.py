@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.drivers import openrlhf
-from benchmarks.overhead import memory, work
+from benchmarks.overhead import loaded, memory, work
 from benchmarks.overhead.measure import Block
 from benchmarks.overhead.plan import Pair, Plan
 from tests.support.openrlhf.harness import Harness
@@ -44,22 +46,42 @@ def main(plan: Path, folder: Path, output: Path) -> None:
     """Measure all pairs and write the blocks."""
     read = Plan.read(plan)
     rollouts = rollouts_of(read)
-    with openrlhf.session(memory):
+    with openrlhf.session(memory, loaded):
         host = Harness(folder)
+        trainers: dict[tuple[str, bool], Any] = {}
 
-        def run(pair: Pair, spec: bool) -> Block:
+        def started(pair: Pair, spec: bool) -> Any:
             trainer = host.start(flags(pair, spec, read.size.sequences))
             host.receipts(trainer)
-            base, seconds = 0, []
-            for index in range(1 + read.steps):
-                if index == 1:
-                    (base,) = host.ask(memory.restart)
+            return trainer
+
+        def timed(trainer: Any, indices: Iterable[int]) -> list[float]:
+            seconds = []
+            for index in indices:
                 experiences = rollouts.experiences()
                 start = time.perf_counter()
                 trainer.train_step(experiences, index)
                 seconds.append(time.perf_counter() - start)
+            return seconds
+
+        def run(pair: Pair, spec: bool) -> Block:
+            key = pair.spec, spec
+            if key in trainers:
+                for ask in (host.ask, host.ask_reference):
+                    ask(loaded.resume, key)
+                (base,) = host.ask(memory.size)
+                seconds = timed(trainers[key], range(1, 1 + read.steps))
+            else:
+                trainer = started(pair, spec)
+                timed(trainer, [0])
+                (base,) = host.ask(memory.restart)
+                seconds = timed(trainer, range(1, 1 + read.steps))
+                if read.loaded:
+                    trainers[key] = trainer
+                    for ask in (host.ask, host.ask_reference):
+                        ask(loaded.keep, key)
             (peak,) = host.ask(memory.peak)
-            return Block(seconds[1:], peak, base)
+            return Block(seconds, peak, base)
 
         work.measure(read, run, output, version("openrlhf"))
         host.end()

@@ -109,12 +109,15 @@ class Plan:
         pairs: pairs to measure.
         rounds: number of rounds of all arms.
         steps: timed optimizer steps of an arm in a round, after one step of warm-up.
+        loaded: keep the models of both arms in memory, and change arms without a step of warm-up. Then arms can change
+            after every step, so that slow drifts of the machine's speed cancel. Only OpenRLHF's worker can do it.
     """
 
     size: Size
     pairs: tuple[Pair, ...]
     rounds: int
     steps: int
+    loaded: bool = False
     seed: int = field(default=0)
 
     def write(self, path: Path) -> None:
