@@ -1,7 +1,7 @@
 """Keep what belongs to an arm in OpenRLHF's actors, and resume it later. Ray's workers get these functions by value.
 
-An actor holds its model, optimizer and trainer in its attributes. Each start of the harness replaces them. So an earlier
-start can be resumed by putting its attributes back.
+An actor holds its model, optimizer and trainer in its attributes. Each start of the harness replaces them. So an
+earlier start can be resumed by putting its attributes back.
 """
 
 from __future__ import annotations
