@@ -96,7 +96,7 @@ def linear_reference_top_k(
         for start in range(0, max(1, len(rows)), step):
             part = rows[start : start + step]
             parts.append(reference_rows(head.logits(part, buffer[: len(part)]), _checked(k), options))
-    ids, logp, log_tail, _ = zip(*parts, strict=True)
+    ids, logp, log_tail, *_ = zip(*parts, strict=True)
     return _shaped(RefTopK(torch.cat(ids), torch.cat(logp), torch.cat(log_tail)), hidden.shape[:-1], temperature)
 
 

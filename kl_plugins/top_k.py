@@ -19,11 +19,13 @@ from kl_plugins.kernels.exact.kept_log_probs import (
     selected_logits,
     selected_logits_shared,
 )
-from kl_plugins.kernels.exact.reference import RefTopK
+from kl_plugins.kernels.exact.reference import RefDraws, RefTopK
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
+from kl_plugins.kernels.exact.tail_draws import Draws, tail_draws
+from kl_plugins.kernels.exact.top_tokens import group_maxima, largest_of
 from kl_plugins.kernels.exact.top_tokens import top_tokens as rows_top_tokens
 
-__all__ = ["log_odds", "reference_of", "top_k_kl", "top_tokens"]
+__all__ = ["Draws", "log_odds", "reference_of", "top_and_drawn_tokens", "top_k_kl", "top_tokens"]
 
 
 @torch.no_grad()
@@ -44,6 +46,38 @@ def top_tokens(logits: Tensor, k: int) -> Tensor:
         raise ValueError(f"k={k}: must be at least 1")
     found = rows_top_tokens(flat_rows(logits), k)
     return found.view(*logits.shape[:-1], found.shape[-1])
+
+
+@torch.no_grad()
+def top_and_drawn_tokens(
+    logits: Tensor, labels: Tensor, k: int, draws: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Draws]:
+    """Return the ids of the k largest logits of each position, and tokens drawn from all others.
+
+    The draws of a position are independent of each other and of its label, and come from a distribution near the
+    model's own. Ranks that hold the same logits get the same draws from generators with the same state.
+
+    Args:
+        logits: (..., V) of the reference, any float dtype, divided by the temperature.
+        labels: (...) int64 tokens; a negative label stands for token 0.
+        k: number of tokens; the whole vocabulary if it has fewer.
+        draws: number of draws.
+        generator: source of the random numbers, on the device of the logits; torch's own by default.
+
+    Returns:
+        (..., k) int64, the largest first; and the draws, for :func:`reference_of`.
+
+    Raises:
+        ValueError: if k or draws is below 1.
+    """
+    if k < 1 or draws < 1:
+        raise ValueError(f"k={k}, draws={draws}: must be at least 1")
+    rows, shape = flat_rows(logits), logits.shape[:-1]
+    levels = group_maxima(rows, k)
+    ids = largest_of(levels, k)
+    found = tail_draws(levels, ids, labels.reshape(-1).clamp_min(0), draws, generator)
+    drawn, log_rate = (part.view(*shape, draws) for part in found[:2])
+    return ids.view(*shape, ids.shape[-1]), Draws(drawn, log_rate, found.label_log_rate.view(shape))
 
 
 def log_odds(
@@ -83,23 +117,29 @@ def log_odds(
 
 
 @torch.no_grad()
-def reference_of(ids: Tensor, log_probs: Tensor, vocabulary: int, *, temperature: float = 1.0) -> RefTopK:
+def reference_of(
+    ids: Tensor, log_probs: Tensor, vocabulary: int, *, temperature: float = 1.0, draws: Draws | None = None
+) -> RefTopK:
     """Return what ``top:`` needs of a reference whose log-probs are known.
 
     Args:
         ids: (..., k) int64, the reference's most probable tokens.
-        log_probs: (..., k) log-probs of these tokens under the reference, nats, float32 or float64.
+        log_probs: (..., k) log-probs of these tokens under the reference, nats, float32 or float64; with ``draws``
+            (..., k + m), those of the draws after them.
         vocabulary: number of tokens in the vocabulary.
         temperature: the number by which the reference's logits were divided.
+        draws: result of :func:`top_and_drawn_tokens` for the same positions.
 
     Returns:
         The log of the tail is that of 1 minus the sum over the k tokens, at least that of 2**-24.
     """
-    log_probs = log_probs.clamp_max(0.0)
+    k = ids.shape[-1]
+    log_probs, drawn = log_probs[..., :k].clamp_max(0.0), log_probs[..., k:].clamp_max(0.0)
     log_tail = log_of_tail(log_probs)
-    if ids.shape[-1] >= vocabulary:
+    if k >= vocabulary:
         log_tail = torch.full_like(log_tail, -torch.inf)
-    return RefTopK(ids, log_probs, log_tail, temperature)
+    given = None if draws is None else RefDraws(draws.ids, drawn, draws.log_rate, draws.label_log_rate)
+    return RefTopK(ids, log_probs, log_tail, temperature, given)
 
 
 def top_k_kl(
@@ -116,10 +156,13 @@ def top_k_kl(
     See ``docs/exact.md`` for the form and its accuracy. The bucket's probability is 1 minus the sum over the k tokens,
     with an absolute error of about 1e-6 if the log-probs are float32.
 
+    If the reference has draws, ``kl`` includes their estimate of the KL inside the bucket. Then it is unbiased together
+    with the label's remainder, and a single value can be negative.
+
     Args:
-        log_probs: (..., k) log-probs of ``reference.ids`` under the policy, nats, with their graph: for example
-            ``log_odds(logits, labels, reference.ids) + logp.unsqueeze(-1)``. 16 bits are refused, because their
-            rounding is often larger than the bucket.
+        log_probs: (..., k) log-probs of ``reference.tokens`` under the policy, nats, with their graph: for example
+            ``log_odds(logits, labels, reference.tokens) + logp.unsqueeze(-1)``; (..., k + m) with draws. 16 bits are
+            refused, because their rounding is often larger than the bucket.
         logp: (...) log-probs of the labels under the policy, nats.
         labels: (...) int64 tokens; -100 leaves a position out.
         reference: result of :func:`kl_plugins.reference_top_k` or :func:`reference_of` for the same positions and the
@@ -139,10 +182,14 @@ def top_k_kl(
     check_floats(log_probs=log_probs, logp=logp)
     if log_probs.element_size() < 4:
         raise TypeError(f"log_probs hold {log_probs.dtype}, expected float32 or float64; pass the logits to exact_kl")
-    if log_probs.shape != reference.ids.shape:
-        raise ValueError(f"log_probs {tuple(log_probs.shape)} must be {tuple(reference.ids.shape)}, like reference.ids")
+    draws, expected = reference.draws, tuple(reference.tokens.shape)
+    if log_probs.shape != expected:
+        raise ValueError(f"log_probs {tuple(log_probs.shape)} must be {expected}, like reference.tokens")
     labels = checked_labels(labels, mask, shape).reshape(-1)
     options = row_options(reference.temperature, None, None, "auto", None)
-    given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
-    found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given)
+    given = TopKReference(*checked_reference(reference._replace(draws=None), ref_logp, labels, shape, options))
+    if draws is not None:
+        ids, ref, rates = (flat_rows(part.detach()) for part in draws[:3])
+        draws = RefDraws(ids, ref, rates, draws.label_log_rate.detach().reshape(-1))
+    found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given, draws)
     return TopKKL(found.kl.reshape(shape), logp, ref_logp, found.remainder.detach().reshape(shape))

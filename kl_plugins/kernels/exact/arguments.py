@@ -87,7 +87,9 @@ def checked_reference(
     """
     if ref_logp is None:
         raise ValueError("reference= needs ref_logp=, the labels' log-probs under the reference")
-    ids, logp, log_tail, temperature = reference
+    ids, logp, log_tail, temperature, draws = reference
+    if draws is not None:
+        raise ValueError("the reference has draws, which kl_plugins.top_k.top_k_kl can use, but not this function")
     if not math.isclose(1.0 / temperature, options.scale, rel_tol=1e-6):
         raise ValueError(
             f"the reference's log-probs are of temperature {temperature}, the policy's of {1.0 / options.scale:.6g}: "

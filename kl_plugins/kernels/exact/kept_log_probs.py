@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact.bucket import TopKReference, cells_divergence
+from kl_plugins.kernels.exact.draws import drawn_part, label_share
+from kl_plugins.kernels.exact.reference import RefDraws
 from kl_plugins.kernels.memory import zeros
 from kl_plugins.numerics import LINEAR_LIMIT
 
@@ -32,11 +34,13 @@ class KeptKL(NamedTuple):
         kl: KL of the k + 1 cells, in [0, 1e4].
         remainder: u - L of a label outside the set, within 1e4; 0 for a label in the set.
         slopes: (N, k) derivative of the KL by the log-prob of each token of the set, p (u - L).
+        level: L, within 1e4; 0 where the policy's bucket is empty.
     """
 
     kl: Tensor
     remainder: Tensor
     slopes: Tensor
+    level: Tensor
 
 
 class SelectedLogits(torch.autograd.Function):
@@ -151,9 +155,10 @@ class KeptRowsKL(torch.autograd.Function):
                 kl.clamp(0.0, LINEAR_LIMIT).masked_fill(~kept, 0.0),
                 inside.masked_fill(in_set | ~kept, 0.0),
                 slopes,
+                level.masked_fill(~kept, 0.0),
             )
             results = tuple(part.to(log_probs.dtype) for part in found)
-        ctx.save_for_backward(results[-1])
+        ctx.save_for_backward(results[2])
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -171,19 +176,36 @@ kept_rows: Callable[..., tuple[Tensor, ...]] = KeptRowsKL.apply
 """Apply :class:`KeptRowsKL`."""
 
 
-def kl_of_log_probs(log_probs: Tensor, logp: Tensor, labels: Tensor, kept: Tensor, reference: TopKReference) -> KeptKL:
-    """Compute the KL over set and bucket from log-probs.
+def kl_of_log_probs(
+    log_probs: Tensor,
+    logp: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    reference: TopKReference,
+    draws: RefDraws | None = None,
+) -> KeptKL:
+    """Compute the KL over set and bucket from log-probs, and what draws of the reference add to it.
 
     Args:
-        log_probs: (N, k) log-probs of the reference's ids under the policy, nats, float32 or float64, with their graph.
+        log_probs: (N, k + m) log-probs of the reference's ids and of the draws under the policy, nats, float32 or
+            float64, with their graph.
         logp: (N,) log-probs of the labels under the policy, nats.
         labels: (N,) int64.
         kept: (N,) bool; other rows may hold any numbers and get 0 and no gradient.
         reference: the reference of the rows.
+        draws: tokens that the reference drew in the rows.
     """
+    k = reference.ids.shape[-1]
     in_set = (reference.ids == labels[:, None]).any(-1)
-    given = (log_probs, logp.detach(), kept, in_set, reference.logp, reference.log_tail, reference.label_logp)
-    return KeptKL(*kept_rows(*given))
+    given = (log_probs[:, :k], logp.detach(), kept, in_set, reference.logp, reference.log_tail, reference.label_logp)
+    found = KeptKL(*kept_rows(*given))
+    if draws is None:
+        return found
+    share = label_share(logp, draws.label_log_rate, kept)
+    added, slopes = drawn_part(log_probs[:, k:], draws, found.level, kept)
+    return found._replace(
+        kl=found.kl + added, remainder=found.remainder * share, slopes=torch.cat([found.slopes, slopes], -1)
+    )
 
 
 def log_of_tail(log_probs: Tensor) -> Tensor:

@@ -16,20 +16,43 @@ ACCELERATOR_TILE_BYTES = 2**30
 """Default bound on the temporaries of a call on an accelerator, in bytes. Small tiles would leave it partly idle."""
 
 
+class RefDraws(NamedTuple):
+    """Tokens that the reference drew from its tail in each state: 3 m + 1 numbers per state.
+
+    Attributes:
+        ids: (..., m) integers; any token where nothing was drawn.
+        logp: (..., m) log-probs of these tokens under the reference, nats, float32.
+        log_rate: (..., m) log of m times the token's probability to be drawn, nats; 1e4 where nothing was drawn.
+        label_log_rate: (...) the same for the label, nats; -1e4 if it cannot be drawn.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    log_rate: Tensor
+    label_log_rate: Tensor
+
+
 class RefTopK(NamedTuple):
-    """The part of a reference's distribution that is kept: 2 k + 1 numbers per state.
+    """The part of a reference's distribution that is kept: 2 k + 1 numbers per state, and those of the draws.
 
     Attributes:
         ids: (..., k) integers, the reference's most probable tokens, each once.
         logp: (..., k) log-probs of these tokens under the reference, nats, float32.
         log_tail: (...) log of the probability of all other tokens, nats, float32; -inf if there are no other tokens.
         temperature: the number by which the reference's logits were divided. The policy's temperature must be the same.
+        draws: tokens that were drawn from all others, or None.
     """
 
     ids: Tensor
     logp: Tensor
     log_tail: Tensor
     temperature: float = 1.0
+    draws: RefDraws | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """(..., k + m) ids of the most probable tokens and of the draws, whose log-probs ``top_k_kl`` needs."""
+        return self.ids if self.draws is None else torch.cat([self.ids, self.draws.ids.to(self.ids)], -1)
 
 
 def tail_tiles(logits: Tensor, options: Options) -> Iterator[slice]:

@@ -218,7 +218,7 @@ def test_arguments_that_do_not_fit() -> None:
     given: dict[str, Any] = {"reference": reference, "ref_logp": row}
     with pytest.raises(TypeError, match="pass the logits to exact_kl"):
         top_k_kl(torch.zeros(3, 2, dtype=torch.bfloat16), row, labels, **given)
-    with pytest.raises(ValueError, match=r"like reference\.ids"):
+    with pytest.raises(ValueError, match=r"like reference\.tokens"):
         top_k_kl(torch.zeros(3, 4), row, labels, **given)
     with pytest.raises(ValueError, match="one per position"):
         top_k_kl(torch.zeros(3, 2), row, labels[:2], **given)

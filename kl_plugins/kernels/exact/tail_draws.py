@@ -1,0 +1,112 @@
+"""Tokens that the reference draws from its own tail, and the chance of each to be drawn.
+
+In each state the reference draws m tokens, independently of each other and of the label, from some distribution over
+the tokens outside its k most probable ones. Only two things matter for an estimate that uses them: that the probability
+of each drawn token is known, and that of the label. The closer the distribution is to the reference's tail, the less
+noise the estimate has.
+
+The search for the k tokens has found the largest logit of each group of tokens, and of each group of groups. So the
+draws need no further pass over the vocabulary. A large group is drawn with a probability in proportion to exp of its
+largest logit, then a smaller group in it, and at last a token. Where the largest logit belongs to one of the k tokens,
+the k-th largest logit takes its place. A draw that ends where all tokens are among the k has found nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.statistics import scaled
+from kl_plugins.kernels.exact.top_tokens import GROUP
+
+DEEPEST = 3
+"""Level of :func:`~kl_plugins.kernels.exact.top_tokens.group_maxima` whose groups are drawn first: of 4**3 tokens."""
+
+NOTHING = 1e4
+"""Log-rate of a draw that found no token, nats: a token that is drawn so often has no weight. Minus this number is the
+log-rate of a label that cannot be drawn."""
+
+
+class Draws(NamedTuple):
+    """The draws of each row.
+
+    Attributes:
+        ids: (n, m) int64 tokens, 0 where nothing was found.
+        log_rate: (n, m) log of m times the token's probability to be drawn; 1e4 where nothing was found.
+        label_log_rate: (n,) the same for the label; -1e4 if it cannot be drawn.
+    """
+
+    ids: Tensor
+    log_rate: Tensor
+    label_log_rate: Tensor
+
+
+def tail_draws(
+    levels: list[Tensor],
+    top: Tensor,
+    labels: Tensor,
+    count: int,
+    generator: torch.Generator | None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Draws:
+    """Draw tokens outside the k most probable ones of each row.
+
+    Args:
+        levels: of the reference's logits (n, V), see :func:`~kl_plugins.kernels.exact.top_tokens.group_maxima`.
+        top: (n, k) int64, the k most probable tokens, the last one the least probable.
+        labels: (n,) int64 tokens, at least 0.
+        count: number of draws m.
+        generator: source of the random numbers, on the device of the logits; None for torch's own.
+        scale: 1 / temperature.
+        softcap: soft-cap of the model's final logits, or None.
+    """
+    levels = levels[: DEEPEST + 1]
+    logits, depth = levels[0], len(levels) - 1
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    limit = logits.gather(-1, top[:, -1:])
+    bound = scaled(limit.to(dtype), scale, softcap)
+
+    def weights(values: Tensor, level: int) -> Tensor:
+        """Return exp(logit - bound), at most 1, and 0 for the k tokens and for those that have no chance."""
+        below = (scaled(values.to(dtype), scale, softcap) - bound).clamp_max(0.0).exp().nan_to_num(0.0)
+        return below if level else below.masked_fill(values >= limit, 0.0)
+
+    def picked(chances: Tensor) -> Tensor:
+        """Return the index (n, m) of each draw, chosen among chances (n, g) of all draws of a row, or (n, m, g)."""
+        edges = chances.double().cumsum(-1)
+        random = torch.rand(len(logits), count, generator=generator, device=logits.device, dtype=torch.float64)
+        if chances.dim() == 2:
+            return torch.searchsorted(edges, random * edges[:, -1:], right=True).clamp_max(chances.shape[-1] - 1)
+        return (edges <= (random * edges[..., -1])[..., None]).sum(-1).clamp_max(chances.shape[-1] - 1)
+
+    first = weights(levels[-1], depth)
+    own, covered = _places(labels, levels)
+    places = torch.cat([own[-1][:, None], picked(first)], -1)
+    rate = count * first.gather(-1, places) / first.sum(-1, keepdim=True)
+    for level in reversed(range(depth)):
+        groups = levels[level + 1].shape[-1]
+        members = places[..., None] + torch.arange(0, GROUP * groups, groups, device=logits.device)
+        found = weights(levels[level].gather(-1, members.flatten(1)), level).view(members.shape)
+        chosen = torch.cat([own[level][:, None] // groups, picked(found[:, 1:])], -1)[..., None].clamp_max(GROUP - 1)
+        places = members.gather(-1, chosen)[..., 0]
+        rate = rate * found.gather(-1, chosen)[..., 0] / found.sum(-1)
+    log_rate = rate.nan_to_num(0.0).log().clamp_min(-NOTHING)  # nothing is left of a group whose tokens all are 0
+    hit = log_rate[:, 1:] > -NOTHING
+    return Draws(
+        places[:, 1:].masked_fill(~hit, 0),
+        log_rate[:, 1:].masked_fill(~hit, NOTHING),
+        log_rate[:, 0].masked_fill(~covered, -NOTHING),
+    )
+
+
+def _places(tokens: Tensor, levels: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return the place (n,) of each token (n,) on each level, and (n,) whether it has one on all of them."""
+    places, covered = [tokens], torch.ones_like(tokens, dtype=torch.bool)
+    for level in levels[1:]:
+        groups = level.shape[-1]
+        covered &= places[-1] < GROUP * groups
+        places.append(places[-1] % groups)
+    return places, covered

@@ -1,0 +1,108 @@
+"""Draws of the reference: never among its most probable tokens, and as often as they say."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kl_plugins.kernels.exact.tail_draws import NOTHING
+from kl_plugins.top_k import Draws, top_and_drawn_tokens
+
+INF, NAN = float("inf"), float("nan")
+VOCABULARIES = [12, 37, 300, 1029]
+K, MANY = 4, 40_000
+
+
+def row(vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 2).to(dtype)
+
+
+def rates(logits: Tensor, k: int = K) -> Tensor:
+    """Probability of each token of a row (V,) to be drawn: asked for each token as the label."""
+    vocabulary = logits.shape[-1]
+    every = torch.arange(vocabulary)
+    _, draws = top_and_drawn_tokens(logits.expand(vocabulary, -1), every, k, 1)
+    return draws.label_log_rate.double().exp()
+
+
+def drawn(logits: Tensor, count: int, k: int = K, seed: int = 0) -> tuple[Tensor, Draws]:
+    generator = torch.Generator().manual_seed(seed)
+    return top_and_drawn_tokens(logits, torch.zeros(logits.shape[:-1]).long(), k, count, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_tokens_are_drawn_as_often_as_they_say(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = row(vocabulary, dtype)
+    chance = rates(logits)
+    ids, draws = drawn(logits, MANY)
+    found = draws.log_rate < NOTHING
+    assert not torch.isin(draws.ids[found], ids).any()
+    often = torch.bincount(draws.ids[found], minlength=vocabulary).double() / MANY
+    # Six standard errors of a share, and one token for those that are hardly ever drawn.
+    assert ((often - chance).abs() <= 6 * (chance / MANY).sqrt() + 1 / MANY).all()
+    assert (draws.log_rate[found].double() - (MANY * chance[draws.ids[found]]).log()).abs().max() < 1e-5
+    assert chance[ids].sum() < 1e-6
+    nothing = 1 - float(found.double().mean())
+    assert abs(float(chance.sum()) + nothing - 1) < 6 * (max(nothing, 1 / MANY) / MANY) ** 0.5 + 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_probable_tokens_are_drawn_more_often(vocabulary: int) -> None:
+    """A flat distribution, or one that takes the wrong logits, would also be unbiased, but not useful."""
+    logits = row(vocabulary)
+    chance = rates(logits)
+    tail = logits.softmax(-1).index_fill(0, drawn(logits, 1)[0], 0.0).double()
+    tail = tail / tail.sum()
+
+    def noise(rate: Tensor) -> float:
+        # Beside a label, which is drawn at a tenth of the rate.
+        return float((tail.square() / (0.1 * tail + rate + 1e-12)).sum())
+
+    flat = torch.full_like(tail, 1 / vocabulary)
+    assert noise(chance) - noise(tail) < (noise(flat) - noise(tail)) / 2
+
+
+def test_a_whole_vocabulary_has_nothing_to_draw() -> None:
+    ids, draws = drawn(torch.randn(3, 5), 2, k=8)
+    assert ids.shape == (3, 5)
+    assert (draws.log_rate == NOTHING).all()
+    assert not draws.ids.any()
+    assert (draws.label_log_rate == -NOTHING).all()
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_hostile_logits(vocabulary: int) -> None:
+    """Tokens that cannot be chosen are not drawn, ties draw nothing, and no result is NaN."""
+    rows = torch.full((5, vocabulary), -INF)
+    rows[0, :7] = torch.arange(7.0)
+    rows[1, 3] = INF
+    rows[2] = 2.0
+    rows[3] = NAN
+    rows[4] = torch.linspace(-3e38, 3e38, vocabulary)
+    _, draws = drawn(rows, 6)
+    for part in draws:
+        assert torch.isfinite(part).all()
+    assert set(draws.ids[0].tolist()) <= {0, 1, 2}
+    for index in (2, 3):
+        assert (draws.log_rate[index] == NOTHING).all()
+
+
+def test_the_same_generator_gives_the_same_draws_and_leaves_torchs_own_alone() -> None:
+    logits, state = torch.randn(7, 300), torch.random.get_rng_state()
+    first, second, third = (drawn(logits, 5, seed=seed)[1] for seed in (1, 1, 2))
+    assert torch.equal(first.ids, second.ids)
+    assert not torch.equal(first.ids, third.ids)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_positions_have_draws_of_their_own() -> None:
+    _, draws = drawn(row(300).expand(2, 50, -1), 4)
+    assert draws.ids.shape == (2, 50, 4)
+    assert draws.label_log_rate.shape == (2, 50)
+    assert len(draws.ids.flatten(0, 1).unique(dim=0)) > 50
+
+
+def test_numbers_that_are_invalid() -> None:
+    for k, count in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            drawn(torch.randn(2, 9), count, k=k)
