@@ -17,12 +17,14 @@ from kl_plugins.kernels.exact.arguments import (
 )
 from kl_plugins.kernels.exact.autograd import named
 from kl_plugins.kernels.exact.bucket import TopKReference, TopKStatistics, top_k_rows
+from kl_plugins.kernels.exact.draws import drawn_part, label_share
+from kl_plugins.kernels.exact.kept_log_probs import selected_logits
 from kl_plugins.kernels.exact.linear import Gradients, LinearInputs, default_tile_bytes
 from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, wanted_gradients
 from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
-from kl_plugins.kernels.exact.reference import RefTopK
-from kl_plugins.kernels.exact.statistics import Upstream
+from kl_plugins.kernels.exact.reference import RefDraws, RefTopK
+from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Upstream, scaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,11 +53,12 @@ class TopKKL(NamedTuple):
     """Per-token results if the reference is a :class:`~kl_plugins.reference.RefTopK`, float32, nats.
 
     Attributes:
-        kl: KL over the k tokens and the bucket of all others: exact, at least 0, and at most the whole KL.
+        kl: KL over the k tokens and the bucket of all others: exact, at least 0, and at most the whole KL. If the
+            reference has draws, plus their estimate of the rest, of any sign.
         logp, ref_logp: log-prob of the label under policy and reference.
         remainder: detached contribution of the sampled label: its log-ratio minus the bucket's log-ratio if it is not
-            one of the k tokens, else 0. It is a coefficient on the label's log-prob: pass it to
-            ``kl_term(..., remainder=)``.
+            one of the k tokens, else 0. If the reference has draws, times the label's share. It is a coefficient on
+            the label's log-prob: pass it to ``kl_term(..., remainder=)``.
     """
 
     kl: Tensor
@@ -130,7 +133,8 @@ def exact_kl(
             float64 logits).
         ref_logits: (..., V) logits of the reference; no gradient flows to them. None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out.
-        reference: result of :func:`kl_plugins.reference_top_k` for the same positions.
+        reference: result of :func:`kl_plugins.reference_top_k` for the same positions, or of
+            :func:`kl_plugins.top_k.reference_of`, possibly with draws; see :func:`kl_plugins.top_k.top_k_kl`.
         ref_logp: (...) log-probs of the labels under the reference, nats; required with ``reference``.
         mask: (...) True for positions to use. All other positions give 0 and no gradient, even if they hold NaN.
         temperature: divides the logits of both models, as in sampling.
@@ -158,8 +162,11 @@ def exact_kl(
         if ref_logits is not None or ref_softcap is not None:
             raise ValueError("reference= takes the place of ref_logits and ref_softcap")
         check_floats(logits=logits)
-        given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
-        found, *_ = named(top_k_rows(flat_rows(logits), labels, *given, options), TopKStatistics)
+        given = TopKReference(*checked_reference(reference._replace(draws=None), ref_logp, labels, shape, options))
+        rows = flat_rows(logits)
+        found, *_ = named(top_k_rows(rows, labels, *given, options), TopKStatistics)
+        if reference.draws is not None:
+            found = _with_draws(found, rows, labels, reference.draws.rows(), options)
         return _top_k_result(found, given, shape)
     if ref_logits is None or ref_logp is not None:
         raise ValueError("pass ref_logits, or reference= with ref_logp=")
@@ -268,7 +275,7 @@ def linear_kl(
         ref_weight: (V, D') weight of the reference's head; None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out, and its products are not computed.
         reference, ref_logp: as in :func:`exact_kl`, instead of the reference's head. They cannot be combined with
-            weights of a loss.
+            weights of a loss, and the reference cannot have draws.
         bias, ref_bias: (V,) biases of the heads, None for no bias.
         mask: (...) True for positions to use.
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.
@@ -339,6 +346,19 @@ def linear_kl(
     weights = Upstream(loss_weight(kl_weight, shape, hidden), loss_weight(logp_weight, shape, hidden))
     _, loss, *rows = named(linear_loss(*inputs, *weights, *wanted), Gradients)
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
+
+
+def _with_draws(
+    found: TopKStatistics, logits: Tensor, labels: Tensor, draws: RefDraws, options: Options
+) -> TopKStatistics:
+    kept = labels != IGNORE_INDEX
+    tokens = torch.cat([draws.ids.masked_fill(~kept[:, None], 0), labels.clamp_min(0)[:, None]], -1)
+    chosen = selected_logits(logits, tokens)
+    chosen = scaled(chosen.to(found.logp.dtype), options.scale, options.softcap)
+    log_probs = chosen[:, :-1] - chosen[:, -1:] + found.logp[:, None]
+    added, _ = drawn_part(log_probs, draws, found.level, kept)
+    share = label_share(found.logp, draws.label_log_rate, kept)
+    return found._replace(kl=found.kl + added, remainder=found.remainder * share)
 
 
 def _top_k_result(found: TopKStatistics, reference: TopKReference, shape: torch.Size) -> TopKKL:

@@ -188,8 +188,6 @@ def top_k_kl(
     labels = checked_labels(labels, mask, shape).reshape(-1)
     options = row_options(reference.temperature, None, None, "auto", None)
     given = TopKReference(*checked_reference(reference._replace(draws=None), ref_logp, labels, shape, options))
-    if draws is not None:
-        ids, ref, rates = (flat_rows(part.detach()) for part in draws[:3])
-        draws = RefDraws(ids, ref, rates, draws.label_log_rate.detach().reshape(-1))
-    found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given, draws)
+    by_row = None if draws is None else draws.rows()
+    found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given, by_row)
     return TopKKL(found.kl.reshape(shape), logp, ref_logp, found.remainder.detach().reshape(shape))

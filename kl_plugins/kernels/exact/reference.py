@@ -31,6 +31,12 @@ class RefDraws(NamedTuple):
     log_rate: Tensor
     label_log_rate: Tensor
 
+    def rows(self) -> RefDraws:
+        """Return the draws by row: (N, m) three times, and (N,), detached."""
+        ids, logp, log_rate, label_log_rate = (part.detach() for part in self)
+        rows = [part.reshape(-1, ids.shape[-1]) for part in (ids.long(), logp, log_rate)]
+        return RefDraws(rows[0], rows[1], rows[2], label_log_rate.reshape(-1))
+
 
 class RefTopK(NamedTuple):
     """The part of a reference's distribution that is kept: 2 k + 1 numbers per state, and those of the draws.
