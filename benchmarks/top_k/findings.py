@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kl_plugins.spec.grammar import DEFAULT_TOP
 
-from .noise import KS, StateNoise
+from .noise import KS, PAIRS, StateNoise
 
 TRAINED, PERTURBED = "trained", "perturbed"
 """Kinds of policies. Only a policy that was really trained decides."""
@@ -25,7 +25,7 @@ MOST_BYTES = 600
 LEAST_KL = 0.01
 """Smallest mean KL per token of a policy that can decide, nats. Nearer to the reference there is little to estimate."""
 
-NUMBER_BYTES = 4  # ids are sent as int32, log-probs as float32
+NUMBER_BYTES = 4  # ids are sent as int32 or float32, log-probs as float32
 RESAMPLES = 2000
 QUANTILES = (0.1, 0.5, 0.9)
 SAMPLED, EXACT = "k2@loss", "exact@loss"
@@ -35,14 +35,17 @@ class NoNoiseError(ValueError):
     """A policy equals the reference in every state, so that no estimator has any noise."""
 
 
-def bytes_per_token(k: int) -> int:
-    """Return the bytes of the numbers per token: k ids, k log-probs, and the log of the tail mass."""
-    return NUMBER_BYTES * (2 * k + 1)
+def bytes_per_token(k: int, draws: int = 0) -> int:
+    """Return the bytes of the numbers per token: k ids, k log-probs, the log of the tail mass, and those of the draws.
+
+    A draw has an id, a log-prob and a rate, and with draws there is the rate of the label.
+    """
+    return NUMBER_BYTES * (2 * k + 1 + (3 * draws + 1 if draws else 0))
 
 
-def sent(k: int | None) -> dict[str, int | None]:
+def sent(k: int | None, draws: int = 0) -> dict[str, int | None]:
     """Return the bytes that the reference sends per token and for a million tokens; None without a set."""
-    size = None if k is None else bytes_per_token(k)
+    size = None if k is None else bytes_per_token(k, draws)
     return {"bytes_per_token": size, "bytes_per_million_tokens": None if size is None else 1_000_000 * size}
 
 
@@ -95,7 +98,14 @@ def described(name: str, kind: str, noise: StateNoise, sequence: Tensor) -> dict
     }
 
 
-def rows_of(name: str, kind: str, noise: StateNoise, sequence: Tensor, ks: Sequence[int] = KS) -> list[dict[str, Any]]:
+def rows_of(
+    name: str,
+    kind: str,
+    noise: StateNoise,
+    sequence: Tensor,
+    ks: Sequence[int] = KS,
+    pairs: Sequence[tuple[int, int]] = PAIRS,
+) -> list[dict[str, Any]]:
     """Return one row per estimator.
 
     `noise` in a row is the token noise over all states relative to that of `k2@loss`, a ratio of sums, with the 95 %
@@ -105,6 +115,7 @@ def rows_of(name: str, kind: str, noise: StateNoise, sequence: Tensor, ks: Seque
     Args:
         name, kind, noise, sequence: as in `described`.
         ks: the numbers of tokens of the columns in `noise`.
+        pairs: the numbers of tokens and of draws of its columns with draws.
 
     Raises:
         NoNoiseError: The policy is the reference.
@@ -112,23 +123,24 @@ def rows_of(name: str, kind: str, noise: StateNoise, sequence: Tensor, ks: Seque
     noisy = noise.sampled > 0
     if not noisy.any():
         raise NoNoiseError(f"the policy {name!r} equals the reference in every state: there is no noise to compare")
-    labels: list[tuple[str, int | None, bool | None]] = [(SAMPLED, None, None), (EXACT, None, None)]
-    labels += [(f"exact@loss/top:{k}", k, True) for k in ks]
-    labels += [(f"top:{k} without the bucket", k, False) for k in ks]
+    labels: list[tuple[str, int | None, bool | None, int]] = [(SAMPLED, None, None, 0), (EXACT, None, None, 0)]
+    labels += [(f"exact@loss/top:{k}", k, True, 0) for k in ks]
+    labels += [(f"top:{k} without the bucket", k, False, 0) for k in ks]
+    labels += [(f"top:{k} and {draws} draws", k, True, draws) for k, draws in pairs]
     own = torch.stack([noise.sampled, torch.zeros_like(noise.sampled)], -1)
-    columns = torch.cat([own, noise.bucket, noise.plain], -1)
+    columns = torch.cat([own, noise.bucket, noise.plain, noise.drawn], -1)
     low, high = bootstrap(summed(columns, sequence), summed(noise.sampled, sequence))
     ratio, to_gradient = columns.sum(0) / noise.sampled.sum(), columns.sum(0) / noise.gradient.sum()
     spread = (columns[noisy] / noise.sampled[noisy, None]).quantile(torch.tensor(QUANTILES, dtype=columns.dtype), dim=0)
     return [
         {
-            "policy": name, "kind": kind, "estimator": label, "k": k, "bucket": bucket,
+            "policy": name, "kind": kind, "estimator": label, "k": k, "bucket": bucket, "draws": draws,
             "noise": float(ratio[n]), "low": float(low[n]), "high": float(high[n]),
             **{f"q{100 * q:.0f}": float(spread[i, n]) for i, q in enumerate(QUANTILES)},
             "to_gradient": float(to_gradient[n]),
-            **sent(k if bucket else None),
+            **sent(k if bucket else None, draws),
         }
-        for n, (label, k, bucket) in enumerate(labels)
+        for n, (label, k, bucket, draws) in enumerate(labels)
     ]  # fmt: skip
 
 
@@ -144,8 +156,34 @@ def judge(policies: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any
         rows: rows from `rows_of`.
 
     Returns:
-        `k`, or None if nothing is chosen; and `verdict`, the result in words.
+        `k`, or None if nothing is chosen; and `verdict`, the result in words. It says in addition which of the pairs
+        with draws has the fewest bytes within both limits.
     """
+    found = _without_draws(policies, rows)
+    return {**found, "verdict": "\n".join([found["verdict"], *_with_draws(rows)])}
+
+
+def _with_draws(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    upper: dict[tuple[int, int], float] = {}
+    for row in rows:
+        if row["kind"] == TRAINED and row.get("draws"):
+            pair = row["k"], row["draws"]
+            upper[pair] = max(row["high"], upper.get(pair, 0.0))
+    within = sorted((pair for pair in upper if bytes_per_token(*pair) <= MOST_BYTES), key=lambda p: bytes_per_token(*p))
+    quiet = [pair for pair in within if upper[pair] <= MOST_NOISE]
+    if quiet:
+        k, draws = quiet[0]
+        return [
+            f"With draws of the reference, top:{k} and {draws} draws have the fewest bytes within both limits: a noise "
+            f"of at most {upper[k, draws]:.3f}, and {bytes_per_token(k, draws)} bytes per token."
+        ]
+    if within:
+        best = min(within, key=lambda pair: upper[pair])
+        return [f"No pair with draws is within both limits; top:{best[0]} and {best[1]} draws have {upper[best]:.3f}."]
+    return []
+
+
+def _without_draws(policies: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     trained = [policy for policy in policies if policy["kind"] == TRAINED]
     if not trained:
         return {"k": None, "verdict": "No policy was really trained, so nothing is said about the default k."}
@@ -158,7 +196,7 @@ def judge(policies: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any
         }
     upper: dict[int, float] = {}
     for row in rows:
-        if row["kind"] == TRAINED and row["bucket"]:
+        if row["kind"] == TRAINED and row["bucket"] and not row.get("draws"):
             upper[row["k"]] = max(row["high"], upper.get(row["k"], 0.0))
     quiet = sorted(k for k, high in upper.items() if high <= MOST_NOISE)
     small = sorted(k for k in upper if bytes_per_token(k) <= MOST_BYTES)

@@ -29,7 +29,8 @@ LIMITS = (
     "The noise is that of the logit gradient in single states, over the token that is drawn there. The choice of the "
     "states is noise of all estimators, also of exact@loss, and is not in it.",
     "The interval covers the sequences that were drawn, and not other prompts, training runs or models.",
-    "The bytes are those of 2 k + 1 numbers of four bytes, without any message overhead.",
+    "The bytes are those of 2 k + 1 numbers of four bytes, and of 3 m + 1 more with m draws, without the rest of a "
+    "message.",
 )
 
 
@@ -105,7 +106,7 @@ def plot(path: Path, found: Mapping[str, Any]) -> None:
 def _panel(axes: Axes, policy: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     ks: list[int] = []
     for bucket, colour in COLOURS.items():
-        mine = [row for row in rows if row["bucket"] is bucket]
+        mine = [row for row in rows if row["bucket"] is bucket and not row.get("draws")]
         ks = [row["k"] for row in mine]
         middle = [row["noise"] for row in mine]
         ends = [
@@ -118,6 +119,12 @@ def _panel(axes: Axes, policy: Mapping[str, Any], rows: Sequence[Mapping[str, An
         )  # fmt: skip
         lower, upper = ([row[name] for row in mine] for name in ("q10", "q90"))
         axes.fill_between(ks, lower, upper, color=colour, alpha=0.1, linewidth=0)
+    for marker, draws in zip("v^D", sorted({row["draws"] for row in rows if row.get("draws")})[:3], strict=False):
+        mine = [row for row in rows if row.get("draws") == draws]
+        axes.plot(
+            [row["k"] for row in mine], [row["noise"] for row in mine], color="#009E73", marker=marker, markersize=5,
+            linewidth=1.2, label=f"with {draws} draws",
+        )  # fmt: skip
     axes.axhline(MOST_NOISE, color="0.3", linewidth=0.9, linestyle="--", label=f"limit of the rule, {MOST_NOISE:g}")
     within = [k for k in ks if bytes_per_token(k) <= MOST_BYTES]
     if within and within[-1] != ks[-1]:

@@ -15,7 +15,7 @@ from benchmarks.top_k.findings import (
     rows_of,
     summed,
 )
-from benchmarks.top_k.noise import KS, measured
+from benchmarks.top_k.noise import KS, PAIRS, measured
 from benchmarks.top_k.report import plot, table
 
 FALLING = {4: 0.5, 8: 0.3, 16: 0.2, 32: 0.09, 64: 0.06, 128: 0.03, 256: 0.01}
@@ -109,7 +109,7 @@ def results():
 def test_rows_have_ratios_of_sums_and_intervals(results):
     noise, found = results
     rows = {row["estimator"]: row for row in found["rows"] if row["kind"] == TRAINED}
-    assert len(rows) == 2 + 2 * len(KS)
+    assert len(rows) == 2 + 2 * len(KS) + len(PAIRS)
     assert [rows["k2@loss"][name] for name in ("noise", "low", "high", "q50")] == pytest.approx([1.0] * 4)
     assert rows["exact@loss"]["noise"] == rows["exact@loss"]["high"] == 0.0
     row = rows["exact@loss/top:16"]

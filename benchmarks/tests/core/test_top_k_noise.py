@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks.top_k.noise import library_difference, measured, token_noise, top_coefficients
-from kl_plugins import KLSpec, exact_kl, kl_term, reference_top_k
+from benchmarks.top_k.noise import library_difference, measured, tail_chances, token_noise, top_coefficients
+from kl_plugins import KLSpec, RefTopK, exact_kl, kl_term, reference_top_k
+from kl_plugins.kernels.exact.reference import RefDraws
 
 VOCABULARY = 7
 KS = (1, 3, 6)
@@ -72,6 +73,32 @@ def test_noise_of_top_k_is_that_of_the_librarys_gradient(seed, k):
     noise, mean = variance(logits.softmax(-1)[0], differentiated(f"exact@loss/top:{k}", logits, ref, k))
     assert float(found.bucket[0, KS.index(k)]) == pytest.approx(noise, rel=1e-9, abs=1e-18)
     assert float(found.gradient) == pytest.approx(float(mean.square().sum()), rel=1e-9)  # all have the KL's gradient
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 33])
+def test_noise_with_a_draw_is_that_of_the_librarys_gradient(seed, k, vocabulary):
+    """Every label with every draw, and with one that finds nothing; the larger vocabulary has groups."""
+    logits, ref = problem(seed, vocabulary=vocabulary)
+    p, ref_logp, kept = logits.softmax(-1)[0], ref.log_softmax(-1)[0], reference_top_k(ref, k)
+    chance = tail_chances(ref, kept.ids)[0]
+    labels, drawn = (part.flatten() for part in torch.meshgrid(*(torch.arange(vocabulary),) * 2, indexing="ij"))
+    labels, drawn = torch.cat([labels, torch.arange(vocabulary)]), torch.cat([drawn, torch.zeros(vocabulary).long()])
+    nothing = torch.arange(len(labels)) >= vocabulary**2
+    rate = chance.log().clamp_min(-1e4)
+    draws = RefDraws(drawn, ref_logp[drawn], rate[drawn].masked_fill(nothing, 1e4), rate[labels])
+    draws = RefDraws(*(part[:, None] for part in draws[:3]), draws.label_log_rate)
+    rows = [part.expand(len(labels), *part.shape[1:]) for part in kept[:3]]
+    leaf = logits.repeat(len(labels), 1).requires_grad_()
+    found = exact_kl(leaf, None, labels, reference=RefTopK(*rows, 1.0, draws), ref_logp=ref_logp[labels])
+    (gradients,) = torch.autograd.grad((found.kl + found.remainder * found.logp).sum(), leaf)
+    weight = p[labels] * torch.where(nothing, 1 - chance.sum(), chance[drawn])
+    mean = weight @ gradients
+    noise = float(weight @ (gradients - mean).square().sum(-1))
+    measured_ = measured(logits, ref, (k,), ((k, 1),))
+    assert float(measured_.drawn) == pytest.approx(noise, rel=1e-9, abs=1e-18)
+    assert float(measured_.gradient) == pytest.approx(float(mean.square().sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("k", KS)

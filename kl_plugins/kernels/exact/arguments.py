@@ -89,7 +89,7 @@ def checked_reference(
         raise ValueError("reference= needs ref_logp=, the labels' log-probs under the reference")
     ids, logp, log_tail, temperature, draws = reference
     if draws is not None:
-        raise ValueError("the reference has draws, which linear_kl cannot use; exact_kl and kl_plugins.top_k.top_k_kl can")
+        raise ValueError("the reference has draws, which linear_kl cannot use; exact_kl and top_k.top_k_kl can")
     if not math.isclose(1.0 / temperature, options.scale, rel_tol=1e-6):
         raise ValueError(
             f"the reference's log-probs are of temperature {temperature}, the policy's of {1.0 / options.scale:.6g}: "
