@@ -134,6 +134,7 @@ def test_hostile_numbers(dtype: torch.dtype, form: str) -> None:
     ids, drawn = torch.tensor([0, 1]).expand(n, -1), torch.tensor([2, 4, 0]).expand(n, -1)
     rate = torch.tensor([-1e4, 0.3, 1e4], dtype=dtype).repeat(n, 1)
     minus = torch.full((n, m), -3.0, dtype=dtype)
+    minus[1, 1] = -torch.inf  # as the policy's own, so that the log-ratio is NaN
     minus[3] = -1e30
     own = torch.full((n,), -2.0, dtype=dtype)
     minus[0] = rate[0] = own[0] = torch.nan
