@@ -13,7 +13,7 @@ import torch
 from kl_plugins.kernels.exact.arguments import check_floats, check_head, flat_rows, row_options
 from kl_plugins.kernels.exact.linear import default_tile_bytes, step_of
 from kl_plugins.kernels.exact.products import Head, operand_dtype
-from kl_plugins.kernels.exact.reference import RefTopK, reference_rows
+from kl_plugins.kernels.exact.reference import Drawing, RefDraws, RefTopK, reference_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,9 @@ def reference_top_k(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    labels: Tensor | None = None,
+    draws: int = 0,
+    generator: torch.Generator | None = None,
     max_tile_bytes: int | None = None,
 ) -> RefTopK:
     """Return the k most probable tokens of each position, their log-probs, and the log-prob of all other tokens.
@@ -37,21 +40,31 @@ def reference_top_k(
         k: number of tokens; the whole vocabulary if it has fewer.
         temperature: divides the logits; it must be the policy's temperature.
         softcap: final logit soft-cap, for logits that were taken before the model's own capping.
+        labels: (...) int64 tokens; a negative label stands for token 0. Only draws need them.
+        draws: number of tokens that are drawn from all others, as
+            :func:`~kl_plugins.top_k.top_and_drawn_tokens` draws them.
+        generator: source of their random numbers, on the device of the logits; torch's own by default.
         max_tile_bytes: upper limit of temporary memory in bytes. Argument and results are not counted, and the
             temporaries of at least one row are allocated.
 
     Returns:
-        ids (..., k) int64, logp (..., k) and log_tail (...), float32 (float64 for float64 logits), nats.
+        ids (..., k) int64, logp (..., k) and log_tail (...), float32 (float64 for float64 logits), nats; and the draws.
 
     Raises:
-        ValueError: if a shape or option is invalid.
+        ValueError: if a shape or option is invalid, or draws have no labels.
         TypeError: if the logits are not floating-point numbers.
     """
     check_floats(logits=logits)
     if logits.dim() < 1:
         raise ValueError(f"logits {tuple(logits.shape)} must be (..., V)")
     options = row_options(temperature, softcap, None, "auto", max_tile_bytes)
-    found = reference_rows(flat_rows(logits), _checked(k), options)
+    if draws < 0 or (draws and (labels is None or labels.shape != logits.shape[:-1])):
+        given = None if labels is None else tuple(labels.shape)
+        raise ValueError(f"draws={draws} with labels {given}: draws need labels {tuple(logits.shape[:-1])}")
+    drawing = None
+    if draws and labels is not None:
+        drawing = Drawing(labels.reshape(-1).long().clamp_min(0), draws, generator)
+    found = reference_rows(flat_rows(logits), _checked(k), options, drawing)
     return _shaped(found, logits.shape[:-1], temperature)
 
 
@@ -108,4 +121,8 @@ def _checked(k: int) -> int:
 
 def _shaped(found: RefTopK, shape: torch.Size, temperature: float) -> RefTopK:
     ids, logp = (part.reshape(*shape, part.shape[-1]) for part in (found.ids, found.logp))
-    return RefTopK(ids, logp, found.log_tail.reshape(shape), temperature)
+    draws = found.draws
+    if draws is not None:
+        drawn, ref, rate = (part.reshape(*shape, part.shape[-1]) for part in draws[:3])
+        draws = RefDraws(drawn, ref, rate, draws.label_log_rate.reshape(shape))
+    return RefTopK(ids, logp, found.log_tail.reshape(shape), temperature, draws)

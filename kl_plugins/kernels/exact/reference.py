@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kl_plugins.kernels.exact.eager import TILE_BYTES, tiles
 from kl_plugins.kernels.exact.statistics import Options, scaled
-from kl_plugins.kernels.exact.top_tokens import top_tokens
+from kl_plugins.kernels.exact.tail_draws import tail_draws
+from kl_plugins.kernels.exact.top_tokens import group_maxima, largest_of
 
 ACCELERATOR_TILE_BYTES = 2**30
 """Default bound on the temporaries of a call on an accelerator, in bytes. Small tiles would leave it partly idle."""
@@ -88,22 +89,45 @@ def tail_log_sum_exp(logits: Tensor, ids: Tensor, scale: float, softcap: float |
     return largest[:, 0].double() + mass.double().log()
 
 
-def reference_rows(logits: Tensor, k: int, options: Options) -> RefTopK:
+class Drawing(NamedTuple):
+    """How the reference draws.
+
+    Attributes:
+        labels: (N,) int64 tokens, at least 0.
+        draws: number of draws per row, at least 1.
+        generator: source of the random numbers; None for torch's own.
+    """
+
+    labels: Tensor
+    draws: int
+    generator: torch.Generator | None = None
+
+
+def reference_rows(logits: Tensor, k: int, options: Options, drawing: Drawing | None = None) -> RefTopK:
     """Return the k most probable tokens of each row of the reference's logits (N, V), computed tile by tile.
 
     The log of the tail is a log-sum-exp of its own, so a tail of any size keeps its digits.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    count = 0 if drawing is None else drawing.draws
+    parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         for rows in tail_tiles(logits, options):
-            ids = top_tokens(logits[rows], k)
+            levels = group_maxima(logits[rows], k)
+            ids = largest_of(levels, k)
             z = scaled(logits[rows].gather(-1, ids).double(), options.scale, options.softcap)
             tail = tail_log_sum_exp(logits[rows], ids, options.scale, options.softcap)
             lse = torch.logaddexp(z.logsumexp(-1), tail)
             parts.append((ids, (z - lse[:, None]).to(dtype), (tail - lse).to(dtype)))
+            if drawing is not None:
+                given = ids, drawing.labels[rows], count, drawing.generator, options.scale, options.softcap
+                drawn, log_rate, label_log_rate = tail_draws(levels, *given)
+                z = scaled(logits[rows].gather(-1, drawn).double(), options.scale, options.softcap)
+                parts[-1] += (drawn, (z - lse[:, None]).to(dtype), log_rate, label_log_rate)
         if not parts:
             empty = logits.new_zeros(0, min(k, logits.shape[-1]), dtype=dtype)
-            parts.append((empty.long(), empty, empty.sum(-1)))
-        ids, logp, log_tail = (torch.cat(part) for part in zip(*parts, strict=True))
-    return RefTopK(ids, logp, log_tail, 1.0 / options.scale)
+            none = logits.new_zeros(0, count, dtype=dtype)
+            parts.append((empty.long(), empty, empty.sum(-1), none.long(), none, none, none.sum(-1)))
+        ids, logp, log_tail, *draws = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = None if drawing is None else RefDraws(draws[0], draws[1], draws[2], draws[3])
+    return RefTopK(ids, logp, log_tail, 1.0 / options.scale, found)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kl_plugins import reference_top_k
 from kl_plugins.kernels.exact.tail_draws import NOTHING
 from kl_plugins.top_k import Draws, top_and_drawn_tokens
 
@@ -106,3 +107,36 @@ def test_numbers_that_are_invalid() -> None:
     for k, count in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             drawn(torch.randn(2, 9), count, k=k)
+
+
+@pytest.mark.parametrize("tile", [None, 4_000])
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.6, None), (1.7, 4.0)])
+def test_a_reference_from_logits_has_these_draws(tile: int | None, temperature: float, softcap: float | None) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(2, 9, 300).double() * 3
+    labels = torch.randint(300, (2, 9))
+    whole = (softcap * torch.tanh(logits / softcap) if softcap else logits) / temperature
+    seed = torch.Generator().manual_seed(1)
+    given = {"labels": labels, "draws": 5, "generator": seed, "max_tile_bytes": tile}
+    found = reference_top_k(logits, K, temperature=temperature, softcap=softcap, **given)
+    assert found.draws is not None
+    log_probs = whole.log_softmax(-1)
+    hit = found.draws.log_rate < NOTHING
+    assert hit.float().mean() > 0.5
+    assert torch.allclose(found.draws.logp[hit], log_probs.gather(-1, found.draws.ids)[hit], atol=1e-12)
+    if tile is None:
+        ids, draws = top_and_drawn_tokens(whole, labels, K, 5, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(found.ids, ids)
+        assert torch.equal(found.draws.ids, draws.ids)
+        assert torch.allclose(found.draws.log_rate, draws.log_rate, atol=1e-9)
+        assert torch.allclose(found.draws.label_log_rate, draws.label_log_rate, atol=1e-9)
+
+
+def test_a_reference_without_states_or_labels() -> None:
+    found = reference_top_k(torch.zeros(0, 9), 2, labels=torch.zeros(0).long(), draws=3)
+    assert found.draws is not None
+    assert [tuple(part.shape) for part in found.draws] == [(0, 3), (0, 3), (0, 3), (0,)]
+    assert reference_top_k(torch.zeros(2, 9), 2).draws is None
+    for labels in (None, torch.zeros(3).long()):
+        with pytest.raises(ValueError, match=r"draws need labels \(2,\)"):
+            reference_top_k(torch.zeros(2, 9), 2, labels=labels, draws=1)
