@@ -58,14 +58,9 @@ def reference_top_k(
     if logits.dim() < 1:
         raise ValueError(f"logits {tuple(logits.shape)} must be (..., V)")
     options = row_options(temperature, softcap, None, "auto", max_tile_bytes)
-    if draws < 0 or (draws and (labels is None or labels.shape != logits.shape[:-1])):
-        given = None if labels is None else tuple(labels.shape)
-        raise ValueError(f"draws={draws} with labels {given}: draws need labels {tuple(logits.shape[:-1])}")
-    drawing = None
-    if draws and labels is not None:
-        drawing = Drawing(labels.reshape(-1).long().clamp_min(0), draws, generator)
+    drawing = _drawing(labels, draws, generator, logits.shape[:-1])
     found = reference_rows(flat_rows(logits), _checked(k), options, drawing)
-    return _shaped(found, logits.shape[:-1], temperature)
+    return _shaped([found], logits.shape[:-1], temperature)
 
 
 @torch.no_grad()
@@ -77,6 +72,9 @@ def linear_reference_top_k(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    labels: Tensor | None = None,
+    draws: int = 0,
+    generator: torch.Generator | None = None,
     max_tile_bytes: int | None = None,
 ) -> RefTopK:
     """Compute :func:`reference_top_k` from the input of the output head: only one tile of the logits exists at a time.
@@ -84,7 +82,7 @@ def linear_reference_top_k(
     Args:
         hidden: (..., D) final hidden states of the reference.
         weight: (V, D) weight of its head, not sharded (under FSDP, call where the head is gathered).
-        k, temperature, softcap: as in :func:`reference_top_k`.
+        k, temperature, softcap, labels, draws, generator: as in :func:`reference_top_k`.
         bias: (V,) bias of the head, None for no bias.
         max_tile_bytes: upper limit of temporary memory in bytes. Arguments and results are not counted, and the logits
             of at least one row are allocated.
@@ -101,6 +99,7 @@ def linear_reference_top_k(
     tile_bytes = max_tile_bytes or default_tile_bytes(hidden, weight.shape[0])
     options = row_options(temperature, softcap, None, "auto", max(1, tile_bytes // 2))
     operands, rows = operand_dtype(hidden, weight), flat_rows(hidden)
+    drawing = _drawing(labels, draws, generator, hidden.shape[:-1])
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(weight, bias, operands, tile_bytes // 8)
         step = step_of(len(rows), tile_bytes // 2 // max(1, weight.shape[0] * head.compute.itemsize), 1)
@@ -108,9 +107,9 @@ def linear_reference_top_k(
         parts = []
         for start in range(0, max(1, len(rows)), step):
             part = rows[start : start + step]
-            parts.append(reference_rows(head.logits(part, buffer[: len(part)]), _checked(k), options))
-    ids, logp, log_tail, *_ = zip(*parts, strict=True)
-    return _shaped(RefTopK(torch.cat(ids), torch.cat(logp), torch.cat(log_tail)), hidden.shape[:-1], temperature)
+            of_part = drawing and drawing._replace(labels=drawing.labels[start : start + step])
+            parts.append(reference_rows(head.logits(part, buffer[: len(part)]), _checked(k), options, of_part))
+    return _shaped(parts, hidden.shape[:-1], temperature)
 
 
 def _checked(k: int) -> int:
@@ -119,10 +118,20 @@ def _checked(k: int) -> int:
     return k
 
 
-def _shaped(found: RefTopK, shape: torch.Size, temperature: float) -> RefTopK:
-    ids, logp = (part.reshape(*shape, part.shape[-1]) for part in (found.ids, found.logp))
-    draws = found.draws
-    if draws is not None:
-        drawn, ref, rate = (part.reshape(*shape, part.shape[-1]) for part in draws[:3])
-        draws = RefDraws(drawn, ref, rate, draws.label_log_rate.reshape(shape))
-    return RefTopK(ids, logp, found.log_tail.reshape(shape), temperature, draws)
+def _drawing(labels: Tensor | None, draws: int, generator: torch.Generator | None, shape: torch.Size) -> Drawing | None:
+    if draws < 0 or (draws and (labels is None or labels.shape != shape)):
+        given = None if labels is None else tuple(labels.shape)
+        raise ValueError(f"draws={draws} with labels {given}: draws need labels {tuple(shape)}")
+    if not draws or labels is None:
+        return None
+    return Drawing(labels.reshape(-1).long().clamp_min(0), draws, generator)
+
+
+def _shaped(parts: list[RefTopK], shape: torch.Size, temperature: float) -> RefTopK:
+    def joined(*tensors: Tensor) -> Tensor:
+        found = torch.cat(tensors)
+        return found.reshape(*shape, *found.shape[1:])
+
+    ids, logp, log_tail, _, draws = zip(*parts, strict=True)
+    given = None if draws[0] is None else RefDraws(*(joined(*tensors) for tensors in zip(*draws, strict=True)))
+    return RefTopK(joined(*ids), joined(*logp), joined(*log_tail), temperature, given)

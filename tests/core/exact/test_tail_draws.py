@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kl_plugins import reference_top_k
+from kl_plugins import linear_reference_top_k, reference_top_k
 from kl_plugins.kernels.exact.tail_draws import NOTHING
 from kl_plugins.top_k import Draws, top_and_drawn_tokens
 
@@ -140,3 +140,25 @@ def test_a_reference_without_states_or_labels() -> None:
     for labels in (None, torch.zeros(3).long()):
         with pytest.raises(ValueError, match=r"draws need labels \(2,\)"):
             reference_top_k(torch.zeros(2, 9), 2, labels=labels, draws=1)
+
+
+@pytest.mark.parametrize("tile", [None, 30_000])
+def test_a_reference_from_hidden_states_has_them_as_well(tile: int | None) -> None:
+    torch.manual_seed(5)
+    hidden, weight, bias = torch.randn(2, 40, 8).double(), torch.randn(300, 8).double(), torch.randn(300).double()
+    labels = torch.randint(300, (2, 40))
+    given = {"labels": labels, "draws": 4, "temperature": 0.7, "softcap": 9.0}
+    logits = hidden @ weight.T + bias
+    found = linear_reference_top_k(
+        hidden, weight, K, bias=bias, generator=torch.Generator().manual_seed(2), max_tile_bytes=tile, **given
+    )
+    expected = reference_top_k(logits, K, generator=torch.Generator().manual_seed(2), **given)
+    assert found.draws is not None
+    assert expected.draws is not None
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.allclose(found.draws.label_log_rate, expected.draws.label_log_rate, atol=1e-9)
+    log_probs = (9 * torch.tanh(logits / 9) / 0.7).log_softmax(-1)
+    hit = found.draws.log_rate < NOTHING
+    assert torch.allclose(found.draws.logp[hit], log_probs.gather(-1, found.draws.ids)[hit], atol=1e-10)
+    if tile is None:
+        assert torch.equal(found.draws.ids, expected.draws.ids)
