@@ -10,7 +10,7 @@ from benchmarks.llm import model
 from benchmarks.tests.trl.study_support import needs_rollouts
 from benchmarks.top_k import __main__ as program
 from benchmarks.top_k import policies
-from benchmarks.top_k.findings import KS, PERTURBED, TRAINED
+from benchmarks.top_k.findings import KS, PAIRS, PERTURBED, TRAINED
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,9 @@ def test_the_smallest_run_trains_measures_and_judges(folder):
     assert trained["states"] > 64
     assert trained["kl_per_token"] > 1e-4
     assert all(policy["difference_to_library"] < 1e-9 for policy in found["policies"])
-    assert len(found["rows"]) == 2 * (2 + 2 * len(KS))
-    noise = [row["noise"] for row in found["rows"] if row["kind"] == TRAINED and row["bucket"]]
+    assert len(found["rows"]) == 2 * (2 + 2 * len(KS) + len(PAIRS))
+    rows = [row for row in found["rows"] if row["kind"] == TRAINED and row["bucket"]]
+    noise = [row["noise"] for row in rows if not row["draws"]]
     assert noise == sorted(noise, reverse=True)
     assert 0 < noise[0] < 1
     assert noise[-1] == 0.0  # the whole vocabulary
