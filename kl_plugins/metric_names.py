@@ -38,7 +38,7 @@ MEANINGS: dict[str, str] = {
     "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative; under top: the "
     "same number as kl/exact",
     "kl/exact": "mean of the full-vocabulary KL, nats; under top: mean of the KL over set and bucket, which is a lower "
-    "bound; only under a spec with exact terms",
+    "bound; with draws: plus what the draws add, which is an estimate of any sign; only under a spec with exact terms",
     "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",
     "kl/reverse_k1_is": "mean of k1 times the weight, nats",
     "kl/log_ratio/mean": "mean of |u|, nats",

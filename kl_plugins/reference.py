@@ -18,7 +18,7 @@ from kl_plugins.kernels.exact.reference import Drawing, RefDraws, RefTopK, refer
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RefTopK", "linear_reference_top_k", "reference_top_k"]
+__all__ = ["RefDraws", "RefTopK", "linear_reference_top_k", "reference_top_k"]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from packaging.version import Version
 from kl_plugins.adapters.base import parse
 from kl_plugins.adapters.openrlhf import ESTIMATOR_FLAG, LOSS_FLAG
 from kl_plugins.adapters.receipts import Statement
+from kl_plugins.adapters.top_k import numbers_of
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
@@ -155,7 +156,8 @@ def statement_of(spec: KLSpec, args: Any) -> Statement:
 def exact_cost(spec: KLSpec, args: Any) -> str:
     """Describe what exact terms add to OpenRLHF's own work."""
     if spec.top is not None:
-        return f"2 k + 1 = {2 * spec.top + 1} numbers per response token from the reference actor's own pass"
+        form = "2 k + 1" if spec.draws is None else "2 k + 3 m + 2"
+        return f"{form} = {numbers_of(spec)} numbers per response token from the reference actor's own pass"
     copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
     each = "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
     return f"{copy}{each}; top: in the spec needs none of this"

@@ -18,16 +18,22 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.shared_sequences import held
-from kl_plugins.adapters.top_k import KEY, packed, runs
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs, width
 from kl_plugins.spec import KLSpec
-from kl_plugins.top_k import log_odds, reference_of, top_tokens
+from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
 
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 """(n, 2 k + 1) of n response tokens, as :func:`reference_numbers` computes them."""
 
 
 def reference_numbers(
-    logits: Tensor, logp: Tensor, sequences: Tensor, action_mask: Tensor, attention_mask: Tensor, k: int
+    logits: Tensor,
+    logp: Tensor,
+    sequences: Tensor,
+    action_mask: Tensor,
+    attention_mask: Tensor,
+    k: int,
+    draws: int | None = None,
 ) -> Tensor:
     """Compute what ``top:`` keeps of the reference in the states that the response tokens were drawn in.
 
@@ -39,23 +45,33 @@ def reference_numbers(
         action_mask: (B, A) response tokens.
         attention_mask: (B, L) tokens that are no padding.
         k: number of tokens to keep.
+        draws: number of tokens to draw; None for none.
 
     Returns:
-        (n, 2 k + 1) float32 for the n response tokens that belong to the logits here, as ``adapters.top_k.packed``
-        packs them.
+        (n, 2 k + 1) float32, or (n, 2 k + 3 m + 2) with m draws, for the n response tokens that belong to the logits
+        here, as ``adapters.top_k.packed`` packs them.
     """
     mask = action_mask.bool()
     here = held(mask, attention_mask, logits.shape[:-1])
     labels, own = sequences[:, -mask.shape[1] :][mask][here.tokens], logp[mask][here.tokens]
     flat, first = logits.flatten(0, -2), 0
-    ids, odds = [], []
+    ids, odds, drawn = [], [], list[Draws]()
+    generator = generator_of(labels) if draws else None
     for run in runs(here.rows):
         tokens = slice(first, first := first + run.stop - run.start)
-        ids.append(top_tokens(flat[run], k))
-        odds.append(log_odds(flat[run], labels[tokens], ids[-1]))
+        if draws:
+            found, more = top_and_drawn_tokens(flat[run], labels[tokens], k, draws, generator=generator)
+            drawn.append(more)
+        else:
+            found = top_tokens(flat[run], k)
+        ids.append(found)
+        wanted = torch.cat([found, drawn[-1].ids], -1) if drawn else found
+        odds.append(log_odds(flat[run], labels[tokens], wanted))
     if not ids:
-        return own.new_zeros(0, 2 * min(k, flat.shape[-1]) + 1, dtype=torch.float32)
-    return packed(reference_of(torch.cat(ids), torch.cat(odds) + own[:, None], flat.shape[-1]))
+        return own.new_zeros(0, width(min(k, flat.shape[-1]), draws or 0), dtype=torch.float32)
+    of_draws = Draws(*map(torch.cat, zip(*drawn, strict=True))) if drawn else None
+    log_probs = torch.cat(odds) + own[:, None]
+    return packed(reference_of(torch.cat(ids), log_probs, flat.shape[-1], draws=of_draws))
 
 
 def of_batches(answers: Sequence[Sequence[Numbers]], ring: int, tensor: int) -> list[Numbers]:

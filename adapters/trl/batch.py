@@ -144,7 +144,7 @@ class RolloutCalls(Calls):
                 "of its most probable tokens; this trainer is not one that kl-plugins knows. Leave top: out, or use a "
                 "sampled spec, such as k2@loss/is:token"
             )
-        return Kept(self.numbers, self.calls[-1].logp)
+        return Kept(self.numbers, self.calls[-1].logp, spec.draws)
 
 
 @dataclass
@@ -275,7 +275,7 @@ class MicroBatch(LossBatch, Calls):
         if observed and not (KEY in self.inputs and REFERENCE in self.inputs):
             yield  # an observation does not stop a run
             return
-        self.kept = None if spec.top is None else Kept.of(self.inputs, self.inputs[REFERENCE])
+        self.kept = None if spec.top is None else Kept.of(self.inputs, self.inputs[REFERENCE], spec.draws)
         if self.kept is not None:
             self.kept = self.kept._replace(probed=self.session.probing)
         with source.watching(self.mask.shape[1], spec.estimator == "exact" and not observed, self.kept) as self.states:

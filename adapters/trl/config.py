@@ -16,6 +16,7 @@ from typing import Any
 from packaging.version import Version
 
 from kl_plugins.adapters.receipts import Statement
+from kl_plugins.adapters.top_k import numbers_of
 from kl_plugins.adapters.trl import FIELD
 from kl_plugins.aggregation import Aggregation, Kind
 from kl_plugins.sampling import Sampling
@@ -244,8 +245,10 @@ def cost(spec: KLSpec, observed: bool = False) -> str:
     if not spec.needs_exact:
         return ""
     if spec.top is not None:
-        numbers = 2 * spec.top + 1
+        numbers = numbers_of(spec)
         recorded = f"{numbers} numbers ({4 * numbers} bytes) per token from the reference's pass"
+        if spec.draws is not None:
+            recorded += ", with its head once more"
         if spec.placement != "loss":
             return f"{recorded}, and one more forward pass of the policy, with its head, per rollout"
         if installed() >= WITH_KNOWN_HEAD:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import KEY, label_log_probs, packed, unpacked
+from kl_plugins.adapters.top_k import KEY, generator_of, label_log_probs, packed, unpacked
 from kl_plugins.adapters.trl.exact import OutputHead, ProbedKL, scaled, states_before
 from kl_plugins.exact import TopKKL, linear_kl
 from kl_plugins.probe import cells_of
@@ -23,21 +23,43 @@ ROWS_OF_THE_HEAD = 2**24
 """How many numbers of the head's rows are gathered at once in a probe."""
 
 
-def top_k_of_states(hidden: Tensor, head: OutputHead, attended: Tensor, k: int, temperature: float) -> Tensor:
+def top_k_of_states(
+    hidden: Tensor,
+    head: OutputHead,
+    input_ids: Tensor,
+    attended: Tensor,
+    k: int,
+    temperature: float,
+    draws: int | None = None,
+) -> Tensor:
     """Find the reference's k most probable tokens in the state before each of the last T tokens.
 
     Args:
         hidden: (B, L, D) last hidden states of the reference.
         head: the reference's head.
+        input_ids: (B, L) int64.
         attended: (B, T) bool; elsewhere nothing is computed.
         k: number of tokens.
         temperature: divides the logits.
+        draws: number of tokens to draw; None for none.
 
     Returns:
-        (B, T, 2 k + 1) float32, as :func:`kl_plugins.adapters.top_k.packed` gives them; 0 where not attended.
+        (B, T, 2 k + 1) float32, or (B, T, 2 k + 3 m + 2) with m draws, as :func:`kl_plugins.adapters.top_k.packed`
+        gives them; 0 where not attended.
     """
     states = scaled(states_before(hidden, attended.shape[1])[attended], head)
-    kept = linear_reference_top_k(states, head.weight, k, bias=head.bias, temperature=temperature, softcap=head.softcap)
+    labels = input_ids[:, -attended.shape[1] :][attended]
+    kept = linear_reference_top_k(
+        states,
+        head.weight,
+        k,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        labels=labels,
+        draws=draws or 0,
+        generator=generator_of(labels) if draws else None,
+    )
     numbers = packed(kept)
     found = numbers.new_zeros(*attended.shape, numbers.shape[-1])
     found[attended] = numbers
@@ -98,20 +120,23 @@ class Kept(NamedTuple):
     Attributes:
         numbers: (B, T, 2 k + 1) what :func:`top_k_of_states` gave.
         ref_logp: (B, T) TRL's own log-probs of the tokens under the reference, nats.
+        draws: number of draws that the numbers hold; None for none.
         probed: results are to have what a probe needs as well.
     """
 
     numbers: Tensor
     ref_logp: Tensor
+    draws: int | None = None
     probed: bool = False
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], ref_logp: Tensor) -> Kept:
+    def of(cls, inputs: Mapping[str, Any], ref_logp: Tensor, draws: int | None) -> Kept:
         """Read TRL's micro-batch.
 
         Args:
             inputs: the micro-batch.
             ref_logp: (B, T) log-probs of its tokens under the reference, nats.
+            draws: of the spec.
 
         Raises:
             RuntimeError: the numbers are not there.
@@ -121,11 +146,11 @@ class Kept(NamedTuple):
                 "kl-plugins: the reference's most probable tokens are missing in TRL's micro-batch; a subclass that "
                 f"makes rollouts or micro-batches of its own has to carry {KEY} along, row by row"
             )
-        return cls(inputs[KEY], ref_logp)
+        return cls(inputs[KEY], ref_logp, draws)
 
-    def ids(self, first: int, scored: ScoredRows) -> Tensor:
-        """Return the kept tokens (b, T, k) of one forward pass; ``first`` as in :meth:`kl_of_states`."""
-        return unpacked(self.numbers[first : first + len(scored.attended)]).ids
+    def tokens(self, first: int, scored: ScoredRows) -> Tensor:
+        """Return kept tokens and draws (b, T, k + m) of one forward pass; ``first`` as in :meth:`kl_of_states`."""
+        return unpacked(self.numbers[first : first + len(scored.attended)], draws=self.draws).tokens
 
     def kl_of_log_probs(
         self, first: int, log_probs: Tensor, logp: Tensor, scored: ScoredRows, temperature: float
@@ -134,18 +159,20 @@ class Kept(NamedTuple):
 
         Args:
             first: as in :meth:`kl_of_states`.
-            log_probs: (b, T, k) of the kept tokens under the policy, nats, with their graph.
+            log_probs: (b, T, k + m) of kept tokens and draws under the policy, nats, with their graph.
             logp: (b, T) TRL's log-probs of the tokens under the policy, nats.
             scored: the states of the forward pass.
             temperature: has divided the logits of the policy and of the reference.
         """
         rows = slice(first, first + len(logp))
         labels = scored.input_ids[:, -logp.shape[1] :]
-        reference, ref_logp = unpacked(self.numbers[rows], temperature), self.ref_logp[rows]
+        reference, ref_logp = unpacked(self.numbers[rows], temperature, self.draws), self.ref_logp[rows]
         sides = log_probs, logp.detach(), labels
         found = top_k_kl(*sides, reference=reference, ref_logp=ref_logp, mask=scored.attended)
         found = found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
-        return ProbedKL(*found, *cells_of(log_probs, labels, reference)) if self.probed else found
+        if not self.probed:
+            return found
+        return ProbedKL(*found, *cells_of(log_probs[..., : reference.ids.shape[-1]], labels, reference))
 
     def kl_of_states(
         self, first: int, hidden: Tensor, head: OutputHead, input_ids: Tensor, attended: Tensor, temperature: float

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.adapters.top_k import label_log_probs, unpacked
+from kl_plugins.adapters.top_k import label_log_probs, numbers_of, unpacked, width
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE, Rows, padded, response_rows
 from kl_plugins.adapters.verl.shared_sequences import held_here
 from kl_plugins.adapters.verl.top_k import carried
@@ -32,7 +32,7 @@ def cost(spec: KLSpec) -> str:
     if not spec.needs_exact:
         return ""
     if spec.top is not None:
-        return f"{2 * spec.top + 1} numbers per token from the reference's pass"
+        return f"{numbers_of(spec)} numbers per token from the reference's pass"
     return "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
 
 
@@ -67,7 +67,8 @@ class Pending(NamedTuple):
         labels: (n,) the tokens.
         kept: the reference's numbers, (n, k) and (n,).
         ref_logp: (n,) the host's own log-probs of the tokens under the reference, nats.
-        odds: (n, k) see :func:`kl_plugins.top_k.log_odds`, of the policy, nats, with their graph.
+        odds: (n, k + m) of these tokens and the draws, see :func:`kl_plugins.top_k.log_odds`, of the policy, nats, with
+            their graph.
     """
 
     rows: Rows
@@ -98,7 +99,8 @@ class Pending(NamedTuple):
     def cells(self, log_probs: Tensor) -> Cells:
         """Compute what a probe needs, (B, T) each; the argument is that of :meth:`with_log_probs`."""
         place = self.rows.sequence, self.rows.step
-        found = cells_of(self.odds + log_probs[place][:, None], self.labels, self.kept)
+        odds = self.odds[:, : self.kept.ids.shape[-1]]
+        found = cells_of(odds + log_probs[place][:, None], self.labels, self.kept)
         nothing = torch.zeros_like(log_probs, dtype=found.kl.dtype)
         return Cells(*(nothing.index_put(place, part) for part in found))
 
@@ -123,25 +125,26 @@ def packed_top_k(
     """
     rows = response_rows(data)
     labels = _labels(data, rows.position)
-    numbers = carried(data, min(int(spec.top or 0), logits.shape[-1]), len(rows.position))
+    size = width(min(int(spec.top or 0), logits.shape[-1]), spec.draws or 0)
+    numbers = carried(data, size, len(rows.position))
     if numbers is None:
         nothing = logits[..., 0].float() * 0
         keys = (REMAINDER, *CELLS) if probed else (REMAINDER,)
         return {EXACT: nothing, **dict.fromkeys(keys, nothing.detach())}, None, math.inf
     host = padded(data, REFERENCE)[rows.sequence, rows.step].float()
-    kept = unpacked(numbers)  # of the temperature by which both models' logits are divided
+    kept = unpacked(numbers, draws=spec.draws)  # of the temperature by which both models' logits are divided
     mask, drawn = padded(data, MASK)[rows.sequence, rows.step], labels[rows.position]
     difference = disagreement(label_log_probs(kept, drawn, host), host, mask, _rounded(logits, host)) or 0.0
     spread = numbers.new_zeros(len(labels), numbers.shape[-1])
     spread[rows.position] = numbers
-    everywhere = unpacked(spread)
+    everywhere = unpacked(spread, draws=spec.draws)
     with _with_gradient(spec):
         if log_probs_in_32_bits:
-            odds = log_odds(logits.squeeze(0), labels, everywhere.ids, share_grad=True)[rows.position]
+            odds = log_odds(logits.squeeze(0), labels, everywhere.tokens, share_grad=True)[rows.position]
             return {}, Pending(rows, drawn, kept, host, odds), difference
         ref_logp = host.new_zeros(len(labels))
         ref_logp[rows.position] = host
-        tokens, reference = held_here(labels, -100), unpacked(held_here(spread, 0))
+        tokens, reference = held_here(labels, -100), unpacked(held_here(spread, 0), draws=spec.draws)
         apart = _kept_apart(logits, overwritten).squeeze(0)
         found = exact_kl(apart, None, tokens, reference=reference, ref_logp=held_here(ref_logp, 0))
     results = {EXACT: found.kl[None], REMAINDER: found.remainder[None]}

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import KEY, packed
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, width
 from kl_plugins.adapters.verl.batch import response_spans
 from kl_plugins.adapters.verl.shared_sequences import of_all, own_range, shared
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
-from kl_plugins.top_k import log_odds, reference_of, top_tokens
+from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
 
 LOGITS = "student_logits"
 """Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
@@ -27,6 +27,9 @@ LOG_PROBS = "log_probs"
 
 ASKED = "kl_plugins_top_k"
 """Note in a batch of the reference's pass: the k of the spec, if the pass has to give the top-k numbers."""
+
+DRAWS_ASKED = "kl_plugins_draws"
+"""Note in such a batch: how many tokens the spec lets the reference draw; left out if it draws none."""
 
 ROW = "kl_plugins_row"
 """Key in the older trainer's batch: the row that a sequence had when the reference scored it."""
@@ -39,14 +42,15 @@ NEVER_SHOWN = (
 class Recorder:
     """Takes the place of the loss function in a forward pass of the reference, and adds the numbers to its output."""
 
-    def __init__(self, k: int, in_32_bits: Callable[[Tensor], bool]) -> None:
+    def __init__(self, k: int, in_32_bits: Callable[[Tensor], bool], draws: int | None = None) -> None:
         """Ask for k tokens.
 
         Args:
             k: number of tokens per state; the whole vocabulary if it has fewer.
             in_32_bits: tells whether veRL is going to compute log-probs of some logits in float32.
+            draws: number of tokens to draw per state; None for none.
         """
-        self._k, self._in_32_bits = k, in_32_bits
+        self._k, self._in_32_bits, self._draws = k, in_32_bits, draws
         self._finish: Callable[[Any], Tensor] | None = None
 
     def __call__(self, model_output: Any = None, data: Any = None, dp_group: Any = None, **shown: Tensor) -> Any:
@@ -57,7 +61,7 @@ class Recorder:
         """
         if LOGITS in shown:
             logits = shown[LOGITS]
-            self._finish = recorded(logits, data, self._k, self._in_32_bits(logits))
+            self._finish = recorded(logits, data, self._k, self._in_32_bits(logits), self._draws or 0)
             return {}
         if self._finish is None:
             raise RuntimeError(
@@ -68,7 +72,7 @@ class Recorder:
         return torch.ones(()), {}  # what veRL itself reports of a pass without a loss
 
 
-def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callable[[Any], Tensor]:
+def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool, draws: int = 0) -> Callable[[Any], Tensor]:
     """Take the reference's top-k tokens in all states in which a response token was drawn.
 
     Args:
@@ -77,42 +81,63 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool) -> Callabl
         data: veRL's micro-batch.
         k: number of tokens per state.
         with_log_probs: veRL's own log-probs of these logits are going to be float32, and save a pass over them.
+        draws: number of tokens to draw per state.
 
     Returns:
-        A function of veRL's output for the micro-batch. It gives (B, j) nested float32: the 2 k + 1 numbers of each
+        A function of veRL's output for the micro-batch. It gives (B, j) nested float32: the numbers of each
         response token of a sequence, one after the other.
     """
     spans = response_spans(data)
     # Parts of the logits are views; to select all states at once would copy them.
     tokens: Tensor = data["input_ids"].values()
     if shared():
-        given = _of_shared(logits[0], spans, k, len(tokens))
+        given = _of_shared(logits[0], spans, k, tokens, draws)
         return lambda output: _nested(given)
-    if not with_log_probs:
-        numbers = [packed(reference_top_k(logits[0, start:stop], k)) for start, stop in spans]
-        return lambda output: _nested(numbers)
-    ids = [top_tokens(logits[0, start:stop], k) for start, stop in spans]
     labels = [tokens[start + 1 : stop + 1] for start, stop in spans]
-    odds = [log_odds(logits[0, a:b], *given) for (a, b), *given in zip(spans, labels, ids, strict=True)]
+    if not with_log_probs:
+        numbers = [_numbers(logits[0, a:b], own, k, draws) for (a, b), own in zip(spans, labels, strict=True)]
+        return lambda output: _nested(numbers)
+    ids: list[Tensor] = []
+    drawn: list[Draws | None] = []
+    odds: list[Tensor] = []
+    for (start, stop), own in zip(spans, labels, strict=True):
+        part = logits[0, start:stop]
+        if draws:
+            best, more = top_and_drawn_tokens(part, own, k, draws, generator=generator_of(own))
+            wanted = torch.cat([best, more.ids], -1)
+        else:
+            best, more = top_tokens(part, k), None
+            wanted = best
+        ids.append(best)
+        drawn.append(more)
+        odds.append(log_odds(part, own, wanted))
     vocabulary = logits.shape[-1]
 
     def finish(output: Any) -> Tensor:
         own = output[LOG_PROBS].values().detach()
         log_probs = [odd + own[start:stop, None] for odd, (start, stop) in zip(odds, spans, strict=True)]
-        return _nested([packed(reference_of(i, p, vocabulary)) for i, p in zip(ids, log_probs, strict=True)])
+        parts = zip(ids, log_probs, drawn, strict=True)
+        return _nested([packed(reference_of(best, p, vocabulary, draws=more)) for best, p, more in parts])
 
     return finish
 
 
-def _of_shared(logits: Tensor, spans: list[tuple[int, int]], k: int, tokens: int) -> list[Tensor]:
+def _numbers(logits: Tensor, labels: Tensor, k: int, draws: int) -> Tensor:
+    """Take the numbers of some states from their logits alone."""
+    generator = generator_of(labels) if draws else None
+    return packed(reference_top_k(logits, k, labels=labels, draws=draws, generator=generator))
+
+
+def _of_shared(logits: Tensor, spans: list[tuple[int, int]], k: int, tokens: Tensor, draws: int) -> list[Tensor]:
     """Take the numbers of the states whose (M, V) logits are here, and get those of the others from their ranks."""
-    first, end = own_range(tokens)
-    held = logits.new_zeros(len(logits), 2 * min(k, logits.shape[-1]) + 1, dtype=torch.float32)
+    first, end = own_range(len(tokens))
+    held = logits.new_zeros(len(logits), width(min(k, logits.shape[-1]), draws), dtype=torch.float32)
     for start, stop in spans:
         here = slice(max(start, first) - first, min(stop, end) - first)
         if here.start < here.stop:
-            held[here] = packed(reference_top_k(logits[here], k))
-    numbers = of_all(held, tokens)
+            labels = tokens[first + here.start + 1 : first + here.stop + 1]
+            held[here] = _numbers(logits[here], labels, k, draws)
+    numbers = of_all(held, len(tokens))
     return [numbers[start:stop] for start, stop in spans]
 
 
@@ -120,30 +145,31 @@ def _nested(numbers: list[Tensor]) -> Tensor:
     return torch.nested.as_nested_tensor([part.flatten() for part in numbers], layout=torch.jagged)
 
 
-def carried(data: Any, k: int, tokens: int) -> Tensor | None:
+def carried(data: Any, size: int, tokens: int) -> Tensor | None:
     """Read the numbers out of a micro-batch.
 
     Args:
         data: veRL's micro-batch.
-        k: as it was recorded.
+        size: how many numbers were recorded for each token.
         tokens: number of response tokens in the micro-batch, padding left out.
 
     Returns:
-        (tokens, 2 k + 1) float32, sequence by sequence; None if the micro-batch has them for more or fewer tokens.
+        (tokens, size) float32, sequence by sequence; None if the micro-batch has them for more or fewer tokens.
     """
     field: Tensor = data[KEY]
     numbers = (field.values() if field.is_nested else field).reshape(-1)
-    return numbers.view(tokens, 2 * k + 1) if numbers.numel() == tokens * (2 * k + 1) else None
+    return numbers.view(tokens, size) if numbers.numel() == tokens * size else None
 
 
 def missing(spec: KLSpec) -> RuntimeError:
     """Make the error for a reference that gave log-probs and no top-k numbers."""
+    notes = f"{ASKED}={spec.top}" if spec.draws is None else f"{ASKED}={spec.top} and {DRAWS_ASKED}={spec.draws}"
     return RuntimeError(
         f"kl-plugins: {spec} needs the reference's {spec.top} most probable tokens of each state, but the pass that "
         "computed ref_log_prob gave none. Either kl-plugins is missing or switched off in the processes of the "
         "reference (install it on every node, and leave VERL_USE_EXTERNAL_PLUGINS unset), or the trainer is not one "
-        f"of veRL's own: it then has to put the note {ASKED}={spec.top} into the batch of the reference's pass, and "
-        f"{KEY} of the result into the batch of the update"
+        f"of veRL's own: it then has to put {notes} as a note into the batch of the reference's pass, and {KEY} of the "
+        "result into the batch of the update"
     )
 
 

@@ -143,7 +143,11 @@ def _symbols(spec: KLSpec, used: str) -> str:
         legend += [
             f"S: the reference's {spec.top} most probable tokens; P and R: what policy and reference leave outside S; "
             "L = log(P / R)",
-            "v_t = u_t - L where token t is not in S, else 0",
+            "v_t = u_t - L where token t is not in S, else 0"
+            if spec.draws is None
+            else "v_t = s_t (u_t - L) where token t is not in S, else 0; s = p / (p + m r) of a token with probability "
+            f"p under the policy and r in a draw; m = {spec.draws} draws b of the reference add s_b (u_b - L) to k_t, "
+            "with the gradient s_b (u_b - L) grad log p_b",
         ]
     if "KL_" in used:
         legend.append("KL_t = sum_a policy(a) log(policy(a)/reference(a))")

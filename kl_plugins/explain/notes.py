@@ -86,10 +86,17 @@ def notes(spec: KLSpec) -> tuple[str, ...]:
             "probability that they leave, which the pass that gives its log-probs can give as well: what a host keeps "
             "or recomputes for that is in its receipt."
         )
-        found.append(
-            "The value is the KL over the set and one bucket for all other tokens: never negative, and a lower bound "
-            "of the KL. What happens inside the bucket enters the gradient by the drawn token, without bias."
-        )
+        if spec.draws is None:
+            found.append(
+                "The value is the KL over the set and one bucket for all other tokens: never negative, and a lower "
+                "bound of the KL. What happens inside the bucket enters the gradient by the drawn token, without bias."
+            )
+        else:
+            found.append(
+                f"In the same pass the reference draws {spec.draws} more tokens from its tail. What happens inside the "
+                "bucket is estimated from them and the drawn token together, without bias. The value includes the "
+                "draws' part, so a single one can be negative."
+            )
     elif spec.needs_exact:
         found.append(
             "It needs the reference's logits or hidden states of every state, not only its log-probs: what a host keeps"

@@ -39,6 +39,7 @@ class KLSpec:
         beta: schedule or controller of beta; None for the host's constant.
         top: number of the reference's most probable tokens that ``exact`` treats one by one; all others share a bucket.
             None for the whole vocabulary.
+        draws: number of tokens that the reference draws from all others in each state; None for none.
         allow_biased: whether the user accepts that the target is ``none``.
     """
 
@@ -57,6 +58,7 @@ class KLSpec:
     bound: float = DEFAULT_BOUND
     beta: BetaSchedule | None = None
     top: int | None = None
+    draws: int | None = None
     allow_biased: bool = False
 
     @classmethod

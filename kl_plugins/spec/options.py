@@ -32,6 +32,11 @@ def _top_faults(spec: KLSpec) -> Iterator[Fault]:
         yield "'top' chooses how much of the vocabulary exact sums over", "exact@<placement>/top:<k>"
 
 
+def _draws_faults(spec: KLSpec) -> Iterator[Fault]:
+    if spec.top is None:
+        yield "'draws' are tokens outside those of top:", "exact@<placement>/top:<k>/draws:<m>"
+
+
 def _nothing_exact(spec: KLSpec) -> Iterator[Fault]:
     yield (
         "exact@advantage means a sampled own term and an exact future one; here nothing exact is left",
@@ -126,6 +131,25 @@ OPTIONS: dict[str, OptionRow] = {
             faults=_top_faults,
             acts=lambda spec: spec.estimator == "exact",
             unset=("all", "the whole vocabulary exactly"),
+        ),
+        OptionRow(
+            "draws",
+            number(
+                "<m>",
+                lambda m: (
+                    f"the reference draws {float(m):.0f} more tokens in each state, which take most of the noise away "
+                    "that is left inside the bucket"
+                ),
+                {"1": "1.0", "8": "8", "16": "16.0"},
+                expected="a whole number >= 1",
+                holds=lambda x: x >= 1 and x == int(x),
+                of=int,
+            ),
+            "with top: only: the reference draws m more tokens from its tail in each state; they and the drawn token "
+            "estimate together what happens inside the bucket, with less noise and without bias",
+            faults=_draws_faults,
+            acts=lambda spec: spec.top is not None,
+            unset=("none", "the drawn token alone says what happens inside the bucket"),
         ),
         OptionRow(
             "horizon",

@@ -45,14 +45,15 @@ class Recorder:
         numbers: of each pass since the start, see :func:`~kl_plugins.adapters.openrlhf.top_k.reference_numbers`.
     """
 
-    def __init__(self, model: Any, k: int) -> None:
+    def __init__(self, model: Any, k: int, draws: int | None = None) -> None:
         """Begin to watch.
 
         Args:
             model: OpenRLHF's ``Actor`` of the reference.
             k: number of tokens to keep.
+            draws: number of tokens to draw; None for none.
         """
-        self.model, self.k, self.numbers = model, k, list[Numbers]()
+        self.model, self.k, self.draws, self.numbers = model, k, draws, list[Numbers]()
         self._handles = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
@@ -65,7 +66,7 @@ class Recorder:
         log_probs, found = output
         given = arguments(self.model.forward, args, kwargs)
         tokens = given["sequences"], given["action_mask"], given["attention_mask"]
-        numbers = reference_numbers(found["logits"], log_probs, *tokens, self.k)
+        numbers = reference_numbers(found["logits"], log_probs, *tokens, self.k, self.draws)
         self.numbers.append(numbers.cpu().numpy())
         return log_probs
 
@@ -76,15 +77,16 @@ class Recorder:
         return self.numbers
 
 
-def start(process: Any, k: int) -> None:
+def start(process: Any, k: int, draws: int | None = None) -> None:
     """Let a reference actor keep numbers from now on; runs there.
 
     Args:
         process: the Ray actor's object, a ``ReferenceModelActor``.
         k: number of tokens to keep.
+        draws: number of tokens to draw; None for none.
     """
     stop(process)  # a rollout batch that was broken off leaves its recorder behind
-    setattr(process, ATTRIBUTE, Recorder(process.model, k))
+    setattr(process, ATTRIBUTE, Recorder(process.model, k, draws))
 
 
 def stop(process: Any) -> list[Numbers]:
@@ -163,7 +165,7 @@ def recorded(maker: Any, spec: KLSpec, observation: Observation | None = None) -
     passes = group.async_run_method_batch
 
     def with_numbers(*args: Any, **kwargs: Any) -> Any:
-        begun = _ask(group, start, spec.top)
+        begun = _ask(group, start, spec.top, spec.draws)
         answers = passes(*args, **kwargs)
         asked.append(Asked(begun, _ask(group, stop)))
         return answers

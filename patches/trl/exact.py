@@ -29,6 +29,7 @@ from kl_plugins.adapters.trl.exact import (
 from kl_plugins.adapters.trl.top_k import Kept, ScoredRows, top_k_of_states
 from kl_plugins.exact import ExactKL
 from kl_plugins.patches.trl import fused_head
+from kl_plugins.spec import KLSpec
 from kl_plugins.top_k import reference_of
 
 
@@ -36,20 +37,27 @@ class TrainerStates:
     """A :class:`~kl_plugins.adapters.trl.exact.StateKL` for one trainer."""
 
     def __init__(
-        self, trainer: Any, no_checkpointing: Callable[..., AbstractContextManager[None]], top: int | None = None
+        self, trainer: Any, no_checkpointing: Callable[..., AbstractContextManager[None]], spec: KLSpec
     ) -> None:
         """Find policy and reference.
 
         Args:
             trainer: the trainer, built.
             no_checkpointing: TRL's context manager that switches gradient checkpointing off.
-            top: how many of the reference's tokens are recorded; None: the whole vocabulary is summed.
+            spec: the run's spec; its ``top:`` says how many of the reference's tokens are recorded.
         """
         self._trainer = trainer
         self._no_checkpointing = no_checkpointing
-        self._top = top
+        self._top, self._draws = spec.top, spec.draws
         self._rounded = self._ref_rounded = False
-        self._fused = top is not None and fused_head.is_known()
+        self._fused = spec.top is not None and fused_head.is_known()
+        if spec.draws is not None and not self._fused:
+            raise ValueError(
+                f"kl-plugins: {spec} lets the reference draw tokens, and their log-probs under the policy are read in "
+                "TRL's own output head, which is not one that was checked in this version of TRL; leave draws: out"
+            )
+        # TRL's head goes through the vocabulary in parts, and a draw needs all of it at once.
+        self._recorded_in_head = self._fused and spec.draws is None
 
     @property
     def model(self) -> str:
@@ -77,10 +85,11 @@ class TrainerStates:
             hidden = output.last_hidden_state
             self._ref_rounded = in_16_bits(hidden)
             attended = kwargs["attention_mask"][:, -positions:].bool()
-            if self._fused:
+            if self._recorded_in_head:
                 scored.append(ScoredRows(kwargs["input_ids"], attended))
             else:
-                results.append(top_k_of_states(hidden, head_of(reference), attended, top, temperature))
+                given = hidden, head_of(reference), kwargs["input_ids"], attended
+                results.append(top_k_of_states(*given, top, temperature, self._draws))
 
         def wanted(rows: int) -> fused_head.MostProbable:
             return fused_head.MostProbable(top, scored[-1].to_rows(scored[-1].attended, rows))
@@ -90,7 +99,8 @@ class TrainerStates:
             states = scored.pop()
             results.append(states.from_rows(packed(kept)).masked_fill(~states.attended[..., None], 0.0))
 
-        with _hook(reference.base_model, after_backbone), self._head_watched(wanted, from_head):
+        looking = wanted if self._recorded_in_head else None
+        with _hook(reference.base_model, after_backbone), self._head_watched(looking, from_head):
             yield results
 
     @contextmanager
@@ -121,7 +131,7 @@ class TrainerStates:
 
         def wanted(rows: int) -> Tensor:
             assert kept is not None
-            return scored[-1].to_rows(kept.ids(_rows_in(results), scored[-1]), rows)
+            return scored[-1].to_rows(kept.tokens(_rows_in(results), scored[-1]), rows)
 
         def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
             assert kept is not None

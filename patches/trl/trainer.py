@@ -82,7 +82,7 @@ def init(algorithm: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
         accelerator=trainer.accelerator,
         receipt=receipt,
         score_policy=_policy_scorer(trainer, no_checkpointing),
-        states=TrainerStates(trainer, no_checkpointing, spec.top) if spec.needs_exact else None,
+        states=TrainerStates(trainer, no_checkpointing, spec) if spec.needs_exact else None,
     )
     setattr(trainer, ATTRIBUTE, session)
     trainer.add_callback(KLCallback(session))
@@ -110,7 +110,7 @@ def _init_observed(wrapped: Any, trainer: Any, args: Any, kwargs: Any, observati
         accelerator=trainer.accelerator,
         receipt=receipt,
         score_policy=lambda call: call.logp,  # never called: nothing is scored for an observation
-        states=TrainerStates(trainer, module.disable_gradient_checkpointing, spec.top) if spec.needs_exact else None,
+        states=TrainerStates(trainer, module.disable_gradient_checkpointing, spec) if spec.needs_exact else None,
     )
     term = observe.native_term(run)
     session.native = term.spec if term is not None and term.equal else None

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from kl_plugins.adapters.top_k import KEY
-from kl_plugins.adapters.verl.top_k import ASKED, Recorder, keep, missing
+from kl_plugins.adapters.verl.top_k import ASKED, DRAWS_ASKED, Recorder, keep, missing
 from kl_plugins.patches.engine.arguments import Function, arguments
 from kl_plugins.patches.engine.instead import instead
 from kl_plugins.patches.verl.trainer import session_of
@@ -27,11 +27,12 @@ def infer_batch(wrapped: Function, worker: Any, args: tuple[Any, ...], kwargs: d
     k = tensordict_utils.pop(data, ASKED) if isinstance(data, tensordict_utils.TensorDict) else None
     if k is None:
         return wrapped(*args, **kwargs)
+    draws = tensordict_utils.pop(data, DRAWS_ASKED)
     tensordict_utils.assign_non_tensor(data, **{SHOW: True})
     infer = worker.engine.infer_batch
 
     def recording(data: Any, loss_function: Any = None) -> Any:
-        return infer(data, loss_function=Recorder(k, log_probs_in_32_bits))
+        return infer(data, loss_function=Recorder(k, log_probs_in_32_bits, draws))
 
     with instead(worker.engine, "infer_batch", recording):
         return wrapped(*args, **kwargs)
@@ -56,12 +57,14 @@ def compute_ref_log_prob(wrapped: Function, trainer: Any, args: tuple[Any, ...],
         outputs.append(call(*given, **named))
         return outputs[-1]
 
-    notes[ASKED] = spec.top
+    asked = {ASKED: spec.top} if spec.draws is None else {ASKED: spec.top, DRAWS_ASKED: spec.draws}
+    notes.update(asked)
     try:
         with instead(group, method, partial(called, getattr(group, method))):
             result = wrapped(*args, **kwargs)
     finally:
-        notes.pop(ASKED, None)
+        for name in asked:
+            notes.pop(name, None)
     if len(outputs) != 1 or KEY not in (outputs[0].keys() if older else outputs[0].fields):
         if session.observed is None:
             raise missing(spec)

@@ -31,6 +31,8 @@ CASES = [
     ("k1@reward/gamma:0.9", "gamma:0.9", "@reward"),
     ("k2@loss/top:20", "top:20", "exact"),
     ("k1@advantage/future:exact/top:20", "top:20", "exact"),
+    ("exact@loss/draws:8", "draws:8", "outside those of top:"),
+    ("k2@loss/draws:8", "draws:8", "outside those of top:"),
     ("exact@reward", WHOLE, "regularises nothing"),
     ("exact@advantage/horizon:token", "horizon:token", "exact"),
     ("exact@advantage/future:k1", "future:k1", "exact"),
@@ -146,6 +148,8 @@ def is_refused(it: Combination) -> bool:
         if clipped or (correction == "token" and "top" not in written):
             return True
     elif "top" in written:
+        return True
+    if "draws" in written and "top" not in written:
         return True
     if horizon == "token" and (written & {"future", "gamma"} or correction == "decision"):
         return True

@@ -5,8 +5,9 @@ import torch
 
 from kl_plugins import exact_kl
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.adapters.top_k import LARGEST_ID, label_log_probs, packed, unpacked
+from kl_plugins.adapters.top_k import LARGEST_ID, generator_of, label_log_probs, numbers_of, packed, unpacked, width
 from kl_plugins.reference import RefTopK, reference_top_k
+from kl_plugins.spec import KLSpec
 
 
 def test_unpacking_gives_back_what_was_packed() -> None:
@@ -18,6 +19,32 @@ def test_unpacking_gives_back_what_was_packed() -> None:
     for before, after in zip(kept[:3], found[:3], strict=True):
         assert torch.equal(before, after)
     assert found.temperature == 0.7
+
+
+def test_unpacking_gives_back_the_draws() -> None:
+    logits, labels = torch.randn(2, 3, 50), torch.randint(50, (2, 3))
+    kept = reference_top_k(logits, 4, labels=labels, draws=5)
+    numbers = packed(kept)
+    assert numbers.shape == (2, 3, width(4, 5)) == (2, 3, 25)
+    found = unpacked(numbers, draws=5)
+    assert found.draws is not None
+    assert kept.draws is not None
+    for before, after in zip((*kept[:3], *kept.draws), (*found[:3], *found.draws), strict=True):
+        assert torch.equal(before, after)
+    assert torch.equal(found.tokens, torch.cat([kept.ids, kept.draws.ids], -1))
+    for wrong in (4, 6, 8):
+        with pytest.raises(ValueError, match="changed them on their way"):
+            unpacked(numbers, draws=wrong)
+    assert numbers_of(KLSpec.parse("exact@loss/top:4/draws:5")) == 25
+    assert numbers_of(KLSpec.parse("exact@loss/top:4")) == 9
+
+
+def test_draws_depend_on_the_labels_alone() -> None:
+    labels = torch.randint(1000, (40,))
+    states = [generator_of(part).initial_seed() for part in (labels, labels.clone(), labels[:-1], labels.roll(1))]
+    assert states[0] == states[1]
+    assert len(set(states)) == 3
+    assert generator_of(labels[:0]).initial_seed() == 0
 
 
 def test_a_vocabulary_without_other_tokens_keeps_its_empty_tail() -> None:

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from kl_plugins.adapters.openrlhf.top_k import arrived, reference_numbers
-from kl_plugins.adapters.top_k import KEY, packed
+from kl_plugins.adapters.top_k import KEY, packed, unpacked
 from kl_plugins.patches.openrlhf import reference
 from kl_plugins.receipts import MissingReceiptError
 from kl_plugins.reference import reference_top_k
@@ -45,15 +45,15 @@ def by_value():
         ray.cloudpickle.register_pickle_by_value(module)
 
 
-def losses(harness, rollouts, assets, *flags):
+def losses(harness, rollouts, assets, *flags, specs=SPECS):
     """What :func:`tests.support.openrlhf.by_hand.top_losses` finds in the worker, by spec, before and after a move."""
-    trainer = harness.start((*USE, SPECS[0], *ONE_STEP, "--rollout.micro_batch_size", "8", *flags))
+    trainer = harness.start((*USE, specs[0], *ONE_STEP, "--rollout.micro_batch_size", "8", *flags))
     (experience,) = trainer.experience_maker.make_experience_batch(rollouts.experiences())
     arguments = (experience, 0.5, str(assets / "reference"), KEY)
-    (fresh,) = harness.ask(by_hand.top_losses, SPECS[:2], *arguments)
+    (fresh,) = harness.ask(by_hand.top_losses, specs[:2], *arguments)
     harness.ask(by_hand.move, 0.004)
-    (moved,) = harness.ask(by_hand.top_losses, SPECS, *arguments)
-    return dict(zip([*SPECS[:2], *((text, MOVED) for text in SPECS)], [*fresh, *moved], strict=True))
+    (moved,) = harness.ask(by_hand.top_losses, specs, *arguments)
+    return dict(zip([*specs[:2], *((text, MOVED) for text in specs)], [*fresh, *moved], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,18 @@ def test_the_gradient_is_that_of_set_bucket_and_remainder(computed, case):
     assert abs(missed) < 1e-6
 
 
+def test_the_gradient_with_draws_is_that_of_the_core(harness, rollouts, assets):
+    """From the numbers that the experience carries; it differs from the one without draws."""
+    drawn = [f"{SPECS[0]}/draws:6", f"{SPECS[0]}/draws:6/is:token"]
+    found = losses(harness, rollouts, assets, specs=drawn)
+    without = losses(harness, rollouts, assets, specs=SPECS[:2])
+    for gap, size, *_ in found.values():
+        assert gap < 1e-4
+        assert size > 1e-3
+    for drawn_size, size in zip(found.values(), without.values(), strict=True):
+        assert abs(drawn_size[1] / size[1] - 1) > 1e-3
+
+
 def test_numbers_are_those_of_the_response_tokens_states():
     # A response of several turns, one without tokens of the policy, and one of a single token; all of other lengths.
     logits, mask = torch.randn(3, 9, 20), torch.zeros(3, 8, dtype=torch.long)
@@ -86,7 +98,13 @@ def test_numbers_are_those_of_the_response_tokens_states():
         found = reference_numbers(given, logp, sequences, mask, attention, 4)
         assert torch.equal(found[:, :4], expected[:, :4])
         torch.testing.assert_close(found, expected)
+        more = reference_numbers(given, logp, sequences, mask, attention, 4, 3)
+        assert torch.equal(more[:, :9], found)
+        draws = unpacked(more, draws=3).draws
+        ours = every[rows].gather(-1, draws.ids)
+        torch.testing.assert_close(draws.logp[draws.log_rate < 1e4], ours[draws.log_rate < 1e4])
     assert reference_numbers(logits, logp, sequences, 0 * mask, attention, 4).shape == (0, 9)
+    assert reference_numbers(logits, logp, sequences, 0 * mask, attention, 4, 3).shape == (0, 19)
 
 
 def test_under_lora_it_is_the_same(harness, rollouts, assets):

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kl_plugins import KLSpec
-from kl_plugins.adapters.top_k import KEY
+from kl_plugins import KLSpec, exact_kl
+from kl_plugins.adapters.top_k import KEY, unpacked
 from kl_plugins.adapters.verl import require_receipts
 from kl_plugins.adapters.verl.metrics import finish
 from kl_plugins.adapters.verl.session import require_reference
-from kl_plugins.adapters.verl.top_k import ASKED
+from kl_plugins.adapters.verl.top_k import ASKED, DRAWS_ASKED
 from kl_plugins.patches.verl.trainer import session_of
 from kl_plugins.receipts import MissingReceiptError
 from tests.support import garbage
@@ -21,7 +21,7 @@ from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
 from tests.support.verl.ray_support import TRAINERS
 from tests.support.verl.reference import by_hand, distance, exact_by_hand
 from tests.support.verl.roles import Role, bucketed, by_formula, numbers, scored, shifted, shortened, trainer_of
-from tests.support.verl.workers import BETA, Group, make_batch
+from tests.support.verl.workers import BETA, Group, make_batch, policy_logits
 
 K = 4
 SPEC = f"exact@loss/top:{K}"
@@ -90,6 +90,33 @@ def test_the_whole_vocabulary_is_the_exact_kl_without_rejected_tokens(single, dr
     ours = single.run(text, whole)
     assert ours.metrics["kl_loss"] == pytest.approx(value, rel=1e-5)
     assert distance(ours.gradient, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("correction", ["none", "token"])
+def test_the_gradient_with_draws_is_that_of_the_core(correction, single, drawn, batch, models, reference):
+    """From the numbers that the batch carries; it differs from the one without draws."""
+    text = f"{SPEC}/draws:6/is:{correction}"
+    asked = scored(drawn, reference.workers, K, **{DRAWS_ASKED: 6})
+    sampler = {"rollout_log_probs": asked.log_probs["old_log_probs"]}
+    asked = replace(asked, log_probs={**asked.log_probs, **sampler})
+    values = []
+    sides = policy_logits(models[0], asked.prompts, asked.responses), asked.responses, asked.log_probs["ref_log_prob"]
+    for row, logits, labels, ref_logp in zip(asked.extra[KEY], *sides, strict=True):
+        kept = unpacked(row.view(len(labels), -1), draws=6)
+        assert (kept.draws.log_rate < 1e4).any()
+        values.append(exact_kl(logits.double(), None, labels, reference=kept, ref_logp=ref_logp))
+    exact, remainder = (asked.padded([part[index].float() for part in values]) for index in (0, 3))
+    value, gradient, _ = by_hand(models[0], asked, text, exact=exact, remainder=remainder)
+    ours = single.run(text, asked)
+    assert distance(ours.gradient, gradient) < 1e-4
+    assert ours.metrics["kl_loss"] == pytest.approx(value, rel=1e-4)
+    assert distance(single.run(f"{SPEC}/is:{correction}", batch).gradient, gradient) > 1e-2
+
+
+def test_draws_are_the_same_on_every_rank_and_in_every_run(drawn, reference):
+    first, second = (scored(drawn, reference.workers, K, **{DRAWS_ASKED: 3}) for _ in range(2))
+    for ours, theirs in zip(first.extra[KEY], second.extra[KEY], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_numbers_follow_their_tokens_through_dynamic_batches_and_shuffling(single, drawn, batch, reference, models):

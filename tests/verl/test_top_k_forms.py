@@ -8,13 +8,13 @@ from torch import Tensor
 from verl.utils import torch_functional
 
 from kl_plugins import KLSpec
-from kl_plugins.adapters.top_k import KEY
+from kl_plugins.adapters.top_k import KEY, numbers_of
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE
 from kl_plugins.adapters.verl.exact import CELLS, EXACT, REMAINDER, packed_top_k
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, Recorder
 from kl_plugins.patches.verl.worker import CROSS_ENTROPY, log_probs_in_32_bits
 
-SPEC, K, VOCABULARY = KLSpec.parse("exact@loss/top:4"), 4, 40
+K, VOCABULARY = 4, 40
 LENGTHS, RESPONSES = (7, 5, 9), (3, 2, 6)
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = sum(LENGTHS)
@@ -36,6 +36,11 @@ def by_response(packed: Tensor) -> Tensor:
     return rows
 
 
+@pytest.fixture(params=["", "/draws:3"], ids=["no draws", "draws"])
+def spec(request: pytest.FixtureRequest) -> KLSpec:
+    return KLSpec.parse(f"exact@loss/top:{K}{request.param}")
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def case(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits (1, N, V) of policy and reference, and a micro-batch."""
@@ -52,8 +57,8 @@ def case(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, dict[str, Any]
     return logits, ref_logits, data
 
 
-def recorded(ref_logits: Tensor, data: dict[str, Any], with_log_probs: bool) -> Tensor:
-    recorder = Recorder(K, lambda logits: with_log_probs)
+def recorded(ref_logits: Tensor, data: dict[str, Any], with_log_probs: bool, spec: KLSpec) -> Tensor:
+    recorder = Recorder(K, lambda logits: with_log_probs, spec.draws)
     assert recorder(data=data, **{LOGITS: ref_logits}) == {}
     tokens = data["input_ids"].values()
     output = {LOG_PROBS: nested(list(next_log_probs(ref_logits, tokens).split(LENGTHS)))}
@@ -61,28 +66,32 @@ def recorded(ref_logits: Tensor, data: dict[str, Any], with_log_probs: bool) -> 
     return output[KEY]
 
 
-def test_the_references_numbers_are_the_same_in_both_forms(case: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+def test_the_references_numbers_are_the_same_in_both_forms(
+    case: tuple[Tensor, Tensor, dict[str, Any]], spec: KLSpec
+) -> None:
     _, ref_logits, data = case
-    ours, theirs = (recorded(ref_logits, data, form) for form in (True, False))
-    assert [len(part) for part in ours.unbind()] == [n * (2 * K + 1) for n in RESPONSES]
+    ours, theirs = (recorded(ref_logits, data, form, spec) for form in (True, False))
+    assert [len(part) for part in ours.unbind()] == [n * numbers_of(spec) for n in RESPONSES]
     torch.testing.assert_close(ours.values(), theirs.values(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_policys_term_and_gradient_are_the_same_in_both_forms(case: tuple[Tensor, Tensor, dict[str, Any]]) -> None:
+def test_the_policys_term_and_gradient_are_the_same_in_both_forms(
+    case: tuple[Tensor, Tensor, dict[str, Any]], spec: KLSpec
+) -> None:
     logits, ref_logits, data = case
-    data[KEY] = recorded(ref_logits, data, with_log_probs=True)
+    data[KEY] = recorded(ref_logits, data, True, spec)
     tokens, upstream = data["input_ids"].values(), torch.rand(len(RESPONSES), max(RESPONSES))
     results = []
     for precise in (True, False):
         leaf = logits.clone().requires_grad_()
-        found, pending, difference = packed_top_k(SPEC, leaf, data, False, precise, probed=True)
+        found, pending, difference = packed_top_k(spec, leaf, data, False, precise, probed=True)
         assert difference == 0
         assert (pending is None) != precise
         if pending is None:
             exact, remainder, *cells = (by_response(found[key][0]) for key in (EXACT, REMAINDER, *CELLS))
         else:
             own = by_response(next_log_probs(leaf, tokens))
-            exact, remainder = pending.with_log_probs(SPEC, own)
+            exact, remainder = pending.with_log_probs(spec, own)
             cells = pending.cells(own)
         (exact * upstream).sum().backward()
         assert not any(part.requires_grad for part in cells)

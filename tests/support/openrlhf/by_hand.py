@@ -199,7 +199,11 @@ def top_losses(actor, cases, experience, beta, path, key):
             remainder = (drawn - ref_drawn - (tail - ref_tail)).detach().masked_fill(~outside, 0.0)
             old = experience.action_log_probs.double()
             weight = (drawn - old).detach().exp().masked_fill(~mask, 1.0)
-            if text.startswith("exact@") and text.count("/") + ("/is:token" not in text) == 2:
+            if spec.draws is not None:
+                sides = torch.from_numpy(np.concatenate(numbers)), logits[:, states][mask], labels[..., 0][mask]
+                kl, remainder = _with_draws(*sides, ref_drawn[mask], mask, spec.draws)
+                loss = kl + (weight if "is:token" in text else 1.0) * remainder * drawn
+            elif text.startswith("exact@") and text.count("/") + ("/is:token" not in text) == 2:
                 loss = kl + (weight if "is:token" in text else 1.0) * remainder * drawn
             else:
                 carried = experience.base_action_log_probs.double()
@@ -331,3 +335,13 @@ def advantages(estimator, rewards, kl, mask, beta, *, group, gamma, lambd, value
     mean = sum(flat) / len(flat)
     variance = sum((a - mean) ** 2 for a in flat) / len(flat)
     return [[(a - mean) / max(variance, 1e-8) ** 0.5 for a in row] for row in rows]
+
+
+def _with_draws(numbers, logits, labels, ref_logp, mask, draws):
+    """KL and remainder (B, A) by the core, in float64, from the numbers that the experience carries."""
+    from kl_plugins import exact_kl
+    from kl_plugins.adapters.top_k import unpacked
+
+    kept = unpacked(numbers, draws=draws)
+    found = exact_kl(logits.double(), None, labels, reference=kept, ref_logp=ref_logp)
+    return (ref_logp.new_zeros(mask.shape).masked_scatter(mask, part) for part in (found.kl, found.remainder))

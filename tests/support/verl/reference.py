@@ -4,7 +4,7 @@ from kl_plugins import KLSpec, kl_term
 from tests.support.verl.workers import BETA, policy_log_probs, policy_logits
 
 
-def by_hand(model, batch, text, mean="token", exact=None):
+def by_hand(model, batch, text, mean="token", exact=None, remainder=None):
     """Aggregated value, gradient of beta times the spec's term, and metrics, from the core alone.
 
     veRL divides a mean over tokens by all response tokens, those that its rejection sampling dropped included.
@@ -14,7 +14,7 @@ def by_hand(model, batch, text, mean="token", exact=None):
         batch.padded(batch.log_probs[key]) for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")
     )
     mask = batch.padded(batch.extra.get("response_mask", batch.masks)).bool()
-    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout, exact=exact)
+    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout, exact=exact, remainder=remainder)
     kept = term.loss.masked_fill(~mask, 0)
     if mean == "token":
         value = kept.sum() / batch.padded(batch.masks).sum()
