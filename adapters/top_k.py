@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.reference import RefDraws, RefTopK
-from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 
 KEY = "kl_plugins_ref_top_k"
 """Name under which hosts carry the packed numbers with their batch."""
@@ -32,17 +32,6 @@ def runs(rows: Tensor) -> list[slice]:
     )
     bounds = edges.nonzero()[:, 0].tolist()
     return [slice(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
-
-
-def width(k: int, draws: int = 0) -> int:
-    """Return how many numbers :func:`packed` gives for each position."""
-    return 2 * k + 1 + (3 * draws + 1 if draws else 0)
-
-
-def numbers_of(spec: KLSpec) -> int:
-    """Return how many numbers of each token a spec with ``top:`` needs, if the vocabulary is larger than its k."""
-    assert spec.top is not None
-    return width(spec.top, spec.draws or 0)
 
 
 def generator_of(labels: Tensor) -> torch.Generator:
@@ -96,7 +85,7 @@ def unpacked(numbers: Tensor, temperature: float = 1.0, draws: int | None = None
         ValueError: if the last dimension is of another size, or the host has changed the dtype.
     """
     m = draws or 0
-    size = numbers.shape[-1] - (3 * m + 1 if m else 0)
+    size = numbers.shape[-1] - numbers_per_token(0, m) + 1
     if size % 2 == 0 or size < 3 or numbers.dtype != torch.float32:
         expected = "2 k + 3 m + 2" if m else "2 k + 1"
         raise ValueError(

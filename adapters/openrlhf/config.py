@@ -11,10 +11,10 @@ from packaging.version import Version
 from kl_plugins.adapters.base import parse
 from kl_plugins.adapters.openrlhf import ESTIMATOR_FLAG, LOSS_FLAG
 from kl_plugins.adapters.receipts import Statement
-from kl_plugins.adapters.top_k import numbers_of
 from kl_plugins.aggregation import Aggregation
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec, looks_like_spec
+from kl_plugins.spec.grammar import numbers_per_token
 from kl_plugins.spec.observation import looks_like_observation
 
 PROCESSED = "processed_logprobs"
@@ -157,7 +157,8 @@ def exact_cost(spec: KLSpec, args: Any) -> str:
     """Describe what exact terms add to OpenRLHF's own work."""
     if spec.top is not None:
         form = "2 k + 1" if spec.draws is None else "2 k + 3 m + 2"
-        return f"{form} = {numbers_of(spec)} numbers per response token from the reference actor's own pass"
+        count = numbers_per_token(spec.top, spec.draws)
+        return f"{form} = {count} numbers per response token from the reference actor's own pass"
     copy = "" if args.ds.lora.rank > 0 else "a second copy of the reference in every policy worker, and "
     each = "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
     return f"{copy}{each}; top: in the spec needs none of this"

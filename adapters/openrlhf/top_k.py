@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.shared_sequences import held
-from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs, width
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
 
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -68,7 +69,7 @@ def reference_numbers(
         wanted = torch.cat([found, drawn[-1].ids], -1) if drawn else found
         odds.append(log_odds(flat[run], labels[tokens], wanted))
     if not ids:
-        return own.new_zeros(0, width(min(k, flat.shape[-1]), draws or 0), dtype=torch.float32)
+        return own.new_zeros(0, numbers_per_token(min(k, flat.shape[-1]), draws), dtype=torch.float32)
     of_draws = Draws(*map(torch.cat, zip(*drawn, strict=True))) if drawn else None
     log_probs = torch.cat(odds) + own[:, None]
     return packed(reference_of(torch.cat(ids), log_probs, flat.shape[-1], draws=of_draws))

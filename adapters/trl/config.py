@@ -16,11 +16,11 @@ from typing import Any
 from packaging.version import Version
 
 from kl_plugins.adapters.receipts import Statement
-from kl_plugins.adapters.top_k import numbers_of
 from kl_plugins.adapters.trl import FIELD
 from kl_plugins.aggregation import Aggregation, Kind
 from kl_plugins.sampling import Sampling
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 
 HELP = (
     "KL spec of kl-plugins, <estimator>@<placement>[/<option>[:<value>]]..., for example k2@loss/is:token, or a preset "
@@ -245,7 +245,7 @@ def cost(spec: KLSpec, observed: bool = False) -> str:
     if not spec.needs_exact:
         return ""
     if spec.top is not None:
-        numbers = numbers_of(spec)
+        numbers = numbers_per_token(spec.top, spec.draws)
         recorded = f"{numbers} numbers ({4 * numbers} bytes) per token from the reference's pass"
         if spec.draws is not None:
             recorded += ", with its head once more"

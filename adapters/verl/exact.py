@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.adapters.top_k import label_log_probs, numbers_of, unpacked, width
+from kl_plugins.adapters.top_k import label_log_probs, unpacked
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE, Rows, padded, response_rows
 from kl_plugins.adapters.verl.shared_sequences import held_here
 from kl_plugins.adapters.verl.top_k import carried
@@ -18,6 +18,7 @@ from kl_plugins.exact import exact_kl
 from kl_plugins.probe import Cells, cells_of
 from kl_plugins.reference import RefTopK
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 from kl_plugins.top_k import log_odds, top_k_kl
 
 EXACT, REMAINDER = "kl_plugins_exact", "kl_plugins_remainder"
@@ -32,7 +33,7 @@ def cost(spec: KLSpec) -> str:
     if not spec.needs_exact:
         return ""
     if spec.top is not None:
-        return f"{numbers_of(spec)} numbers per token from the reference's pass"
+        return f"{numbers_per_token(spec.top, spec.draws)} numbers per token from the reference's pass"
     return "a forward pass of the reference with its logits (tokens x vocabulary) per micro-batch"
 
 
@@ -125,7 +126,7 @@ def packed_top_k(
     """
     rows = response_rows(data)
     labels = _labels(data, rows.position)
-    size = width(min(int(spec.top or 0), logits.shape[-1]), spec.draws or 0)
+    size = numbers_per_token(min(int(spec.top or 0), logits.shape[-1]), spec.draws)
     numbers = carried(data, size, len(rows.position))
     if numbers is None:
         nothing = logits[..., 0].float() * 0

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import KEY, generator_of, packed, width
+from kl_plugins.adapters.top_k import KEY, generator_of, packed
 from kl_plugins.adapters.verl.batch import response_spans
 from kl_plugins.adapters.verl.shared_sequences import of_all, own_range, shared
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
 
 LOGITS = "student_logits"
@@ -131,7 +132,7 @@ def _numbers(logits: Tensor, labels: Tensor, k: int, draws: int) -> Tensor:
 def _of_shared(logits: Tensor, spans: list[tuple[int, int]], k: int, tokens: Tensor, draws: int) -> list[Tensor]:
     """Take the numbers of the states whose (M, V) logits are here, and get those of the others from their ranks."""
     first, end = own_range(len(tokens))
-    held = logits.new_zeros(len(logits), width(min(k, logits.shape[-1]), draws), dtype=torch.float32)
+    held = logits.new_zeros(len(logits), numbers_per_token(min(k, logits.shape[-1]), draws), dtype=torch.float32)
     for start, stop in spans:
         here = slice(max(start, first) - first, min(stop, end) - first)
         if here.start < here.stop:

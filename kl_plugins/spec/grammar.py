@@ -18,6 +18,12 @@ DEFAULT_BOUND = 30.0
 DEFAULT_TOP = 64
 """Number of tokens that ``top`` keeps if it is written without a number."""
 
+
+def numbers_per_token(top: int, draws: int | None = None) -> int:
+    """Return how many numbers of the reference each token needs under ``top:`` and ``draws:``."""
+    return 2 * top + 1 + (3 * draws + 1 if draws else 0)
+
+
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 ESTIMATOR_NAME = re.compile(r"[a-z][a-z0-9.+_-]*")
 

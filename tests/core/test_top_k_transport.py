@@ -5,9 +5,9 @@ import torch
 
 from kl_plugins import exact_kl
 from kl_plugins.adapters.log_probs import disagreement
-from kl_plugins.adapters.top_k import LARGEST_ID, generator_of, label_log_probs, numbers_of, packed, unpacked, width
+from kl_plugins.adapters.top_k import LARGEST_ID, generator_of, label_log_probs, packed, unpacked
 from kl_plugins.reference import RefTopK, reference_top_k
-from kl_plugins.spec import KLSpec
+from kl_plugins.spec.grammar import numbers_per_token
 
 
 def test_unpacking_gives_back_what_was_packed() -> None:
@@ -25,7 +25,7 @@ def test_unpacking_gives_back_the_draws() -> None:
     logits, labels = torch.randn(2, 3, 50), torch.randint(50, (2, 3))
     kept = reference_top_k(logits, 4, labels=labels, draws=5)
     numbers = packed(kept)
-    assert numbers.shape == (2, 3, width(4, 5)) == (2, 3, 25)
+    assert numbers.shape == (2, 3, numbers_per_token(4, 5)) == (2, 3, 25)
     found = unpacked(numbers, draws=5)
     assert found.draws is not None
     assert kept.draws is not None
@@ -35,8 +35,7 @@ def test_unpacking_gives_back_the_draws() -> None:
     for wrong in (4, 6, 8):
         with pytest.raises(ValueError, match="changed them on their way"):
             unpacked(numbers, draws=wrong)
-    assert numbers_of(KLSpec.parse("exact@loss/top:4/draws:5")) == 25
-    assert numbers_of(KLSpec.parse("exact@loss/top:4")) == 9
+    assert numbers_per_token(4) == 9
 
 
 def test_draws_depend_on_the_labels_alone() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor
 from verl.utils import torch_functional
 
 from kl_plugins import KLSpec
-from kl_plugins.adapters.top_k import KEY, numbers_of
+from kl_plugins.adapters.top_k import KEY
 from kl_plugins.adapters.verl.batch import MASK, REFERENCE
 from kl_plugins.adapters.verl.exact import CELLS, EXACT, REMAINDER, packed_top_k
 from kl_plugins.adapters.verl.top_k import LOG_PROBS, LOGITS, Recorder
 from kl_plugins.patches.verl.worker import CROSS_ENTROPY, log_probs_in_32_bits
+from kl_plugins.spec.grammar import numbers_per_token
 
 K, VOCABULARY = 4, 40
 LENGTHS, RESPONSES = (7, 5, 9), (3, 2, 6)
@@ -71,7 +72,7 @@ def test_the_references_numbers_are_the_same_in_both_forms(
 ) -> None:
     _, ref_logits, data = case
     ours, theirs = (recorded(ref_logits, data, form, spec) for form in (True, False))
-    assert [len(part) for part in ours.unbind()] == [n * numbers_of(spec) for n in RESPONSES]
+    assert [len(part) for part in ours.unbind()] == [n * numbers_per_token(K, spec.draws) for n in RESPONSES]
     torch.testing.assert_close(ours.values(), theirs.values(), rtol=1e-5, atol=1e-5)
 
 

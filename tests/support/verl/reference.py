@@ -14,7 +14,9 @@ def by_hand(model, batch, text, mean="token", exact=None, remainder=None):
         batch.padded(batch.log_probs[key]) for key in ("old_log_probs", "rollout_log_probs", "ref_log_prob")
     )
     mask = batch.padded(batch.extra.get("response_mask", batch.masks)).bool()
-    term = kl_term(KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout, exact=exact, remainder=remainder)
+    term = kl_term(
+        KLSpec.parse(text), logp, ref, mask, old_logp=old, sampler_logp=rollout, exact=exact, remainder=remainder
+    )
     kept = term.loss.masked_fill(~mask, 0)
     if mean == "token":
         value = kept.sum() / batch.padded(batch.masks).sum()
