@@ -69,8 +69,11 @@ def _observed(name: str, native: dict[str, Any], prefix: str = "") -> tuple[Pair
     return Pair(name, native, text), Pair(name, native, f"{text}/probe:1", target=None)
 
 
-def _top_k(name: str, native: dict[str, Any]) -> Pair:
-    return Pair(name, native, "exact@loss/top:64", same_gradient=False, target=0.03)
+def _top_k(name: str, native: dict[str, Any]) -> tuple[Pair, Pair]:
+    """Return the pair of the default, and that of the k and draws that the rule of `top_k/findings.py` takes."""
+    specs = "exact@loss/top:64", "exact@loss/top:16/draws:8"
+    without, drawn = (Pair(name, native, spec, same_gradient=False, target=0.03) for spec in specs)
+    return without, drawn
 
 
 PAIRS: dict[str, tuple[Pair, ...]] = {
@@ -78,13 +81,13 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
         Pair("k3", {"use_bias_correction_kl": False}, "k3@loss"),
         Pair("k3, use_bias_correction_kl", {"use_bias_correction_kl": True}, "k3+@loss/is:token/behaviour:old"),
         Pair("k3", {"use_bias_correction_kl": False}, "exact@loss", same_gradient=False, target=None),
-        _top_k("k3", {"use_bias_correction_kl": False}),
+        *_top_k("k3", {"use_bias_correction_kl": False}),
         *_observed("k3", {"use_bias_correction_kl": False}),
     ),
     "verl": (
         Pair("low_var_kl", {"estimator": "low_var_kl"}, "k3@loss"),
         Pair("k2", {"estimator": "k2"}, "k2@loss"),
-        _top_k("k2", {"estimator": "k2"}),
+        *_top_k("k2", {"estimator": "k2"}),
         *_observed("low_var_kl", {"estimator": "low_var_kl"}, "low_var_kl/"),
     ),
     "openrlhf": (
@@ -94,7 +97,7 @@ PAIRS: dict[str, tuple[Pair, ...]] = {
             {"estimator": "k2", "unbiased_gradient": True},
             "k2@loss/is:token/behaviour:old/cap:10",
         ),
-        _top_k("k3", {"estimator": "k3"}),
+        *_top_k("k3", {"estimator": "k3"}),
         *_observed("k3", {"estimator": "k3"}, "k3/"),
     ),
 }
