@@ -266,7 +266,7 @@ def test_a_reference_actor_with_another_spec_is_named(harness, rollouts):
         reference.require_recorders(trainer.experience_maker, KLSpec.parse(SPEC))
 
 
-def broken(process, k):
+def broken(process, k, draws):
     raise ValueError("it cannot begin")
 
 
