@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.shared_sequences import held
-from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs, tokens_and_odds
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import numbers_per_token
-from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
+from kl_plugins.top_k import Draws, reference_of
 
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 """(n, 2 k + 1) of n response tokens, as :func:`reference_numbers` computes them."""
@@ -60,14 +60,11 @@ def reference_numbers(
     generator = generator_of(labels) if draws else None
     for run in runs(here.rows):
         tokens = slice(first, first := first + run.stop - run.start)
-        if draws:
-            found, more = top_and_drawn_tokens(flat[run], labels[tokens], k, draws, generator=generator)
+        best, more, odd = tokens_and_odds(flat[run], labels[tokens], k, draws, generator)
+        ids.append(best)
+        odds.append(odd)
+        if more is not None:
             drawn.append(more)
-        else:
-            found = top_tokens(flat[run], k)
-        ids.append(found)
-        wanted = torch.cat([found, drawn[-1].ids], -1) if drawn else found
-        odds.append(log_odds(flat[run], labels[tokens], wanted))
     if not ids:
         return own.new_zeros(0, numbers_per_token(min(k, flat.shape[-1]), draws), dtype=torch.float32)
     of_draws = Draws(*map(torch.cat, zip(*drawn, strict=True))) if drawn else None

@@ -1,7 +1,7 @@
 """The reference's top-k numbers in veRL: from its forward pass through the trainer to the actor's micro-batches.
 
-veRL splits, shuffles and joins batches row by row, and knows rows of numbers of any length best. So the 2 k + 1 numbers
-of each response token lie one after the other in one flat row per sequence.
+veRL splits, shuffles and joins batches row by row, and knows rows of numbers of any length best. So the numbers of
+each response token lie one after the other in one flat row per sequence.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import KEY, generator_of, packed
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, tokens_and_odds
 from kl_plugins.adapters.verl.batch import response_spans
 from kl_plugins.adapters.verl.shared_sequences import of_all, own_range, shared
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import numbers_per_token
-from kl_plugins.top_k import Draws, log_odds, reference_of, top_and_drawn_tokens, top_tokens
+from kl_plugins.top_k import reference_of
 
 LOGITS = "student_logits"
 """Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
@@ -98,27 +98,20 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool, draws: int
     if not with_log_probs:
         numbers = [_numbers(logits[0, a:b], own, k, draws) for (a, b), own in zip(spans, labels, strict=True)]
         return lambda output: _nested(numbers)
-    ids: list[Tensor] = []
-    drawn: list[Draws | None] = []
-    odds: list[Tensor] = []
-    for (start, stop), own in zip(spans, labels, strict=True):
-        part = logits[0, start:stop]
-        if draws:
-            best, more = top_and_drawn_tokens(part, own, k, draws, generator=generator_of(own))
-            wanted = torch.cat([best, more.ids], -1)
-        else:
-            best, more = top_tokens(part, k), None
-            wanted = best
-        ids.append(best)
-        drawn.append(more)
-        odds.append(log_odds(part, own, wanted))
+    found = [
+        tokens_and_odds(logits[0, a:b], own, k, draws, generator_of(own) if draws else None)
+        for (a, b), own in zip(spans, labels, strict=True)
+    ]
     vocabulary = logits.shape[-1]
 
     def finish(output: Any) -> Tensor:
         own = output[LOG_PROBS].values().detach()
-        log_probs = [odd + own[start:stop, None] for odd, (start, stop) in zip(odds, spans, strict=True)]
-        parts = zip(ids, log_probs, drawn, strict=True)
-        return _nested([packed(reference_of(best, p, vocabulary, draws=more)) for best, p, more in parts])
+        return _nested(
+            [
+                packed(reference_of(ids, odds + own[start:stop, None], vocabulary, draws=drawn))
+                for (ids, drawn, odds), (start, stop) in zip(found, spans, strict=True)
+            ]
+        )
 
     return finish
 
