@@ -37,13 +37,12 @@ JOINT = re.compile(r"(?<=[/=_.])(?=\w{2})")
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2")
 
 
-def on_config(config: Any) -> Any:
-    """Link the source folders into one package."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Link the source folders into one package, before mkdocstrings looks for it: it drops a folder that is missing."""
     sys.path.insert(0, str(ROOT / ".ci"))
     from typecheck import link_tree
 
     link_tree(TREE / "kl_plugins")
-    return config
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
