@@ -17,7 +17,7 @@ from kl_plugins.kernels.exact.arguments import (
 )
 from kl_plugins.kernels.exact.autograd import named
 from kl_plugins.kernels.exact.bucket import TopKReference, TopKStatistics, top_k_rows
-from kl_plugins.kernels.exact.draws import drawn_part, label_share
+from kl_plugins.kernels.exact.draws import with_draws
 from kl_plugins.kernels.exact.kept_log_probs import selected_logits
 from kl_plugins.kernels.exact.linear import Gradients, LinearInputs, default_tile_bytes
 from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, wanted_gradients
@@ -356,9 +356,8 @@ def _with_draws(
     chosen = selected_logits(logits, tokens)
     chosen = scaled(chosen.to(found.logp.dtype), options.scale, options.softcap)
     log_probs = chosen[:, :-1] - chosen[:, -1:] + found.logp[:, None]
-    added, _ = drawn_part(log_probs, draws, found.level, kept)
-    share = label_share(found.logp, draws.label_log_rate, kept)
-    return found._replace(kl=found.kl + added, remainder=found.remainder * share)
+    kl, remainder = with_draws(found.kl, found.remainder, found.level, log_probs, found.logp, kept, draws)
+    return found._replace(kl=kl, remainder=remainder)
 
 
 def _top_k_result(found: TopKStatistics, reference: TopKReference, shape: torch.Size) -> TopKKL:

@@ -57,8 +57,8 @@ def label_share(logp: Tensor, log_rate: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, share, 0.0).to(logp.dtype)
 
 
-def drawn_part(log_probs: Tensor, draws: RefDraws, level: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the draws add to the KL, and its derivative by the log-prob of each draw.
+def drawn_part(log_probs: Tensor, draws: RefDraws, level: Tensor, kept: Tensor) -> Tensor:
+    """Return what the draws add to the KL.
 
     Args:
         log_probs: (N, m) log-probs of the draws under the policy, nats, with their graph.
@@ -67,7 +67,7 @@ def drawn_part(log_probs: Tensor, draws: RefDraws, level: Tensor, kept: Tensor) 
         kept: (N,) bool; other rows get 0.
 
     Returns:
-        (N,) nats, with its graph, of any sign; and (N, m) the coefficients, detached, each within 1e4.
+        (N,) nats, with its graph, of any sign.
     """
     with torch.no_grad():
         ours = log_probs.double().clamp_max(0.0)
@@ -75,4 +75,25 @@ def drawn_part(log_probs: Tensor, draws: RefDraws, level: Tensor, kept: Tensor) 
         share = torch.sigmoid(ours - draws.log_rate.double())
         unused = (share == 0) | ~kept[:, None]  # also where the policy has no mass, so that 0 times NaN does not occur
         coefficients = (share * inside).masked_fill(unused, 0.0).to(log_probs.dtype)
-    return weighted_sum(log_probs, coefficients), coefficients
+    return weighted_sum(log_probs, coefficients)
+
+
+def with_draws(
+    kl: Tensor, remainder: Tensor, level: Tensor, log_probs: Tensor, logp: Tensor, kept: Tensor, draws: RefDraws
+) -> tuple[Tensor, Tensor]:
+    """Combine the KL of set and bucket and the label's remainder with the draws.
+
+    Args:
+        kl: (N,) KL of set and bucket, nats, with its graph.
+        remainder: (N,) u - L of the label, nats.
+        level: (N,) L, nats.
+        log_probs: (N, m) log-probs of the draws under the policy, nats, with their graph.
+        logp: (N,) log-probs of the labels under the policy, nats.
+        kept: (N,) bool; other rows get 0.
+        draws: the draws of each row.
+
+    Returns:
+        (N,) the KL with what the draws add; and (N,) the remainder times the label's share.
+    """
+    share = label_share(logp, draws.label_log_rate, kept)
+    return kl + drawn_part(log_probs, draws, level, kept), remainder * share

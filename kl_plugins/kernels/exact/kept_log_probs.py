@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.kernels.exact.bucket import TopKReference, cells_divergence
-from kl_plugins.kernels.exact.draws import drawn_part, label_share
+from kl_plugins.kernels.exact.draws import with_draws
 from kl_plugins.kernels.exact.reference import RefDraws
 from kl_plugins.kernels.memory import zeros
 from kl_plugins.numerics import LINEAR_LIMIT
@@ -201,11 +201,8 @@ def kl_of_log_probs(
     found = KeptKL(*kept_rows(*given))
     if draws is None:
         return found
-    share = label_share(logp, draws.label_log_rate, kept)
-    added, slopes = drawn_part(log_probs[:, k:], draws, found.level, kept)
-    return found._replace(
-        kl=found.kl + added, remainder=found.remainder * share, slopes=torch.cat([found.slopes, slopes], -1)
-    )
+    kl, remainder = with_draws(found.kl, found.remainder, found.level, log_probs[:, k:], logp, kept, draws)
+    return found._replace(kl=kl, remainder=remainder)
 
 
 def log_of_tail(log_probs: Tensor) -> Tensor:
