@@ -24,6 +24,7 @@ from kl_plugins.kernels.exact.linear_autograd import linear_loss, linear_rows, w
 from kl_plugins.kernels.exact.logits import logits_kl
 from kl_plugins.kernels.exact.products import operand_dtype
 from kl_plugins.kernels.exact.reference import RefDraws, RefTopK
+from kl_plugins.kernels.exact.selected_products import selected_products
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, Options, Upstream, scaled
 
 if TYPE_CHECKING:
@@ -162,11 +163,13 @@ def exact_kl(
         if ref_logits is not None or ref_softcap is not None:
             raise ValueError("reference= takes the place of ref_logits and ref_softcap")
         check_floats(logits=logits)
-        given = TopKReference(*checked_reference(reference._replace(draws=None), ref_logp, labels, shape, options))
+        given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
         rows = flat_rows(logits)
         found, *_ = named(top_k_rows(rows, labels, *given, options), TopKStatistics)
         if reference.draws is not None:
-            found = _with_draws(found, rows, labels, reference.draws.rows(), options)
+            draws = reference.draws.rows()
+            chosen = selected_logits(rows, _tokens(draws, labels))
+            found = _with_draws(found, chosen, labels, draws, options)
         return _top_k_result(found, given, shape)
     if ref_logits is None or ref_logp is not None:
         raise ValueError("pass ref_logits, or reference= with ref_logp=")
@@ -275,13 +278,14 @@ def linear_kl(
         ref_weight: (V, D') weight of the reference's head; None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out, and its products are not computed.
         reference, ref_logp: as in :func:`exact_kl`, instead of the reference's head. They cannot be combined with
-            weights of a loss, and the reference cannot have draws.
+            weights of a loss.
         bias, ref_bias: (V,) biases of the heads, None for no bias.
         mask: (...) True for positions to use.
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.
         kl_weight, logp_weight: (...) weights of the loss, detached. They must include beta and the host's
             normalisation.
-        differentiable_logp: False returns logp detached; with a frozen head the backward pass then needs no product.
+        differentiable_logp: False returns logp detached; with a frozen head, and if the reference has no draws, the
+            backward pass then needs no product.
         max_tile_bytes: upper limit of temporary memory in bytes. Arguments, results and gradients are not counted, and
             the tiles of at least one row are allocated. The default is 1300 MiB on an accelerator. On a CPU it is
             128 MiB, or the memory that 128 rows of both logits need if this is more.
@@ -336,8 +340,12 @@ def linear_kl(
     )
     wanted = wanted_gradients(inputs)
     if kl_weight is None and logp_weight is None:
-        rows_first = wanted.hidden and not (wanted.weight or wanted.bias or differentiable_logp)
+        draws = None if reference is None or reference.draws is None else reference.draws.rows()
+        needs_logp = differentiable_logp or draws is not None
+        rows_first = wanted.hidden and not (wanted.weight or wanted.bias or needs_logp)
         found, *_ = named(linear_rows(*inputs, rows_first), inputs.kind())
+        if draws is not None and isinstance(found, TopKStatistics):
+            found = _with_draws(found, _products(inputs, _tokens(draws, labels)), labels, draws, options)
         if not differentiable_logp:
             found = found._replace(logp=found.logp.detach())
         if top_k is not None:
@@ -348,15 +356,28 @@ def linear_kl(
     return ExactKLLoss(loss, *(part.reshape(shape) for part in rows))
 
 
+def _tokens(draws: RefDraws, labels: Tensor) -> Tensor:
+    """Return (N, m + 1) ids of the draws and of the label, 0 in ignored rows."""
+    tokens = torch.cat([draws.ids, labels[:, None]], -1)
+    return tokens.masked_fill((labels == IGNORE_INDEX)[:, None], 0)
+
+
+def _products(inputs: LinearInputs, tokens: Tensor) -> Tensor:
+    """Return the products (N, m + 1) of the head for some tokens; 0 in ignored rows, whose states may be NaN."""
+    kept = (inputs.labels != IGNORE_INDEX).nonzero()[:, 0]
+    given = (inputs.hidden[kept], inputs.weight, inputs.bias, tokens[kept], inputs.operands[0], inputs.tile_bytes)
+    found = selected_products(*given)
+    return found.new_zeros(tokens.shape).index_put((kept,), found)
+
+
 def _with_draws(
-    found: TopKStatistics, logits: Tensor, labels: Tensor, draws: RefDraws, options: Options
+    found: TopKStatistics, chosen: Tensor, labels: Tensor, draws: RefDraws, options: Options
 ) -> TopKStatistics:
-    kept = labels != IGNORE_INDEX
-    tokens = torch.cat([draws.ids.masked_fill(~kept[:, None], 0), labels.clamp_min(0)[:, None]], -1)
-    chosen = selected_logits(logits, tokens)
+    """Add the draws' part, from the logits (N, m + 1) of the draws and of the label."""
     chosen = scaled(chosen.to(found.logp.dtype), options.scale, options.softcap)
     log_probs = chosen[:, :-1] - chosen[:, -1:] + found.logp[:, None]
-    kl, remainder = with_draws(found.kl, found.remainder, found.level, log_probs, found.logp, kept, draws)
+    given = found.kl, found.remainder, found.level, log_probs, found.logp, labels != IGNORE_INDEX, draws
+    kl, remainder = with_draws(*given)
     return found._replace(kl=kl, remainder=remainder)
 
 

@@ -22,10 +22,11 @@ from kl_plugins.kernels.exact.kept_log_probs import (
 from kl_plugins.kernels.exact.reference import RefDraws, RefTopK
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
 from kl_plugins.kernels.exact.tail_draws import Draws, tail_draws
+from kl_plugins.kernels.exact.tiled_search import TiledSearch
 from kl_plugins.kernels.exact.top_tokens import group_maxima, largest_of
 from kl_plugins.kernels.exact.top_tokens import top_tokens as rows_top_tokens
 
-__all__ = ["Draws", "log_odds", "reference_of", "top_and_drawn_tokens", "top_k_kl", "top_tokens"]
+__all__ = ["Draws", "TiledSearch", "log_odds", "reference_of", "top_and_drawn_tokens", "top_k_kl", "top_tokens"]
 
 
 @torch.no_grad()
@@ -76,8 +77,9 @@ def top_and_drawn_tokens(
     levels = group_maxima(rows, k)
     ids = largest_of(levels, k)
     found = tail_draws(levels, ids, labels.reshape(-1).clamp_min(0), draws, generator)
-    drawn, log_rate = (part.view(*shape, draws) for part in found[:2])
-    return ids.view(*shape, ids.shape[-1]), Draws(drawn, log_rate, found.label_log_rate.view(shape))
+    drawn = found.draws(torch.promote_types(logits.dtype, torch.float32))
+    drawn_ids, log_rate = (part.view(*shape, draws) for part in drawn[:2])
+    return ids.view(*shape, ids.shape[-1]), Draws(drawn_ids, log_rate, drawn.label_log_rate.view(shape))
 
 
 def log_odds(
@@ -187,7 +189,7 @@ def top_k_kl(
         raise ValueError(f"log_probs {tuple(log_probs.shape)} must be {expected}, like reference.tokens")
     labels = checked_labels(labels, mask, shape).reshape(-1)
     options = row_options(reference.temperature, None, None, "auto", None)
-    given = TopKReference(*checked_reference(reference._replace(draws=None), ref_logp, labels, shape, options))
+    given = TopKReference(*checked_reference(reference, ref_logp, labels, shape, options))
     by_row = None if draws is None else draws.rows()
     found = kl_of_log_probs(flat_rows(log_probs), logp.reshape(-1), labels, labels != IGNORE_INDEX, given, by_row)
     return TopKKL(found.kl.reshape(shape), logp, ref_logp, found.remainder.detach().reshape(shape))

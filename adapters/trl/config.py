@@ -247,7 +247,7 @@ def cost(spec: KLSpec, observed: bool = False) -> str:
     if spec.top is not None:
         numbers = numbers_per_token(spec.top, spec.draws)
         recorded = f"{numbers} numbers ({4 * numbers} bytes) per token from the reference's pass"
-        if spec.draws is not None:
+        if installed() < WITH_KNOWN_HEAD:
             recorded += ", with its head once more"
         if spec.placement != "loss":
             return f"{recorded}, and one more forward pass of the policy, with its head, per rollout"

@@ -87,14 +87,7 @@ def exact_problems(spec: KLSpec, config: Any, trl: Version) -> Iterator[str]:
         config: a GRPOConfig or RLOOConfig.
         trl: TRL's version. Where its fused head is known, ``top:`` reads that head, which gathers its weights itself.
     """
-    if spec.draws is not None and trl < WITH_KNOWN_HEAD:
-        yield f"draws: needs TRL {WITH_KNOWN_HEAD}, whose output head gives the log-probs of drawn tokens; leave it out"
-    if spec.draws is not None and _zero_3(config):
-        yield (
-            "draws: needs the output head of the reference in one piece, and ZeRO-3 keeps it in several; leave draws: "
-            "out, or use ZeRO-2 or FSDP"
-        )
-    elif spec.needs_exact and (spec.top is None or trl < WITH_KNOWN_HEAD) and _zero_3(config):
+    if spec.needs_exact and (spec.top is None or trl < WITH_KNOWN_HEAD) and _zero_3(config):
         yield (
             "exact terms multiply with the output heads of policy and reference, which ZeRO-3 keeps in pieces; use "
             f"exact@{spec.placement}/top with TRL {WITH_KNOWN_HEAD}, which reads TRL's own head, or ZeRO-2 or FSDP, or "

@@ -23,49 +23,6 @@ ROWS_OF_THE_HEAD = 2**24
 """How many numbers of the head's rows are gathered at once in a probe."""
 
 
-def top_k_of_states(
-    hidden: Tensor,
-    head: OutputHead,
-    input_ids: Tensor,
-    attended: Tensor,
-    k: int,
-    temperature: float,
-    draws: int | None = None,
-) -> Tensor:
-    """Find the reference's k most probable tokens in the state before each of the last T tokens.
-
-    Args:
-        hidden: (B, L, D) last hidden states of the reference.
-        head: the reference's head.
-        input_ids: (B, L) int64.
-        attended: (B, T) bool; elsewhere nothing is computed.
-        k: number of tokens.
-        temperature: divides the logits.
-        draws: number of tokens to draw; None for none.
-
-    Returns:
-        (B, T, 2 k + 1) float32, or (B, T, 2 k + 3 m + 2) with m draws, as :func:`kl_plugins.adapters.top_k.packed`
-        gives them; 0 where not attended.
-    """
-    states = scaled(states_before(hidden, attended.shape[1])[attended], head)
-    labels = input_ids[:, -attended.shape[1] :][attended]
-    kept = linear_reference_top_k(
-        states,
-        head.weight,
-        k,
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        labels=labels,
-        draws=draws or 0,
-        generator=generator_of(labels) if draws else None,
-    )
-    numbers = packed(kept)
-    found = numbers.new_zeros(*attended.shape, numbers.shape[-1])
-    found[attended] = numbers
-    return found
-
-
 class ScoredRows(NamedTuple):
     """The states that one forward pass scores, and which rows of TRL's fused head they are.
 
@@ -78,6 +35,11 @@ class ScoredRows(NamedTuple):
 
     input_ids: Tensor
     attended: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) the attended tokens."""
+        return self.input_ids[:, -self.attended.shape[1] :][self.attended]
 
     def to_rows(self, values: Tensor, rows: int) -> Tensor:
         """Select what belongs to the rows of the head.
@@ -112,6 +74,41 @@ class ScoredRows(NamedTuple):
             return values.view(sequences, length - 1, *values.shape[1:])[:, -self.attended.shape[1] :]
         whole = values.new_zeros(*self.attended.shape, *values.shape[1:])
         return whole.index_put((self.attended,), values)
+
+
+def top_k_of_states(
+    hidden: Tensor, head: OutputHead, scored: ScoredRows, k: int, temperature: float, draws: int | None = None
+) -> Tensor:
+    """Find the reference's k most probable tokens in the state before each of the last T tokens.
+
+    Args:
+        hidden: (B, L, D) last hidden states of the reference.
+        head: the reference's head.
+        scored: the states; nothing is computed where they are not attended.
+        k: number of tokens.
+        temperature: divides the logits.
+        draws: number m of tokens to draw; None for none.
+
+    Returns:
+        (B, T, 2 k + 1) float32, or (B, T, 2 k + 3 m + 2) with draws, as :func:`kl_plugins.adapters.top_k.packed` gives
+        them; 0 where not attended.
+    """
+    attended, labels = scored.attended, scored.labels
+    kept = linear_reference_top_k(
+        scaled(states_before(hidden, attended.shape[1])[attended], head),
+        head.weight,
+        k,
+        bias=head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        labels=labels,
+        draws=draws or 0,
+        generator=generator_of(labels) if draws else None,
+    )
+    numbers = packed(kept)
+    found = numbers.new_zeros(*attended.shape, numbers.shape[-1])
+    found[attended] = numbers
+    return found
 
 
 class Kept(NamedTuple):
@@ -192,7 +189,7 @@ class Kept(NamedTuple):
         """
         rows, positions = slice(first, first + len(hidden)), attended.shape[1]
         labels = input_ids[:, -positions:]
-        reference, ref_logp = unpacked(self.numbers[rows], temperature), self.ref_logp[rows]
+        reference, ref_logp = unpacked(self.numbers[rows], temperature, self.draws), self.ref_logp[rows]
         states = scaled(states_before(hidden, positions), head)
         found = linear_kl(
             states,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import packed
+from kl_plugins.adapters.top_k import generator_of, packed
 from kl_plugins.adapters.trl.batch import Scored
 from kl_plugins.adapters.trl.exact import (
     Deviation,
@@ -51,13 +51,6 @@ class TrainerStates:
         self._top, self._draws = spec.top, spec.draws
         self._rounded = self._ref_rounded = False
         self._fused = spec.top is not None and fused_head.is_known()
-        if spec.draws is not None and not self._fused:
-            raise ValueError(
-                f"kl-plugins: {spec} lets the reference draw tokens, and their log-probs under the policy are read in "
-                "TRL's own output head, which is not one that was checked in this version of TRL; leave draws: out"
-            )
-        # TRL's head goes through the vocabulary in parts, and a draw needs all of it at once.
-        self._recorded_in_head = self._fused and spec.draws is None
 
     @property
     def model(self) -> str:
@@ -85,22 +78,25 @@ class TrainerStates:
             hidden = output.last_hidden_state
             self._ref_rounded = in_16_bits(hidden)
             attended = kwargs["attention_mask"][:, -positions:].bool()
-            if self._recorded_in_head:
-                scored.append(ScoredRows(kwargs["input_ids"], attended))
+            states = ScoredRows(kwargs["input_ids"], attended)
+            if self._fused:
+                scored.append(states)
             else:
-                given = hidden, head_of(reference), kwargs["input_ids"], attended
-                results.append(top_k_of_states(*given, top, temperature, self._draws))
+                given = hidden, head_of(reference), states, top, temperature, self._draws
+                results.append(top_k_of_states(*given))
 
         def wanted(rows: int) -> fused_head.MostProbable:
-            return fused_head.MostProbable(top, scored[-1].to_rows(scored[-1].attended, rows))
+            sought = scored[-1].to_rows(scored[-1].attended, rows)
+            generator = generator_of(scored[-1].labels) if self._draws else None
+            return fused_head.MostProbable(top, sought, self._draws or 0, generator)
 
-        def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
-            kept = reference_of(ids, log_probs, head_of(reference).weight.shape[0], temperature=temperature)
+        def from_head(found: fused_head.Found) -> None:
+            best, size = found.ids[:, : found.ids.shape[1] - (self._draws or 0)], head_of(reference).weight.shape[0]
+            kept = reference_of(best, found.log_probs, size, temperature=temperature, draws=found.draws)
             states = scored.pop()
             results.append(states.from_rows(packed(kept)).masked_fill(~states.attended[..., None], 0.0))
 
-        looking = wanted if self._recorded_in_head else None
-        with _hook(reference.base_model, after_backbone), self._head_watched(looking, from_head):
+        with _hook(reference.base_model, after_backbone), self._head_watched(wanted, from_head):
             yield results
 
     @contextmanager
@@ -133,18 +129,18 @@ class TrainerStates:
             assert kept is not None
             return scored[-1].to_rows(kept.tokens(_rows_in(results), scored[-1]), rows)
 
-        def from_head(ids: Tensor, log_probs: Tensor, logp: Tensor) -> None:
+        def from_head(found: fused_head.Found) -> None:
             assert kept is not None
             states = scored.pop()
             with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-                sides = states.from_rows(log_probs), states.from_rows(logp), states
+                sides = states.from_rows(found.log_probs), states.from_rows(found.logp), states
                 results.append(kept.kl_of_log_probs(_rows_in(results), *sides, temperature))
 
         with _hook(policy.base_model, after_backbone), self._head_watched(wanted if kept else None, from_head):
             yield results
 
     def _head_watched(
-        self, wanted: Callable[[int], fused_head.Wanted] | None, found: Callable[[Tensor, Tensor, Tensor], None]
+        self, wanted: Callable[[int], fused_head.Wanted] | None, found: Callable[[fused_head.Found], None]
     ) -> AbstractContextManager[None]:
         return fused_head.watched(wanted, found) if wanted is not None and self._fused else nullcontext()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kl_plugins.adapters.top_k import runs
 from kl_plugins.patches.engine.fingerprint import fingerprint
-from kl_plugins.top_k import top_tokens
+from kl_plugins.top_k import Draws, TiledSearch
 
 KNOWN = {"forward": ("62eaae0737516d55",), "backward": ("cc64f79b264f452b",)}
 """Fingerprints of the methods of TRL's ``ChunkedLogProbFunction`` that this module was written for: TRL 1.16."""
@@ -41,29 +41,48 @@ def is_known() -> bool:
 
 
 class MostProbable(NamedTuple):
-    """Asks for the most probable tokens of some rows.
+    """Asks for the most probable tokens of some rows, and for draws from all others.
 
     Attributes:
         k: number of tokens; the whole vocabulary if it has fewer.
         rows: (n,) bool; the other rows get token 0.
+        draws: number m of draws; 0 for none.
+        generator: source of their random numbers.
     """
 
     k: int
     rows: Tensor
+    draws: int = 0
+    generator: torch.Generator | None = None
 
 
 Wanted = Tensor | MostProbable
 """The tokens to look at in n rows: their ids (n, k) int64, or those that are the most probable ones."""
 
 
+class Found(NamedTuple):
+    """What the head has given for n rows.
+
+    Attributes:
+        ids: (n, k) int64; with draws (n, k + m), the draws last.
+        log_probs: (n, k) log-probs of these tokens with their graph, nats, float32; with draws (n, k + m).
+        logp: (n,) log-probs of the labels, nats, float32.
+        draws: the draws, if they were asked for.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    logp: Tensor
+    draws: Draws | None = None
+
+
 @contextmanager
-def watched(wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+def watched(wanted: Callable[[int], Wanted], found: Callable[[Found], None]) -> Iterator[None]:
     """Within the block, TRL's fused head also gives log-probs of further tokens.
 
     Args:
         wanted: called with the number n of rows that the head is going to score.
-        found: called with the ids (n, k), their log-probs (n, k) with their graph, and the log-probs (n,) of the
-            labels; nats, float32.
+        found: called with what the head has given.
     """
     from trl.trainer import utils
 
@@ -78,13 +97,17 @@ def watched(wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Te
 class _Watched:
     """Stands in for TRL's function within :func:`watched`, and has the same arguments."""
 
-    def __init__(self, wanted: Callable[[int], Wanted], found: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    def __init__(self, wanted: Callable[[int], Wanted], found: Callable[[Found], None]) -> None:
         self._wanted, self._found = wanted, found
 
     def apply(self, hidden: Tensor, *args: Any) -> tuple[Any, ...]:
         """Call TRL's function, and look at its tiles."""
-        *results, ids, log_probs = _kept_log_probs().apply(hidden, *args, self._wanted(len(hidden)))
-        self._found(ids, log_probs, results[0])
+        *results, ids, log_probs, log_rate, label_log_rate = _kept_log_probs().apply(
+            hidden, *args, self._wanted(len(hidden))
+        )
+        count = log_rate.shape[-1]
+        draws = Draws(ids[:, -count:], log_rate.detach(), label_log_rate.detach()) if count else None
+        self._found(Found(ids, log_probs, results[0], draws))
         return tuple(results)
 
 
@@ -102,24 +125,28 @@ def _kept_log_probs() -> Any:
     trl_function: Any = _trl_function()
 
     class KeptLogProbs(trl_function):  # type: ignore[misc]
-        """TRL's function, with ``wanted`` after its arguments, and ids and log-probs after its results."""
+        """TRL's function, with ``wanted`` after its arguments; after its results ids, log-probs, and rates of draws."""
 
         @staticmethod
         def forward(ctx: Any, *given: Any) -> tuple[Any, ...]:
             """Call TRL's forward pass, and read the tiles."""
             *args, wanted = given
-            tiles = _Read(wanted, labels=args[3])
+            ctx.transform, labels = _Transform.of(*args), args[3]
+            tiles: _Read | _Search
+            if isinstance(wanted, MostProbable):
+                tiles = _Search(wanted, labels, ctx.transform)
+            else:
+                tiles = _Read(torch.cat([wanted, labels[:, None]], -1))
             with _each_tile(FORWARD, tiles.look):
                 results = trl_function.forward(ctx, *args)
-            ctx.tokens, ctx.transform = tiles.tokens(), _Transform.of(*args)
-            logits = ctx.transform.of_logits(tiles.logits())
+            ctx.tokens, logits = tiles.tokens(), ctx.transform.of_logits(tiles.logits())
             ids = ctx.tokens[:, :-1].contiguous()
-            return *results, ids, logits[:, :-1] - logits[:, -1:] + results[0][:, None]
+            return *results, ids, logits[:, :-1] - logits[:, -1:] + results[0][:, None], *tiles.rates()
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             """Call TRL's backward pass, and add the gradient of the log-probs to the tiles."""
-            *own, _, given = grads
+            *own, _, given, _, _ = grads
             if given is None:
                 return *trl_function.backward(ctx, *own), None
             # log p_a = z_a - z_label + log p_label, and TRL's own gradient does the last part.
@@ -185,54 +212,82 @@ class _Rows:
 
 
 class _Read:
-    """Reads products out of tiles: those of given tokens or of the most probable ones, and then those of the labels."""
+    """Reads products of given tokens out of tiles."""
 
-    def __init__(self, wanted: Wanted, labels: Tensor) -> None:
-        self._labels, self._rows = labels, _Rows()
-        self._sought = wanted if isinstance(wanted, MostProbable) else None
-        self._given = None if isinstance(wanted, MostProbable) else torch.cat([wanted, labels[:, None]], -1)
-        self._blocks: list[tuple[Tensor, Tensor]] = []
-        self._runs: list[slice] = []
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens, self._rows = tokens, _Rows()
+        self._blocks: list[Tensor] = []
 
-    def look(self, call: Callable[[], None], tile: Tensor, start: int) -> None:
-        """Read a tile."""
+    def look(self, call: Callable[[], None], tile: Tensor, start: int) -> slice:
+        """Read a tile, and return its rows."""
         call()
         rows = self._rows.of(tile, start)
-        tokens = self._labels[rows, None] if self._given is None else self._given[rows]
+        tokens = self._tokens[rows]
         if start == 0:
-            self._blocks.append((tokens, torch.zeros(tokens.shape, dtype=tile.dtype, device=tile.device)))
-            self._runs = [] if self._sought is None else runs(self._sought.rows[rows])
-        known, products = self._blocks[-1]
+            self._blocks.append(torch.zeros(tokens.shape, dtype=tile.dtype, device=tile.device))
         column, inside = _columns(tokens, start, tile)
-        last = tokens.shape[-1]  # the tokens that were found stand before the label
-        read = torch.where(inside, tile.gather(-1, column), products[:, -last:])
-        if self._sought is not None:
-            known, read = self._with_best(self._sought.k, known, torch.cat([products[:, :-1], read], -1), tile, start)
-        self._blocks[-1] = known, read
-
-    def _with_best(self, k: int, known: Tensor, products: Tensor, tile: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Replace the most probable tokens and their products by those of the tile where these are larger."""
-        before, width = known.shape[1] - 1, min(k, tile.shape[1])
-        count = min(k, before + width)
-        ids, best = known.new_zeros(len(known), count + 1), products.new_zeros(len(known), count + 1)
-        ids[:, -1], best[:, -1] = known[:, -1], products[:, -1]
-        for run in self._runs:
-            top = top_tokens(tile[run], k)
-            here = tile[run].gather(-1, top)
-            if before:
-                here = torch.cat([products[run, :-1], here], -1)
-                here, index = here.topk(count, -1)
-                top = torch.cat([known[run, :-1] - start, top], -1).gather(-1, index)
-            ids[run, :-1], best[run, :-1] = top + start, here
-        return ids, best
+        self._blocks[-1] = torch.where(inside, tile.gather(-1, column), self._blocks[-1])
+        return rows
 
     def tokens(self) -> Tensor:
-        """Return (n, k + 1) ids, that of the label last."""
-        return torch.cat([block[0] for block in self._blocks])
+        """Return (n, c) ids."""
+        return self._tokens
 
     def logits(self) -> Tensor:
-        """Return (n, k + 1) products of hidden state and head."""
-        return torch.cat([block[1] for block in self._blocks])
+        """Return (n, c) products of hidden state and head."""
+        return torch.cat(self._blocks)
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Return log-rates (n, 0) of no draws, and (n,) those of the labels."""
+        none = torch.zeros(len(self._tokens), 0, device=self._tokens.device)
+        return none, none.sum(-1)
+
+
+class _Search:
+    """Finds the most probable tokens of some rows in tiles, draws others, and reads the products of the labels."""
+
+    def __init__(self, wanted: MostProbable, labels: Tensor, transform: _Transform) -> None:
+        self._wanted, self._labels, self._transform = wanted, labels, transform
+        self._own = _Read(labels[:, None])
+        self._searches: list[tuple[slice, TiledSearch]] = []
+        self._block: list[tuple[slice, TiledSearch]] = []
+
+    def look(self, call: Callable[[], None], tile: Tensor, start: int) -> None:
+        """Search a tile."""
+        rows = self._own.look(call, tile, start)
+        if start == 0:
+            found = runs(self._wanted.rows[rows]) or [slice(0, 0)]  # so that the number of columns is always known
+            self._block = [(run, self._search(self._labels[rows][run])) for run in found]
+            self._searches += [(slice(rows.start + run.start, rows.start + run.stop), it) for run, it in self._block]
+        for run, search in self._block:
+            search.add(tile[run], start)
+
+    def _search(self, labels: Tensor) -> TiledSearch:
+        k, _, draws, generator = self._wanted
+        return TiledSearch(k, labels, draws, generator, self._transform.of_logits)
+
+    def tokens(self) -> Tensor:
+        """Return (n, k + m + 1) ids: of the most probable tokens, of the draws, and of the label."""
+        found = self._whole([(rows, search.tokens) for rows, search in self._searches])
+        return torch.cat([found, self._labels[:, None]], -1)
+
+    def logits(self) -> Tensor:
+        """Return (n, k + m + 1) products of hidden state and head."""
+        found = self._whole([(rows, search.logits) for rows, search in self._searches])
+        return torch.cat([found, self._own.logits()], -1)
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """Return log-rates (n, m) of the draws, and (n,) those of the labels."""
+        draws = [(rows, search.draws) for rows, search in self._searches]
+        own = self._whole([(rows, of.label_log_rate) for rows, of in draws])
+        return self._whole([(rows, of.log_rate) for rows, of in draws]), own
+
+    def _whole(self, parts: list[tuple[slice, Tensor]]) -> Tensor:
+        """Join what belongs to the rows that were searched; other rows get 0."""
+        whole = parts[0][1].new_zeros(len(self._labels), *parts[0][1].shape[1:])
+        for rows, values in parts:
+            whole[rows] = values
+        return whole
 
 
 class _Add:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from kl_plugins import RefTopK, exact_kl
+from kl_plugins import RefTopK, exact_kl, linear_kl
+from kl_plugins.exact import TopKKL
 from kl_plugins.kernels.exact.reference import RefDraws
 from kl_plugins.top_k import log_odds, reference_of, top_and_drawn_tokens, top_k_kl
 
@@ -28,8 +31,18 @@ def distributions() -> tuple[Tensor, Tensor, Tensor]:
     return logits, ref_logits, sampler.softmax(-1)
 
 
-FORMS = ("logits", "log-probs")
-"""The same function twice: from all logits, and from log-probs of the set, of the draws and of the drawn token."""
+FORMS = ("logits", "log-probs", "head")
+"""The same function: from all logits, from log-probs of the set, the draws and the drawn token, and from a head."""
+
+
+def from_logits(leaf: Tensor, labels: Tensor, form: str, reference: RefTopK, ref_logp: Tensor) -> TopKKL:
+    given: dict[str, Any] = {"reference": reference, "ref_logp": ref_logp}
+    if form == "logits":
+        return exact_kl(leaf, None, labels, **given)
+    if form == "head":
+        return linear_kl(leaf, torch.eye(leaf.shape[-1], dtype=leaf.dtype), None, None, labels, **given)
+    logp = leaf.log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    return top_k_kl(log_odds(leaf, labels, reference.tokens) + logp[:, None], logp, labels, **given)
 
 
 def estimates(
@@ -42,7 +55,6 @@ def estimates(
     labels = torch.arange(VOCABULARY).repeat_interleave(VOCABULARY)
     drawn = torch.arange(VOCABULARY).repeat(VOCABULARY)
     leaf = logits.repeat(VOCABULARY**2, 1).requires_grad_()
-    logp = leaf.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     ref = ref_logits.log_softmax(-1)
     rate = (count * chance.double()).log().clamp_min(-1e4)
     rest = torch.ones(VOCABULARY, dtype=torch.bool).index_fill(0, torch.tensor(SET), False)
@@ -50,11 +62,7 @@ def estimates(
     n, ids = VOCABULARY**2, torch.tensor(SET)
     draws = RefDraws(drawn[:, None], ref[drawn][:, None], rate[drawn][:, None], rate[labels])
     reference = RefTopK(ids.expand(n, -1), ref[ids].expand(n, -1), tail.expand(n), 1.0, draws)
-    given = {"reference": reference, "ref_logp": ref[labels]}
-    if form == "logits":
-        found = exact_kl(leaf, None, labels, **given)
-    else:
-        found = top_k_kl(log_odds(leaf, labels, reference.tokens) + logp[:, None], logp, labels, **given)
+    found = from_logits(leaf, labels, form, reference, ref[labels])
     (own,) = torch.autograd.grad(found.kl.sum(), leaf, retain_graph=True)
     (sampled,) = torch.autograd.grad((found.remainder * found.logp).sum(), leaf)
     square = (VOCABULARY, VOCABULARY)
@@ -109,12 +117,7 @@ def test_the_draws_of_the_library_give_the_exact_gradient_on_average(form: str) 
         reference = reference_of(ids, log_probs, vocabulary, draws=draws)
         ref_logp = ref.gather(-1, labels[:, None])[:, 0]
         leaf = logits.clone().requires_grad_()
-        if form == "logits":
-            found = exact_kl(leaf, None, labels, reference=reference, ref_logp=ref_logp)
-        else:
-            logp = leaf.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-            odds = log_odds(leaf, labels, reference.tokens) + logp[:, None]
-            found = top_k_kl(odds, logp, labels, reference=reference, ref_logp=ref_logp)
+        found = from_logits(leaf, labels, form, reference, ref_logp)
         (own,) = torch.autograd.grad(found.kl.sum(), leaf)
         errors.append(float((own - expected).norm() / expected.norm()))
         assert (found.kl - exact).abs().max() < 5 / count**0.5
@@ -129,7 +132,7 @@ def test_hostile_numbers(dtype: torch.dtype, form: str) -> None:
     labels = torch.tensor([-100, 6, 6, 6, 0])
     logits = torch.linspace(-2, 2, n * vocabulary, dtype=dtype).view(n, vocabulary)
     logits[0] = torch.nan
-    logits[1, 4] = -torch.inf
+    logits[1, 4] = -1e30 if form == "head" else -torch.inf  # a product with an infinity is NaN
     logits[2] = torch.linspace(-3e4, 3e4, vocabulary)
     ids, drawn = torch.tensor([0, 1]).expand(n, -1), torch.tensor([2, 4, 0]).expand(n, -1)
     rate = torch.tensor([-1e4, 0.3, 1e4], dtype=dtype).repeat(n, 1)
@@ -143,16 +146,11 @@ def test_hostile_numbers(dtype: torch.dtype, form: str) -> None:
     reference = RefTopK(ids, kept, tail, 1.0, RefDraws(drawn, minus, rate, own))
     leaf = logits.clone().requires_grad_()
     ref_logp = torch.full((n,), -2.5, dtype=dtype)
-    if form == "logits":
-        found = exact_kl(leaf, None, labels, reference=reference, ref_logp=ref_logp)
-    else:
-        logp = leaf.log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
-        odds = log_odds(leaf, labels, reference.tokens) + logp[:, None]
-        found = top_k_kl(odds, logp, labels, reference=reference, ref_logp=ref_logp)
+    found = from_logits(leaf, labels, form, reference, ref_logp)
     assert torch.isfinite(found.kl).all()
     assert torch.isfinite(found.remainder).all()
     assert found.kl[0] == 0 == found.remainder[0]
-    if form == "logits":
+    if form != "log-probs":
         (gradient,) = torch.autograd.grad(found.kl.sum(), leaf)
         assert torch.isfinite(gradient).all()
         assert not gradient[0].any()

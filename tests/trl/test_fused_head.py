@@ -9,6 +9,7 @@ from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import utils
 
 from kl_plugins.patches.trl import fused_head
+from kl_plugins.top_k import TiledSearch
 from tests.support.trl import kernels
 
 N, D, V, K, CHUNK = 30, 16, 101, 7, 32
@@ -60,9 +61,9 @@ CASES = [
 ]
 
 
-def watched(case: Case, wanted: fused_head.Wanted) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    seen: list[tuple[Tensor, ...]] = []
-    with fused_head.watched(lambda rows: wanted, lambda *given: seen.append(given)):
+def watched(case: Case, wanted: fused_head.Wanted) -> tuple[tuple[Any, ...], fused_head.Found]:
+    seen: list[fused_head.Found] = []
+    with fused_head.watched(lambda rows: wanted, seen.append):
         results = utils._ChunkedLogProbFunction.apply(*case.arguments)
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
     return results, seen[0]
@@ -71,7 +72,8 @@ def watched(case: Case, wanted: fused_head.Wanted) -> tuple[tuple[Any, ...], tup
 @pytest.mark.parametrize("given", CASES)
 def test_log_probs_and_gradient_of_given_tokens(given: tuple[Any, ...]) -> None:
     case = Case(*given)
-    results, (ids, log_probs, logp) = watched(case, case.ids)
+    results, (ids, log_probs, logp, draws) = watched(case, case.ids)
+    assert draws is None
     expected, every = case.plainly()
     assert torch.equal(ids, case.ids)
     assert logp is results[0]
@@ -86,7 +88,8 @@ def test_log_probs_and_gradient_of_given_tokens(given: tuple[Any, ...]) -> None:
 def test_most_probable_tokens(given: tuple[Any, ...]) -> None:
     case = Case(*given)
     sought = torch.arange(N) % 5 > 0
-    _, (ids, log_probs, _) = watched(case, fused_head.MostProbable(K, sought))
+    _, (ids, log_probs, _, draws) = watched(case, fused_head.MostProbable(K, sought))
+    assert draws is None
     ids, log_probs, every = ids[sought], log_probs[sought], case.plainly()[1][sought]
     torch.testing.assert_close(log_probs.detach().sort(-1)[0], every.topk(K, -1)[0].sort(-1)[0], rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(log_probs.detach(), every.gather(-1, ids), rtol=1e-5, atol=2e-5)
@@ -94,8 +97,46 @@ def test_most_probable_tokens(given: tuple[Any, ...]) -> None:
 
 
 def test_more_tokens_than_the_vocabulary_has_are_all_of_it() -> None:
-    _, (ids, _, _) = watched(Case(*CASES[0]), fused_head.MostProbable(2 * V, torch.ones(N, dtype=torch.bool)))
+    _, (ids, *_) = watched(Case(*CASES[0]), fused_head.MostProbable(2 * V, torch.ones(N, dtype=torch.bool)))
     assert torch.equal(ids.sort(-1)[0], torch.arange(V).expand(N, V))
+
+
+@pytest.mark.parametrize("given", CASES)
+def test_draws(given: tuple[Any, ...]) -> None:
+    """They are those of a search in the final logits, in rows that are sought, with log-probs and the label's rate."""
+    case, count = Case(*given), 400
+    sought = torch.arange(N) % 5 > 0
+    wanted = fused_head.MostProbable(K, sought, count, torch.Generator().manual_seed(0))
+    _, (ids, log_probs, _, draws) = watched(case, wanted)
+    assert draws is not None
+    every = case.plainly()[1]
+    assert ids.shape == log_probs.shape == (N, K + count)
+    assert torch.equal(ids[:, K:], draws.ids)
+    found = draws.log_rate < 1e4
+    assert found[sought].float().mean() > 0.5
+    torch.testing.assert_close(
+        log_probs.detach()[:, K:][found & sought[:, None]],
+        every.gather(-1, draws.ids)[found & sought[:, None]],
+        rtol=1e-5,
+        atol=2e-5,
+    )
+    whole = TiledSearch(K, case.labels, count, torch.Generator().manual_seed(0))
+    for start in range(0, V, CHUNK):
+        whole.add(every[:, start : start + CHUNK], start)
+    expected = whole.draws.label_log_rate[sought]
+    torch.testing.assert_close(draws.label_log_rate[sought], expected, rtol=1e-5, atol=2e-3)
+    mean = (torch.where(found, draws.ids, 0).double().sum(-1) / found.sum(-1).clamp_min(1))[sought]
+    other = whole.draws.log_rate < 1e4
+    expected_mean = (torch.where(other, whole.draws.ids, 0).double().sum(-1) / other.sum(-1).clamp_min(1))[sought]
+    assert (mean - expected_mean).abs().max() < 6 * V / 2 / (0.5 * count) ** 0.5
+
+
+def test_no_row_that_is_sought() -> None:
+    wanted = fused_head.MostProbable(K, torch.zeros(N, dtype=torch.bool), 3)
+    _, (ids, log_probs, _, draws) = watched(Case(*CASES[0]), wanted)
+    assert ids.shape == log_probs.shape == (N, K + 3)
+    assert draws is not None
+    assert draws.log_rate.shape == (N, 3)
 
 
 @pytest.mark.parametrize("given", CASES)

@@ -162,6 +162,7 @@ def test_exact_terms_under_zero_3(spec, monkeypatch, tmp_path):
     # benchmarks.llm.sharded runs it.
     if installed() >= WITH_KNOWN_HEAD:
         GRPOConfig(**settings, kl=f"{spec}/top")
+        GRPOConfig(**settings, kl=f"{spec}/top:16/draws:8")
     else:
         with pytest.raises(ValueError, match="ZeRO-3"):
             GRPOConfig(**settings, kl=f"{spec}/top")

@@ -200,7 +200,6 @@ def test_the_whole_vocabulary_in_the_set_is_exact(lora: bool, model: str, tmp_pa
     assert 0 < min(trainers.log_of(top, "completions/clipped_ratio")) < 1
 
 
-@pytest.mark.parametrize("head", [SHARED], indirect=True)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_many_draws_are_exact(lora: bool, model: str, tmp_path: Path) -> None:
     """The draws take the place of the drawn token; the more of them, the nearer are the exact KL and its gradient."""
@@ -210,12 +209,6 @@ def test_many_draws_are_exact(lora: bool, model: str, tmp_path: Path) -> None:
     kl, *_ = by_hand(built, inputs)
     expected = gradient_of(built, built.beta * kl.masked_fill(~mask, 0.0).sum() / mask.sum())
     assert (ours - expected).norm() / expected.norm() < 0.1
-
-
-@pytest.mark.parametrize("head", [OWN], indirect=True)
-def test_draws_need_a_head_that_is_known(model: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="draws"):
-        trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl=f"exact@loss/top:{K}/draws:2")
 
 
 class Reordered(GRPOTrainer):

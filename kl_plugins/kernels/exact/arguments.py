@@ -88,8 +88,6 @@ def checked_reference(
     if ref_logp is None:
         raise ValueError("reference= needs ref_logp=, the labels' log-probs under the reference")
     ids, logp, log_tail, temperature, draws = reference
-    if draws is not None:
-        raise ValueError("the reference has draws, which linear_kl cannot use; exact_kl and top_k.top_k_kl can")
     if not math.isclose(1.0 / temperature, options.scale, rel_tol=1e-6):
         raise ValueError(
             f"the reference's log-probs are of temperature {temperature}, the policy's of {1.0 / options.scale:.6g}: "
@@ -101,6 +99,11 @@ def checked_reference(
             f"reference: ids {tuple(ids.shape)} and logp {tuple(logp.shape)} must be {(*shape, 'k')}, log_tail "
             f"{tuple(log_tail.shape)} and ref_logp {tuple(ref_logp.shape)} must be {tuple(shape)}"
         )
+    if draws is not None:
+        drawn = (*shape, draws.ids.shape[-1])
+        shapes = [tuple(part.shape) for part in draws]
+        if shapes != [drawn, drawn, drawn, tuple(shape)]:
+            raise ValueError(f"reference.draws {shapes} must be three times {(*shape, 'm')} and {tuple(shape)}")
     check_floats(logp=logp, log_tail=log_tail, ref_logp=ref_logp)
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(f"reference.ids hold {ids.dtype}, expected token ids")

@@ -111,23 +111,27 @@ def reference_rows(logits: Tensor, k: int, options: Options, drawing: Drawing | 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     count = 0 if drawing is None else drawing.draws
     parts: list[tuple[Tensor, ...]] = []
+
+    def final(values: Tensor) -> Tensor:
+        return scaled(values, options.scale, options.softcap)
+
     with torch.no_grad():
         for rows in tail_tiles(logits, options):
             levels = group_maxima(logits[rows], k)
             ids = largest_of(levels, k)
-            z = scaled(logits[rows].gather(-1, ids).double(), options.scale, options.softcap)
+            z = final(logits[rows].gather(-1, ids).double())
             tail = tail_log_sum_exp(logits[rows], ids, options.scale, options.softcap)
             lse = torch.logaddexp(z.logsumexp(-1), tail)
             parts.append((ids, (z - lse[:, None]).to(dtype), (tail - lse).to(dtype)))
             if drawing is not None:
-                given = ids, drawing.labels[rows], count, drawing.generator, options.scale, options.softcap
-                drawn, log_rate, label_log_rate = tail_draws(levels, *given)
-                z = scaled(logits[rows].gather(-1, drawn).double(), options.scale, options.softcap)
+                found = tail_draws(levels, ids, drawing.labels[rows], count, drawing.generator, final)
+                drawn, log_rate, label_log_rate = found.draws(dtype)
+                z = final(logits[rows].gather(-1, drawn).double())
                 parts[-1] += (drawn, (z - lse[:, None]).to(dtype), log_rate, label_log_rate)
         if not parts:
             empty = logits.new_zeros(0, min(k, logits.shape[-1]), dtype=dtype)
             none = logits.new_zeros(0, count, dtype=dtype)
             parts.append((empty.long(), empty, empty.sum(-1), none.long(), none, none, none.sum(-1)))
         ids, logp, log_tail, *draws = (torch.cat(part) for part in zip(*parts, strict=True))
-    found = None if drawing is None else RefDraws(draws[0], draws[1], draws[2], draws[3])
-    return RefTopK(ids, logp, log_tail, 1.0 / options.scale, found)
+    given = None if drawing is None else RefDraws(draws[0], draws[1], draws[2], draws[3])
+    return RefTopK(ids, logp, log_tail, 1.0 / options.scale, given)

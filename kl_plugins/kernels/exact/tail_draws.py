@@ -13,12 +13,13 @@ the k-th largest logit takes its place. A draw that ends where all tokens are am
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kl_plugins.kernels.exact.statistics import scaled
 from kl_plugins.kernels.exact.top_tokens import GROUP
 
 DEEPEST = 3
@@ -43,68 +44,108 @@ class Draws(NamedTuple):
     label_log_rate: Tensor
 
 
+class TailDraws(NamedTuple):
+    """Draws of each row before their rates are known, for rows of which only a part of the vocabulary has been seen.
+
+    A token of weight w is drawn with probability w / W, where W is the sum of the weights of everything that can be
+    drawn. So draws from several parts of the vocabulary can be joined: their weights stay, and their W are added up.
+
+    Attributes:
+        ids: (n, m) int64 tokens; any token where nothing was found.
+        found: (n, m) bool.
+        log_weight: (n, m) float64 log of the token's weight; any finite number where nothing was found.
+        label_log_weight: (n,) float64, -inf if the label cannot be drawn.
+        log_total: (n,) float64 log of W; -inf if nothing can be drawn.
+    """
+
+    ids: Tensor
+    found: Tensor
+    log_weight: Tensor
+    label_log_weight: Tensor
+    log_total: Tensor
+
+    def draws(self, dtype: torch.dtype = torch.float32) -> Draws:
+        """Return the draws with their rates, which have the given dtype."""
+        found, total = self.found & (self.log_total > -torch.inf)[:, None], self.log_total
+        log_count = math.log(max(1, self.ids.shape[-1]))
+        log_rate = (self.log_weight - total[:, None]).clamp(-NOTHING, 0.0) + log_count
+        own = (self.label_log_weight - total).nan_to_num(-torch.inf)
+        own_log_rate = own.clamp_max(0.0) + log_count
+        return Draws(
+            self.ids.masked_fill(~found, 0),
+            log_rate.masked_fill(~found, NOTHING).to(dtype),
+            own_log_rate.masked_fill(own < -NOTHING, -NOTHING).to(dtype),
+        )
+
+
 def tail_draws(
     levels: list[Tensor],
     top: Tensor,
     labels: Tensor,
     count: int,
     generator: torch.Generator | None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Draws:
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> TailDraws:
     """Draw tokens outside the k most probable ones of each row.
 
     Args:
         levels: of the reference's logits (n, V), see :func:`~kl_plugins.kernels.exact.top_tokens.group_maxima`.
         top: (n, k) int64, the k most probable tokens, the last one the least probable.
-        labels: (n,) int64 tokens, at least 0.
+        labels: (n,) int64 tokens; -1 for a label that is not among the V tokens.
         count: number of draws m.
         generator: source of the random numbers, on the device of the logits; None for torch's own.
-        scale: 1 / temperature.
-        softcap: soft-cap of the model's final logits, or None.
+        transform: makes final logits, in nats, of those in ``levels``, and keeps their order; by default none is made.
     """
     levels = levels[: DEEPEST + 1]
     logits, depth = levels[0], len(levels) - 1
     dtype = torch.promote_types(logits.dtype, torch.float32)
     limit = logits.gather(-1, top[:, -1:])
-    bound = scaled(limit.to(dtype), scale, softcap)
+
+    def final(values: Tensor) -> Tensor:
+        return values.to(dtype) if transform is None else transform(values.to(dtype))
+
+    bound = final(limit)
 
     def weights(values: Tensor, level: int) -> Tensor:
         """Return exp(logit - bound), at most 1, and 0 for the k tokens and for those that have no chance."""
-        below = (scaled(values.to(dtype), scale, softcap) - bound).clamp_max(0.0).exp().nan_to_num(0.0)
+        below = (final(values) - bound).clamp_max(0.0).exp().nan_to_num(0.0)
         return below if level else below.masked_fill(values >= limit, 0.0)
-
-    def picked(chances: Tensor) -> Tensor:
-        """Return the index (n, m) of each draw, chosen among chances (n, g) of all draws of a row, or (n, m, g)."""
-        edges = chances.double().cumsum(-1)
-        random = torch.rand(len(logits), count, generator=generator, device=logits.device, dtype=torch.float64)
-        if chances.dim() == 2:
-            return torch.searchsorted(edges, random * edges[:, -1:], right=True).clamp_max(chances.shape[-1] - 1)
-        return (edges <= (random * edges[..., -1])[..., None]).sum(-1).clamp_max(chances.shape[-1] - 1)
 
     first = weights(levels[-1], depth)
     own, covered = _places(labels, levels)
-    places = torch.cat([own[-1][:, None], picked(first)], -1)
-    rate = count * first.gather(-1, places) / first.sum(-1, keepdim=True)
+    places = torch.cat([own[-1][:, None], choices(first, count, generator)], -1)
+    rate = first.gather(-1, places)
     for level in reversed(range(depth)):
         groups = levels[level + 1].shape[-1]
         members = places[..., None] + torch.arange(0, GROUP * groups, groups, device=logits.device)
         found = weights(levels[level].gather(-1, members.flatten(1)), level).view(members.shape)
-        chosen = torch.cat([own[level][:, None] // groups, picked(found[:, 1:])], -1)[..., None].clamp_max(GROUP - 1)
+        chosen = torch.cat([own[level][:, None] // groups, choices(found[:, 1:], count, generator)], -1)
+        chosen = chosen[..., None].clamp_max(GROUP - 1)
         places = members.gather(-1, chosen)[..., 0]
         rate = rate * found.gather(-1, chosen)[..., 0] / found.sum(-1)
-    log_rate = rate.nan_to_num(0.0).log().clamp_min(-NOTHING)  # nothing is left of a group whose tokens all are 0
-    hit = log_rate[:, 1:] > -NOTHING
-    return Draws(
-        places[:, 1:].masked_fill(~hit, 0),
-        log_rate[:, 1:].masked_fill(~hit, NOTHING),
-        log_rate[:, 0].masked_fill(~covered, -NOTHING),
+    rate = rate.double().nan_to_num(0.0)  # nothing is left of a group whose tokens all are 0
+    hit, unit = rate[:, 1:] > 0, bound.double().nan_to_num(0.0)
+    return TailDraws(
+        places[:, 1:],
+        hit,
+        torch.where(hit, rate[:, 1:].log() + unit, 0.0),
+        (rate[:, 0].log() + unit[:, 0]).masked_fill(~covered, -torch.inf),
+        first.sum(-1).double().log() + unit[:, 0],
     )
+
+
+def choices(chances: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Choose among chances (n, g) of all m draws of a row, or (n, m, g) of each, and return indices (n, m) int64."""
+    edges = chances.double().cumsum(-1)
+    random = torch.rand(len(chances), count, generator=generator, device=chances.device, dtype=torch.float64)
+    if chances.dim() == 2:
+        return torch.searchsorted(edges, random * edges[:, -1:], right=True).clamp_max(chances.shape[-1] - 1)
+    return (edges <= (random * edges[..., -1])[..., None]).sum(-1).clamp_max(chances.shape[-1] - 1)
 
 
 def _places(tokens: Tensor, levels: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return the place (n,) of each token (n,) on each level, and (n,) whether it has one on all of them."""
-    places, covered = [tokens], torch.ones_like(tokens, dtype=torch.bool)
+    places, covered = [tokens.clamp_min(0)], tokens >= 0
     for level in levels[1:]:
         groups = level.shape[-1]
         covered &= places[-1] < GROUP * groups
