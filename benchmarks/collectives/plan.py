@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kl_plugins import KLSpec
 from kl_plugins.metrics import REDUCTIONS
+from kl_plugins.spec.grammar import numbers_per_token
 from kl_plugins.spec.observation import Observation, looks_like_observation
 
 MICRO_BATCHES = 2
@@ -67,12 +68,12 @@ class Added:
 def carried(spec: KLSpec) -> int:
     """Return the bytes per response token that the reference's workers send to the driver, beside the log-probs.
 
-    The driver sends as many to the policy's workers. Each of the 2 k + 1 numbers has four bytes.
+    The driver sends as many to the policy's workers. Each number has four bytes.
 
     Args:
         spec: a spec; without ``top:`` nothing more is sent.
     """
-    return 0 if spec.top is None else 4 * (2 * spec.top + 1)
+    return 0 if spec.top is None else 4 * numbers_per_token(spec.top, spec.draws)
 
 
 def keys(spec: KLSpec) -> tuple[int, int]:

@@ -130,7 +130,8 @@ FORMULAS = (
     "@reward, @advantage: none, the driver shapes them",
     "OpenRLHF: @loss: per rollout batch two all-reduces of 8 (means + 7) and 8 (maxima) bytes, per optimizer step one "
     "of 40 (with beta: 64); @reward and @advantage: none",
-    "top:<k>:  veRL, OpenRLHF: 4 (2 k + 1) bytes per response token to the driver, and as many from it; k = 64: 516",
+    "top:<k>:  veRL, OpenRLHF: 4 (2 k + 1) bytes per response token to the driver, and as many from it; with draws:<m> "
+    "4 (2 k + 3 m + 2); top alone: 232",
     "beta:     a controller in the loss adds one all-reduce of 12 bytes",
     "R = 1:    the same calls, to itself, under torchrun; none without a process group",
     "ring:     an all-gather of b bytes sends (R-1) b in R-1 hops, an all-reduce 2 (R-1)/R b in 2 (R-1)",

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from benchmarks.kernel.problems import Problem
 from kl_plugins import exact_kl, linear_kl, linear_reference_top_k, reference_top_k
-from kl_plugins.spec.grammar import DEFAULT_TOP
+
+TOP_K = 64
+"""Number of the reference's tokens in the contestants with top-k, without draws."""
 
 Loss = Callable[[Problem], Tensor]
 
@@ -56,7 +58,7 @@ def of_logits(device: str) -> Iterator[Contestant | AbsentPeerError]:
     yield Contestant("kl-plugins", "exact", True, _our_exact("auto"))
     if device == "cpu":  # on a GPU this reference implementation is hundreds of times slower than the kernels
         yield Contestant("kl-plugins, eager", "exact", True, _our_exact("eager"))
-    yield Contestant(f"kl-plugins, top {DEFAULT_TOP}", "top-k", True, _our_top_k(DEFAULT_TOP))
+    yield Contestant(f"kl-plugins, top {TOP_K}", "top-k", True, _our_top_k(TOP_K))
     yield Contestant("naive", "exact", False, _naive_with_log_probs(_naive_statistics))
     # One is compiled for sizes that may change, as in training; the other as torch compiles by default.
     for name, dynamic in (("compile(naive)", True), ("compile(naive), static", None)):
@@ -73,7 +75,7 @@ def of_hidden_states(device: str) -> Iterator[Contestant | AbsentPeerError]:
     """Yield the contestants that start from hidden states and heads; they are the same on every device."""
     yield Contestant("kl-plugins, joint", "exact", True, _our_linear(joint=True))
     yield Contestant("kl-plugins, autograd", "exact", True, _our_linear(joint=False))
-    yield Contestant(f"kl-plugins, top {DEFAULT_TOP}", "top-k", True, _our_linear_top_k(DEFAULT_TOP))
+    yield Contestant(f"kl-plugins, top {TOP_K}", "top-k", True, _our_linear_top_k(TOP_K))
     yield Contestant("naive", "exact", False, _naive_linear(_naive))
     yield Contestant("compile(naive)", "exact", False, _naive_linear(torch.compile(_naive, dynamic=True)))
     for peer in (_trl_divergence, _liger_divergence, _trl_log_probs, _verl_log_probs):

@@ -31,7 +31,7 @@ from . import model
 from .settings import HOST, checked_arm, sources, versions
 from .sharded_worker import FSDP2, SINGLE, STAGES, ZERO2, ZERO3, Plan, gradient_file
 
-ARMS = (HOST, "k2@loss", "exact@loss", "exact@loss/top", "k1@advantage")
+ARMS = (HOST, "k2@loss", "exact@loss", "exact@loss/top:64", "k1@advantage")
 MOST = 1e-4
 """Largest relative difference of two gradients that counts as equal; both are computed in float32."""
 EQUAL, REFUSED, DIFFERENT, FAILED, ABSENT = "equal", "refused", "DIFFERENT", "FAILED", "not run"

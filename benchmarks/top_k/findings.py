@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.spec.grammar import DEFAULT_TOP
-
 from .noise import KS, PAIRS, StateNoise
 
 TRAINED, PERTURBED = "trained", "perturbed"
@@ -220,5 +218,4 @@ def _without_draws(policies: Sequence[Mapping[str, Any]], rows: Sequence[Mapping
         if small
         else f" No k is within {MOST_BYTES} bytes."
     )
-    stays = f" No default is chosen by this rule, and top:{DEFAULT_TOP} stays."
-    return {"k": None, "verdict": found + room + stays}
+    return {"k": None, "verdict": f"{found}{room} No k without draws is within both limits."}

@@ -27,8 +27,9 @@ WHY_DEFAULT = (
 WHICH_ONE = (
     "Which one to take: three specs estimate the reverse KL's gradient in a loss. k2@loss needs only log-probs and is "
     "the cheapest; it has the noise of one sampled token per state. Take exact@loss/top where that noise matters, as "
-    "on stale data: its only noise is that of the tokens outside the reference's most probable ones, and of the "
-    "reference it needs 2 k + 1 numbers per token, which the pass that gives its log-probs gives as well. Take "
+    "on stale data: its only noise is that of the tokens outside the reference's most probable ones, most of which "
+    "further tokens that the reference draws take away. Of the reference it needs 2 k + 3 m + 2 numbers per token "
+    "for k most probable tokens and m draws, which the pass that gives its log-probs gives as well. Take "
     "exact@loss if the reference's logits are beside the policy's: it has no token noise."
 )
 

@@ -15,8 +15,8 @@ PLACEMENTS = ("loss", "reward", "advantage")
 
 DEFAULT_BOUND = 30.0
 
-DEFAULT_TOP = 64
-"""Number of tokens that ``top`` keeps if it is written without a number."""
+DEFAULT_TOP, DEFAULT_DRAWS = 16, 8
+"""Numbers of tokens that are kept and drawn if ``top`` is written without a number."""
 
 
 def numbers_per_token(top: int, draws: int | None = None) -> int:

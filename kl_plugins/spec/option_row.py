@@ -41,7 +41,8 @@ class Values:
         meanings: the valid words and what each does; empty if the values are not words.
         forms: all notations of a value; by default the words, or ``form`` alone if the values are not words.
         examples: canonical text, another way to write the same value, and the value; tests build their specs from them.
-        bare: the value of the option if it is written without a colon; None if a value must be written.
+        bare: values of options, by name, if this option is written without a colon; they apply to other options only
+            where these are not written. Empty if a value must be written.
     """
 
     form: str
@@ -51,7 +52,7 @@ class Values:
     meanings: Mapping[str, str] = field(default_factory=dict)
     forms: tuple[str, ...] = ()
     examples: tuple[tuple[str, str, Any], ...] = ()
-    bare: Any = None
+    bare: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_flag(self) -> bool:
@@ -87,7 +88,7 @@ def number(
     expected: str = "a finite number > 0, decimal or like 1e-3",
     holds: Callable[[float], bool] = lambda x: x > 0,
     of: Callable[[float], float] = float,
-    bare: float | None = None,
+    bare: Mapping[str, float] | None = None,
 ) -> Values:
     """Return values that are a number.
 
@@ -98,7 +99,7 @@ def number(
         expected: text for the error about an invalid number.
         holds: returns whether a number is valid.
         of: ``int`` if the number is a count.
-        bare: the number to use if none is written.
+        bare: the numbers of this and other options, by name, if none is written.
     """
 
     def read(text: str) -> float:
@@ -114,7 +115,7 @@ def number(
         lambda value: effect(format_number(value)),
         forms=(form,),
         examples=tuple((short, other, of(float(other))) for short, other in examples.items()),
-        bare=bare,
+        bare=bare or {},
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kl_plugins.estimators import find_estimator
-from kl_plugins.spec.grammar import DEFAULT_BOUND, DEFAULT_TOP, format_number
+from kl_plugins.spec.grammar import DEFAULT_BOUND, DEFAULT_DRAWS, DEFAULT_TOP, format_number
 from kl_plugins.spec.option_row import NOT_IN_REWARD, Fault, OptionRow, Reference, Values, number, words
 from kl_plugins.spec.schedules import SCHEDULE
 from kl_plugins.spec.weight_options import WEIGHT_OPTIONS
@@ -124,10 +124,11 @@ OPTIONS: dict[str, OptionRow] = {
                 expected="a whole number >= 1",
                 holds=lambda x: x >= 1 and x == int(x),
                 of=int,
-                bare=DEFAULT_TOP,
+                bare={"top": DEFAULT_TOP, "draws": DEFAULT_DRAWS},
             ),
             "exact only: the reference's k most probable tokens and one bucket for all others exactly, what happens "
-            f"inside the bucket by an unbiased sample; without a number k is {DEFAULT_TOP}",
+            "inside the bucket by an unbiased sample; top without a number means "
+            f"top:{DEFAULT_TOP}/draws:{DEFAULT_DRAWS}",
             faults=_top_faults,
             acts=lambda spec: spec.estimator == "exact",
             unset=("all", "the whole vocabulary exactly"),

@@ -102,6 +102,7 @@ def _known_estimators() -> set[str]:
 def _read_options(text: str, options: list[Part]) -> tuple[dict[str, Any], dict[str, Part]]:
     values: dict[str, Any] = {}
     parts: dict[str, Part] = {}
+    implied: dict[str, Any] = {}
     for part in options:
         name, colon, value = part.text.partition(":")
         row = BY_SPELLING.get(name)
@@ -113,10 +114,12 @@ def _read_options(text: str, options: list[Part]) -> tuple[dict[str, Any], dict[
         if row.values.is_flag and colon:
             raise part.error(text, f"{name!r} takes no value", name)
         try:
-            bare = row.values.bare if not colon else None
-            values[row.name] = row.values.read(value) if bare is None else bare
+            if row.values.bare and not colon:
+                implied |= row.values.bare
+            else:
+                values[row.name] = row.values.read(value)
         except BadValueError as bad:
             where = Part(value, part.start + len(name) + 1)
             raise where.error(text, f"{name}: {bad.problem}", bad.expected, bad.nearest) from None
         parts[row.name] = part
-    return values, parts
+    return implied | values, parts

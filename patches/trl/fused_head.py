@@ -134,7 +134,7 @@ def _kept_log_probs() -> Any:
             ctx.transform, labels = _Transform.of(*args), args[3]
             tiles: _Read | _Search
             if isinstance(wanted, MostProbable):
-                tiles = _Search(wanted, labels, ctx.transform)
+                tiles = _Search(wanted, labels, args[1].shape[0], ctx.transform)
             else:
                 tiles = _Read(torch.cat([wanted, labels[:, None]], -1))
             with _each_tile(FORWARD, tiles.look):
@@ -212,22 +212,25 @@ class _Rows:
 
 
 class _Read:
-    """Reads products of given tokens out of tiles."""
+    """Reads products of given tokens out of tiles.
+
+    Attributes:
+        rows: rows of the last tile.
+    """
 
     def __init__(self, tokens: Tensor) -> None:
-        self._tokens, self._rows = tokens, _Rows()
+        self._tokens, self._rows, self.rows = tokens, _Rows(), slice(0, 0)
         self._blocks: list[Tensor] = []
 
-    def look(self, call: Callable[[], None], tile: Tensor, start: int) -> slice:
-        """Read a tile, and return its rows."""
+    def look(self, call: Callable[[], None], tile: Tensor, start: int) -> None:
+        """Read a tile."""
         call()
-        rows = self._rows.of(tile, start)
-        tokens = self._tokens[rows]
+        self.rows = self._rows.of(tile, start)
+        tokens = self._tokens[self.rows]
         if start == 0:
             self._blocks.append(torch.zeros(tokens.shape, dtype=tile.dtype, device=tile.device))
         column, inside = _columns(tokens, start, tile)
         self._blocks[-1] = torch.where(inside, tile.gather(-1, column), self._blocks[-1])
-        return rows
 
     def tokens(self) -> Tensor:
         """Return (n, c) ids."""
@@ -235,7 +238,7 @@ class _Read:
 
     def logits(self) -> Tensor:
         """Return (n, c) products of hidden state and head."""
-        return torch.cat(self._blocks)
+        return torch.cat(self._blocks) if self._blocks else torch.zeros(self._tokens.shape, device=self._tokens.device)
 
     def rates(self) -> tuple[Tensor, Tensor]:
         """Return log-rates (n, 0) of no draws, and (n,) those of the labels."""
@@ -244,20 +247,24 @@ class _Read:
 
 
 class _Search:
-    """Finds the most probable tokens of some rows in tiles, draws others, and reads the products of the labels."""
+    """Finds the most probable tokens of some rows in tiles, draws others, and reads the products of the labels.
 
-    def __init__(self, wanted: MostProbable, labels: Tensor, transform: _Transform) -> None:
+    Rows that are not searched get 0.
+    """
+
+    def __init__(self, wanted: MostProbable, labels: Tensor, vocabulary: int, transform: _Transform) -> None:
         self._wanted, self._labels, self._transform = wanted, labels, transform
+        self._width = min(wanted.k, vocabulary) + wanted.draws
         self._own = _Read(labels[:, None])
         self._searches: list[tuple[slice, TiledSearch]] = []
         self._block: list[tuple[slice, TiledSearch]] = []
 
     def look(self, call: Callable[[], None], tile: Tensor, start: int) -> None:
         """Search a tile."""
-        rows = self._own.look(call, tile, start)
+        self._own.look(call, tile, start)
+        rows = self._own.rows
         if start == 0:
-            found = runs(self._wanted.rows[rows]) or [slice(0, 0)]  # so that the number of columns is always known
-            self._block = [(run, self._search(self._labels[rows][run])) for run in found]
+            self._block = [(run, self._search(self._labels[rows][run])) for run in runs(self._wanted.rows[rows])]
             self._searches += [(slice(rows.start + run.start, rows.start + run.stop), it) for run, it in self._block]
         for run, search in self._block:
             search.add(tile[run], start)
@@ -268,26 +275,26 @@ class _Search:
 
     def tokens(self) -> Tensor:
         """Return (n, k + m + 1) ids: of the most probable tokens, of the draws, and of the label."""
-        found = self._whole([(rows, search.tokens) for rows, search in self._searches])
+        found = self._labels.new_zeros(len(self._labels), self._width)
+        for rows, search in self._searches:
+            found[rows] = search.tokens
         return torch.cat([found, self._labels[:, None]], -1)
 
     def logits(self) -> Tensor:
         """Return (n, k + m + 1) products of hidden state and head."""
-        found = self._whole([(rows, search.logits) for rows, search in self._searches])
-        return torch.cat([found, self._own.logits()], -1)
+        own = self._own.logits()
+        found = own.new_zeros(len(own), self._width)
+        for rows, search in self._searches:
+            found[rows] = search.logits
+        return torch.cat([found, own], -1)
 
     def rates(self) -> tuple[Tensor, Tensor]:
         """Return log-rates (n, m) of the draws, and (n,) those of the labels."""
-        draws = [(rows, search.draws) for rows, search in self._searches]
-        own = self._whole([(rows, of.label_log_rate) for rows, of in draws])
-        return self._whole([(rows, of.log_rate) for rows, of in draws]), own
-
-    def _whole(self, parts: list[tuple[slice, Tensor]]) -> Tensor:
-        """Join what belongs to the rows that were searched; other rows get 0."""
-        whole = parts[0][1].new_zeros(len(self._labels), *parts[0][1].shape[1:])
-        for rows, values in parts:
-            whole[rows] = values
-        return whole
+        found = torch.zeros(len(self._labels), self._wanted.draws, device=self._labels.device)
+        own = torch.zeros(len(self._labels), device=self._labels.device)
+        for rows, search in self._searches:
+            _, found[rows], own[rows] = search.draws
+        return found, own
 
 
 class _Add:

@@ -26,7 +26,7 @@ from tests.support.core.tensors import batch as make_batch
         ("observe/probe:100", None, None, 100),
         ("k3/observe", "k3", None, None),
         ("low_var_kl+/observe:k1@reward/probe:1", "low_var_kl+", "k1@reward", 1),
-        ("observe:exact@loss/top/probe:2", None, "exact@loss/top:64", 2),
+        ("observe:exact@loss/top/probe:2", None, "exact@loss/top:16/draws:8", 2),
         ("k3/observe:exact@loss/top:8/is:token", "k3", "exact@loss/top:8/is:token", None),
         ("k3/observe:k1@loss", "k3", "k1@loss/allow:biased", None),  # nothing trains under it
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kl_plugins import KLSpec, KLSpecError
 from kl_plugins.spec import PRESETS, looks_like_spec
-from kl_plugins.spec.grammar import DEFAULT_TOP, format_number, parse_number, parse_numbers
+from kl_plugins.spec.grammar import DEFAULT_DRAWS, DEFAULT_TOP, format_number, parse_number, parse_numbers
 from kl_plugins.spec.presets import NOTES
 from kl_plugins.spec.target import TARGETS, caveats_with_source
 from tests.support.core.specs import Written, written_specs
@@ -169,8 +169,11 @@ def test_only_the_whole_sum_is_said_to_be_exact_off_policy() -> None:
 
 def test_top_without_a_number_is_the_default_and_printed_with_it() -> None:
     """Receipts and checkpoints say which number it was."""
-    assert KLSpec.parse("exact@loss/top") == KLSpec.parse(f"exact@loss/top:{DEFAULT_TOP}")
-    assert str(KLSpec.parse("exact@loss/is:token/top")) == f"exact@loss/top:{DEFAULT_TOP}/is:token"
+    assert KLSpec.parse("exact@loss/top") == KLSpec.parse(f"exact@loss/top:{DEFAULT_TOP}/draws:{DEFAULT_DRAWS}")
+    assert str(KLSpec.parse("exact@loss/is:token/top")) == "exact@loss/top:16/draws:8/is:token"
+    for text in ("exact@loss/top/draws:3", "exact@loss/draws:3/top"):
+        assert KLSpec.parse(text) == KLSpec.parse(f"exact@loss/top:{DEFAULT_TOP}/draws:3")
+    assert KLSpec.parse("exact@loss/top:16").draws is None
     with pytest.raises(KLSpecError, match="whole number"):
         KLSpec.parse("exact@loss/top:")
 

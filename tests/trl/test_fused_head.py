@@ -139,6 +139,21 @@ def test_no_row_that_is_sought() -> None:
     assert draws.log_rate.shape == (N, 3)
 
 
+@pytest.mark.parametrize("searched", [False, True], ids=["given", "searched"])
+def test_no_row_at_all(searched: bool) -> None:
+    """TRL scores a micro-batch in which nothing counts; its gradient is 0."""
+    case = Case(*CASES[0])
+    hidden, labels = case.leaves[0][:0], case.labels[:0]
+    wanted = fused_head.MostProbable(K, labels.bool(), 3) if searched else case.ids[:0]
+    seen: list[fused_head.Found] = []
+    with fused_head.watched(lambda rows: wanted, seen.append):
+        results = utils._ChunkedLogProbFunction.apply(hidden, *case.leaves[1:], labels, *case.options)
+    (found,) = seen
+    assert found.ids.shape == found.log_probs.shape == (0, K + 3 * searched)
+    gradients = torch.autograd.grad(results[0].sum() + found.log_probs.sum(), case.leaves)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("given", CASES)
 def test_results_and_gradient_of_trl_stay_the_same_bit_by_bit(given: tuple[Any, ...]) -> None:
     case = Case(*given)

@@ -194,7 +194,7 @@ def test_heads_in_pieces_are_refused_where_trls_head_is_not_known(monkeypatch, t
 def test_the_start_says_what_top_costs(model, tmp_path, capfd):
     _, built = first_step(model, tmp_path, "observe:exact@loss/top", lora=True, beta=0.0)
     receipt = built._kl_plugins.receipt()
-    said = "129 numbers (516 bytes) per token from the reference's pass, and a forward pass with the adapter off"
+    said = "58 numbers (232 bytes) per token from the reference's pass, and a forward pass with the adapter off"
     assert said in receipt.cost
     assert said in capfd.readouterr().err
 

@@ -253,4 +253,4 @@ def test_numbers_that_are_missing_stop_the_run(model: str, tmp_path: Path, monke
 
 def test_start_says_what_the_numbers_cost(model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl="exact@loss/top", max_steps=1).train()
-    assert "costs 129 numbers (516 bytes) per token from the reference's pass" in capfd.readouterr().err
+    assert "costs 58 numbers (232 bytes) per token from the reference's pass" in capfd.readouterr().err

@@ -82,7 +82,8 @@ def test_paper_by_hand() -> None:
 
 def test_the_default_k_keeps_to_the_budget_of_bytes_per_token() -> None:
     assert carried(KLSpec.parse(TOP_K)) == 4 * 17
-    assert carried(KLSpec.parse("exact@loss/top")) == 516 <= MOST_CARRIED
+    assert carried(KLSpec.parse("exact@loss/top:64")) == 516 <= MOST_CARRIED
+    assert carried(KLSpec.parse("exact@loss/top")) == 4 * (2 * 16 + 1 + 3 * 8 + 1) <= MOST_CARRIED
     assert carried(KLSpec.parse("exact@loss")) == 0
 
 

@@ -46,7 +46,11 @@ def test_the_upper_end_of_the_interval_decides():
 def test_what_each_limit_allows_is_reported_where_no_k_is_within_both():
     found = judged({k: 2.5 * high for k, high in FALLING.items()})  # 64: 0.15, 128: 0.075
     assert found["k"] is None
-    for words in ("is 128, with 1028 bytes", "within 600 bytes is 64, with a noise of up to 0.150", "top:64 stays"):
+    for words in (
+        "is 128, with 1028 bytes",
+        "within 600 bytes is 64, with a noise of up to 0.150",
+        "No k without",
+    ):
         assert words in found["verdict"]
 
 
