@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kl_plugins.corrections import importance_weight
+from kl_plugins.kernels.exact.draws import drawn_part
 from kl_plugins.kernels.sampled import log_ratios, row_of
 from kl_plugins.metric_names import COMPARED, LEVELS, PROBE_SUMS
 from kl_plugins.metrics import ALIVE
@@ -81,23 +82,32 @@ def cells_of(log_probs: Tensor, labels: Tensor, reference: RefTopK) -> Cells:
     """Compute the products of the gradients of each state.
 
     With probabilities p of the policy and log-ratios u = log(p / r) of the cells, the gradient of the KL is
-    p (u - sum p u), and that of the log-prob of the drawn token is e - p, where e is 1 in the token's cell.
+    p (u - sum p u), and that of the log-prob of the drawn token is e - p, where e is 1 in the token's cell. If the
+    reference has draws, what they add to the KL has the gradient c (e - p), where e is 1 in the bucket and c is the sum
+    of their coefficients.
 
     Args:
-        log_probs: (..., k) log-probs of ``reference.ids`` under the policy, nats.
+        log_probs: (..., k) log-probs of ``reference.tokens`` under the policy, nats; (..., k + m) with draws.
         labels: (...) int64, the drawn tokens.
         reference: of the same states.
 
     Returns:
         The products, float32 (float64 for float64 log-probs), detached.
     """
-    ours, tail = log_probs.double().clamp_max(0.0), reference.log_tail.double()[..., None]
+    k, draws = reference.ids.shape[-1], reference.draws
+    ours, tail = log_probs[..., :k].double().clamp_max(0.0), reference.log_tail.double()[..., None]
     inside = reference.ids == labels[..., None]
     bucket = (1.0 - ours.exp().sum(-1, keepdim=True)).clamp_min(0.0).masked_fill(tail == -torch.inf, 0.0)
     p = torch.cat([ours.exp(), bucket], -1)
     u = torch.cat([ours - reference.logp.double(), bucket.log() - tail], -1)
     u = u.masked_fill(p == 0, 0.0).clamp(-LINEAR_LIMIT, LINEAR_LIMIT)
     of_kl = p * (u - (p * u).sum(-1, keepdim=True))
+    if draws is not None:
+        level = u[..., -1].reshape(-1)
+        everywhere = torch.ones_like(level, dtype=torch.bool)
+        added = drawn_part(log_probs[..., k:].reshape(len(level), -1), draws.rows(), level, everywhere)
+        in_bucket = torch.zeros_like(p).index_fill(-1, torch.tensor(k, device=p.device), 1.0)
+        of_kl = of_kl + added.double().view(*p.shape[:-1], 1) * (in_bucket - p)
     of_label = torch.cat([inside, ~inside.any(-1, keepdim=True)], -1).double() - p
     products = of_kl.square(), of_kl * of_label, of_label.square()
     return Cells(*(product.sum(-1).to(log_probs.dtype) for product in products))

@@ -68,9 +68,7 @@ def states_kl(
             found = top_k_kl(odds + own[:, None], own, tokens, reference=kept, ref_logp=host_ref_logp)
             batch.exact, batch.remainder = by_token(found.kl), by_token(found.remainder)
             if batch.session.probing:
-                batch.cells = Cells(
-                    *map(by_token, cells_of(odds[:, : kept.ids.shape[-1]] + own[:, None], tokens, kept))
-                )
+                batch.cells = Cells(*map(by_token, cells_of(odds + own[:, None], tokens, kept)))
             ref_logp = label_log_probs(kept, tokens, host_ref_logp)
     difference = here.of_all((ref_logp.detach().float() - host_ref_logp).abs()).sum()
     return difference if batch.fits else torch.full_like(difference, torch.inf)

@@ -169,7 +169,7 @@ class Kept(NamedTuple):
         found = found._replace(ref_logp=label_log_probs(reference, labels, ref_logp))
         if not self.probed:
             return found
-        return ProbedKL(*found, *cells_of(log_probs[..., : reference.ids.shape[-1]], labels, reference))
+        return ProbedKL(*found, *cells_of(log_probs, labels, reference))
 
     def kl_of_states(
         self, first: int, hidden: Tensor, head: OutputHead, input_ids: Tensor, attended: Tensor, temperature: float
@@ -214,18 +214,18 @@ class Kept(NamedTuple):
 
 @torch.no_grad()
 def log_odds_of_states(states: Tensor, head: OutputHead, labels: Tensor, reference: RefTopK) -> Tensor:
-    """Compute log(p_a / p_label) of the kept tokens a, from the rows of the head that belong to them.
+    """Compute log(p_a / p_label) of the kept tokens and draws a, from the rows of the head that belong to them.
 
     Args:
         states: (b, T, D) hidden states as they go into the head.
         head: the policy's head.
         labels: (b, T) int64.
-        reference: with the kept tokens (b, T, k), and the temperature.
+        reference: with the kept tokens (b, T, k), draws (b, T, m), and the temperature.
 
     Returns:
-        (b, T, k) nats, float32.
+        (b, T, k + m) nats, float32.
     """
-    tokens = torch.cat([reference.ids, labels[..., None]], -1).flatten(0, 1)
+    tokens = torch.cat([reference.tokens, labels[..., None]], -1).flatten(0, 1)
     size = max(1, ROWS_OF_THE_HEAD // (tokens.shape[-1] * states.shape[-1]))
     parts = []
     for rows, ids in zip(torch.split(states.flatten(0, 1), size), torch.split(tokens, size), strict=True):

@@ -100,8 +100,7 @@ class Pending(NamedTuple):
     def cells(self, log_probs: Tensor) -> Cells:
         """Compute what a probe needs, (B, T) each; the argument is that of :meth:`with_log_probs`."""
         place = self.rows.sequence, self.rows.step
-        odds = self.odds[:, : self.kept.ids.shape[-1]]
-        found = cells_of(odds + log_probs[place][:, None], self.labels, self.kept)
+        found = cells_of(self.odds + log_probs[place][:, None], self.labels, self.kept)
         nothing = torch.zeros_like(log_probs, dtype=found.kl.dtype)
         return Cells(*(nothing.index_put(place, part) for part in found))
 
@@ -150,7 +149,7 @@ def packed_top_k(
         found = exact_kl(apart, None, tokens, reference=reference, ref_logp=held_here(ref_logp, 0))
     results = {EXACT: found.kl[None], REMAINDER: found.remainder[None]}
     if probed:
-        log_probs = log_odds(logits.squeeze(0), tokens, reference.ids) + found.logp[:, None]
+        log_probs = log_odds(logits.squeeze(0), tokens, reference.tokens) + found.logp[:, None]
         results |= {key: part[None] for key, part in zip(CELLS, cells_of(log_probs, tokens, reference), strict=True)}
     return results, None, difference
 

@@ -25,7 +25,7 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny model, few steps: that it runs, no numbers.")] = False,
     rounds: Annotated[int, typer.Option(min=3, help="Blocks of each arm.")] = 9,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of a block.")] = 3,
-    loaded: Annotated[bool, typer.Option("--loaded", help="Keep both arms in memory; OpenRLHF only.")] = False,
+    loaded: Annotated[bool, typer.Option("--loaded", help="Keep both arms in memory; not for TRL.")] = False,
     hidden: Annotated[int, typer.Option(help="Width of the model; a multiple of 32.")] = Size.hidden,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = Size.layers,
     vocabulary: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = Size.vocabulary,
@@ -36,8 +36,8 @@ def main(
     console = console_of(150)
     size = SMOKE if smoke else Size(hidden=hidden, layers=layers, vocabulary=vocabulary, response=response)
     rounds, steps = (3, 1) if smoke else (rounds, steps)
-    if loaded and {name.partition("=")[0] for name in python} != {"openrlhf"}:
-        raise typer.BadParameter("--loaded works for openrlhf alone")
+    if loaded and "trl" in {name.partition("=")[0] for name in python}:
+        raise typer.BadParameter("--loaded does not work for trl, whose trainer owns its loop")
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
     with over_hosts(python, out) as hosts:

@@ -113,7 +113,8 @@ class Plan:
         rounds: number of rounds of all arms.
         steps: timed optimizer steps of an arm in a round, after one step of warm-up.
         loaded: keep the models of both arms in memory, and change arms without a step of warm-up. Then arms can change
-            after every step, so that slow drifts of the machine's speed cancel. Only OpenRLHF's worker can do it.
+            after every step, so that slow drifts of the machine's speed cancel. In veRL one model serves both arms.
+            TRL's worker cannot do it.
     """
 
     size: Size

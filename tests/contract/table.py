@@ -173,7 +173,7 @@ ROWS = (
     Row(
         "top_is_said",
         "The spec is exact@loss/top, and the reference may run in another process than the policy.",
-        "The receipt says that 2 k + 1 numbers per token come from the pass that scores the reference.",
+        "The receipt says how many numbers per token come from the pass that scores the reference.",
         "The reference is loaded once, and makes no further pass.",
         checks.top_is_said,
     ),

@@ -31,7 +31,7 @@ class States(NamedTuple):
         return self.logits.log_softmax(-1).gather(-1, self.tokens[..., None])[..., 0]
 
     def cells(self) -> Cells:
-        kept = self.logits.log_softmax(-1).gather(-1, self.reference.ids)
+        kept = self.logits.log_softmax(-1).gather(-1, self.reference.tokens)
         return cells_of(kept, self.tokens, self.reference)
 
     def in_cells(self, gradient: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class States(NamedTuple):
         return gradient
 
 
-def states(rows: int = 4, length: int = 6, k: int = K) -> States:
+def states(rows: int = 4, length: int = 6, k: int = K, draws: int = 0) -> States:
     random = torch.Generator().manual_seed(5)
     logits, other, old = (
         torch.randn(rows, length, VOCABULARY, dtype=torch.float64, generator=random) for _ in range(3)
@@ -53,7 +53,8 @@ def states(rows: int = 4, length: int = 6, k: int = K) -> States:
     tokens = torch.randint(0, VOCABULARY, (rows, length), generator=random)
     ref_logp, old_logp = (t.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for t in (other, logits + 0.3 * old))
     mask = torch.rand(rows, length, generator=random) < 0.8
-    return States(logits.requires_grad_(), tokens, ref_logp, old_logp, mask, reference_top_k(other, k))
+    reference = reference_top_k(other, k, labels=tokens, draws=draws, generator=random)
+    return States(logits.requires_grad_(), tokens, ref_logp, old_logp, mask, reference)
 
 
 SPECS = [
@@ -64,12 +65,16 @@ SPECS = [
     "exact@loss/top:3/is:prefix/norm",
     "exact@loss/top:3/horizon:sequence/is:decision",
     "exact@loss/top:3/horizon:sequence/future:k3",
+    "exact@loss/top:3/draws:5",
+    "exact@loss/top:3/draws:2/is:token/floor:0.9",
+    "exact@loss/top:3/draws:2/is:prefix/cap:1.2",
 ]
 
 
 @pytest.mark.parametrize("text", SPECS)
 def test_the_vectors_are_the_gradient_of_the_loss_by_the_logits(text: str) -> None:
-    given, spec = states(), KLSpec.parse(text)
+    spec = KLSpec.parse(text)
+    given = states(draws=spec.draws or 0)
     found = exact_kl(
         given.logits, None, given.tokens, reference=given.reference, ref_logp=given.ref_logp, mask=given.mask
     )

@@ -56,9 +56,12 @@ def test_training_is_stock_bit_by_bit(name, text, harness, rollouts, stock):
         assert ("kl/probe/host/cosine" in mine) is text.endswith("probe:1")
 
 
-def test_numbers_of_top_are_those_of_the_spec_that_trains(harness, rollouts):
-    applied = harness.run([*LOSS, TOP, *ONE_STEP], rollouts).metrics[0]
-    result = harness.run([*LOSS, f"k3/observe:{TOP}/probe:1", *ONE_STEP], rollouts)
+@pytest.mark.parametrize(
+    ("spec", "cost"), [(TOP, "2 k + 1 = 17"), ("exact@loss/top:8/draws:4/is:token", "2 k + 3 m + 2 = 30")]
+)
+def test_numbers_of_top_are_those_of_the_spec_that_trains(spec, cost, harness, rollouts):
+    applied = harness.run([*LOSS, spec, *ONE_STEP], rollouts).metrics[0]
+    result = harness.run([*LOSS, f"k3/observe:{spec}/probe:1", *ONE_STEP], rollouts)
     found, ours = result.metrics[0], {key: value for key, value in applied.items() if key.startswith("kl/")}
     assert {key: found[key] for key in ours} == ours
     assert ours["kl/exact"] > 0.01
@@ -67,7 +70,7 @@ def test_numbers_of_top_are_those_of_the_spec_that_trains(harness, rollouts):
     assert {f"kl/probe/{name}/cosine" for name in ("host", "k1", "k2", "k3")} <= set(probes)
     assert all(map(math.isfinite, probes.values()))
     (receipt,) = result.receipts
-    assert receipt.cost == "2 k + 1 = 17 numbers per response token from the reference actor's own pass"
+    assert receipt.cost == f"{cost} numbers per response token from the reference actor's own pass"
 
 
 def moved(experiences):

@@ -116,7 +116,7 @@ def first_step(model, folder, text, **changes):
 
 
 @pytest.mark.usefixtures("shared_head")
-@pytest.mark.parametrize("options", ["", "/is:token", "/horizon:sequence/is:decision"])
+@pytest.mark.parametrize("options", ["", "/is:token", "/horizon:sequence/is:decision", "/draws:4/is:token"])
 def test_numbers_of_top_are_those_of_the_spec_that_trains(options, model, tmp_path):
     spec = f"exact@loss/top:{K}{options}"
     applied, _ = first_step(model, tmp_path, spec, **BATCHED)

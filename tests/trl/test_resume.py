@@ -10,7 +10,7 @@ from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer
 from tests.support.trl import trainers
 
 SPEC = "k2@loss/is:token/beta:adaptive-0.001-64"
-TOP = "exact@loss/top:4/beta:cosine-0.3-0.01-5"
+TOP = "exact@loss/top:4/draws:3/beta:cosine-0.3-0.01-5"
 SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "max_steps": 5, "num_iterations": 1}
 
 

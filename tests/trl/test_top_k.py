@@ -211,6 +211,16 @@ def test_many_draws_are_exact(lora: bool, model: str, tmp_path: Path) -> None:
     assert (ours - expected).norm() / expected.norm() < 0.1
 
 
+def test_draws_leave_the_random_numbers_of_the_host_alone(model: str, tmp_path: Path) -> None:
+    states = []
+    for spec in (f"exact@loss/top:{K}", f"exact@loss/top:{K}/draws:4"):
+        built = trainers.build(GRPOTrainer, GRPOConfig, model, tmp_path, kl=spec)
+        torch.manual_seed(5)
+        inputs, _, _ = trainers.rollout_and_gradient(built)
+        states.append((torch.random.get_rng_state(), inputs["completion_ids"]))
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
 class Reordered(GRPOTrainer):
     """Reorders what it does not know of."""
 

@@ -8,7 +8,7 @@ import torch
 
 from kl_plugins.adapters.trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from kl_plugins.adapters.trl.batch import PENALTY
-from tests.support.trl import trainers
+from tests.support.trl import states, trainers
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm]
 
@@ -77,6 +77,33 @@ def test_weight_divides_by_the_policy_that_the_spec_names(spec, behaviour, other
     assert 1e-5 < gap.mean() < (10.0 if lag else 0.05)
     assert distance(gradient, by_hand(trainer, inputs, behaviour)) < 1e-5
     assert distance(gradient, by_hand(trainer, inputs, other)) > (1e-2 if lag else 1e-4)
+
+
+@pytest.mark.parametrize("lag", [False, True], ids=["in step", "lagging"])
+def test_the_remainder_of_top_is_weighted_against_the_engine(lag, wide_model, tmp_path):
+    settings = {"reward": trainers.zero_reward, "temperature": states.TEMPERATURE}
+    trainer = built(GRPOTrainer, GRPOConfig, wide_model, tmp_path, kl="exact@loss/top:3/is:token", **settings)
+    inputs, gradient, _ = rolled_out(trainer, lag)
+    mask = inputs["completion_mask"].bool()
+    kl, logp, _, remainder = states.by_hand(trainer, inputs, 3)
+    assert 0 < (remainder != 0).sum() < mask.sum()
+    expected = []
+    for behaviour in (SAMPLER, OLD):
+        weight = torch.exp(logp - inputs[behaviour]).detach()
+        trainer.model.zero_grad()
+        loss = (kl + weight * remainder * logp)[mask].sum() / mask.sum()
+        (trainer.beta * loss).backward(retain_graph=True)
+        expected.append(trainers.gradient(trainer))
+    assert distance(gradient, expected[0]) < 1e-4
+    assert distance(gradient, expected[1]) > (1e-3 if lag else 1e-5)
+
+
+@pytest.mark.parametrize("spec", ["exact@loss/top:3/draws:4/is:token", "exact@advantage/top:3"])
+def test_a_run_with_top_trains(spec, wide_model, tmp_path):
+    made = built(GRPOTrainer, GRPOConfig, wide_model, tmp_path, kl=spec, max_steps=3)
+    made.train()
+    assert trainers.log_of(made, "kl/active") == [1.0] * 3
+    assert all(value != 0 for value in trainers.log_of(made, "kl/exact")[1:])
 
 
 def test_training_reports_the_engine_as_behaviour_policy(wide_model, tmp_path, capsys, caplog):

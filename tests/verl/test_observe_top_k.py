@@ -188,15 +188,15 @@ def test_a_whole_run(version, assets, tmp_path):
     settings = {
         **LOSS,
         **OF_TRAINER[version],
-        KL_TYPE: "low_var_kl/observe:exact@loss/top:8/is:token/probe:2",
+        KL_TYPE: "low_var_kl/observe:exact@loss/top/is:token/probe:2",
         "actor_rollout_ref.actor.ppo_epochs": 2,
         "trainer.total_training_steps": 1,
     }
     result = run(assets, tmp_path, settings, environment={"SAMPLER_SHARPNESS": "0.8"})
     (step,) = finished(result, steps=1)
     assert "observes, changes nothing, in veRL" in result.output
-    assert "costs 17 numbers per token from the reference's pass" in result.output
+    assert "costs 58 numbers per token from the reference's pass" in result.output
     assert step["kl/observed"] == 1
-    assert step["kl/exact"] > 0
+    assert step["kl/exact"] != 0
     assert 0 < step["kl/probe/k2/cosine"] < 1
     assert step["kl/probe/host/norm_ratio"] > 0

@@ -8,7 +8,7 @@ import ray
 import torch
 
 from kl_plugins.adapters.top_k import KEY
-from kl_plugins.adapters.verl.top_k import ASKED
+from kl_plugins.adapters.verl.top_k import ASKED, DRAWS_ASKED
 from kl_plugins.metrics import REDUCTIONS
 from tests.support.verl import remote
 from tests.support.verl.main_ppo import KL_TYPE, LOSS, OF_TRAINER, finished, run
@@ -144,16 +144,24 @@ def test_exact_terms_of_shared_sequences_are_those_of_the_full_softmax(text, wit
 def test_the_references_most_probable_tokens_come_from_all_ranks_of_a_sequence(with_reference, single, batch, models):
     from verl.utils import tensordict_utils
 
-    data = batch.tensordict()
-    tensordict_utils.assign_non_tensor(data, compute_loss=False, **{ASKED: 4})
-    output, other = with_reference.ask(remote.score, data)
-    assert other is None
-    given = with_scores(batch, output)
+    def asked(**notes):
+        data = batch.tensordict()
+        tensordict_utils.assign_non_tensor(data, compute_loss=False, **notes)
+        output, other = with_reference.ask(remote.score, data)
+        assert other is None
+        return with_scores(batch, output)
+
+    given = asked(**{ASKED: 4})
     for text in ("exact@loss/top:4/is:token", "exact@loss/horizon:sequence/is:decision/top:4"):
         both, one = with_reference.run(text, given), single.run(text, given)
         assert both.metrics["kl/exact"] == pytest.approx(bucketed(models, batch, 4), rel=1e-4)
         assert both.metrics["kl_loss"] == pytest.approx(one.metrics["kl_loss"], rel=1e-4)
         assert distance(both.gradient, one.gradient) < 2e-5
+    given, text = asked(**{ASKED: 4, DRAWS_ASKED: 5}), "exact@loss/top:4/draws:5/is:token"
+    both, one = with_reference.run(text, given), single.run(text, given)
+    assert both.metrics["kl/exact"] == pytest.approx(one.metrics["kl/exact"], rel=1e-4)
+    assert both.metrics["kl/exact"] != pytest.approx(bucketed(models, batch, 4), rel=1e-2)
+    assert distance(both.gradient, one.gradient) < 2e-5
 
 
 def test_without_flash_attention_ranks_that_share_a_sequence_do_not_see_it_whole(sharing, batch, model):
@@ -197,7 +205,7 @@ def test_a_broken_log_prob_of_one_rank_is_counted_once_on_both(sharing, batch):
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", TRAINERS)
-@pytest.mark.parametrize("text", ["k2@loss/is:token", "exact@loss/top:8/is:token", "exact@loss"])
+@pytest.mark.parametrize("text", ["k2@loss/is:token", "exact@loss/top/is:token", "exact@loss"])
 def test_main_ppo_on_two_ranks_that_share_sequences(text, version, assets, tmp_path):
     settings = {
         **LOSS,

@@ -66,8 +66,7 @@ class TailDraws(NamedTuple):
 
     def draws(self, dtype: torch.dtype = torch.float32) -> Draws:
         """Return the draws with their rates, which have the given dtype."""
-        found, total = self.found & (self.log_total > -torch.inf)[:, None], self.log_total
-        log_count = math.log(max(1, self.ids.shape[-1]))
+        found, total, log_count = self.found, self.log_total, math.log(max(1, self.ids.shape[-1]))
         log_rate = (self.log_weight - total[:, None]).clamp(-NOTHING, 0.0) + log_count
         own = (self.label_log_weight - total).nan_to_num(-torch.inf)
         own_log_rate = own.clamp_max(0.0) + log_count

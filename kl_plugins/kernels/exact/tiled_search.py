@@ -90,13 +90,15 @@ class TiledSearch:
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         values = (values if self._transform is None else self._transform(values)).double()
         unit = values.amax(-1, keepdim=True).nan_to_num(0.0)
-        weights = (values - unit).exp().nan_to_num(0.0, posinf=0.0)
+        weights = (values - unit).exp().nan_to_num(0.0)
         index = choices(weights, self._count, self._generator)
         own = weights.masked_fill(ids != self._labels[:, None], 0.0).amax(-1)
-        found = weights.gather(-1, index) > 0
-        log_weight = torch.where(found, values.gather(-1, index), 0.0)
         drawn = TailDraws(
-            ids.gather(-1, index), found, log_weight, own.log() + unit[:, 0], weights.sum(-1).log() + unit[:, 0]
+            ids.gather(-1, index),
+            torch.ones_like(index, dtype=torch.bool),
+            values.gather(-1, index),
+            own.log() + unit[:, 0],
+            weights.sum(-1).log() + unit[:, 0],  # where this is -inf, no draw is taken
         )
         return drawn, logits.gather(-1, index)
 

@@ -135,13 +135,14 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_hostile_logits(width: int) -> None:
     """Tokens that cannot be chosen are not drawn, ties draw nothing, and no result is NaN."""
-    rows = torch.full((6, VOCABULARY), -INF)
+    rows = torch.full((7, VOCABULARY), -INF)
     rows[0, 93:100] = torch.arange(7.0)
     rows[1, 3] = INF
     rows[2] = 2.0
     rows[3] = NAN
     rows[4] = torch.linspace(-3e38, 3e38, VOCABULARY)
-    rows[5] = torch.linspace(3e4, -3e4, VOCABULARY)
+    rows[5:] = torch.linspace(3e4, -3e4, VOCABULARY)
+    rows[6, 1] = NAN
     search, draws = drawn(rows, width, 6)
     for part in draws:
         assert torch.isfinite(part).all()

@@ -51,7 +51,7 @@ def train(model: str, folder: Path) -> dict[str, object]:
         "k1@advantage",
         "exact@loss",
         "exact@advantage",
-        "exact@loss/top:4/is:token",
+        "exact@loss/top:4/draws:3/is:token",
         "exact@advantage/top:4",
     )
     found: dict[str, object] = {
