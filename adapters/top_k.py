@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kl_plugins.reference import RefDraws, RefTopK
 from kl_plugins.spec.grammar import numbers_per_token
-from kl_plugins.top_k import Draws, log_odds, top_and_drawn_tokens, top_tokens
 
 KEY = "kl_plugins_ref_top_k"
 """Name under which hosts carry the packed numbers with their batch."""
@@ -48,28 +47,6 @@ def generator_of(labels: Tensor) -> torch.Generator:
     mixed = (labels.reshape(-1) * 2_654_435_761 + places * 40_503) % 2_147_483_647
     seed = int((mixed * (mixed % 65_521 + 1)).sum()) if labels.numel() else 0
     return torch.Generator(labels.device).manual_seed(seed % 2**63)
-
-
-def tokens_and_odds(
-    logits: Tensor, labels: Tensor, k: int, draws: int | None, generator: torch.Generator | None
-) -> tuple[Tensor, Draws | None, Tensor]:
-    """Find the most probable tokens of some states, draw others, and compare them all with the labels.
-
-    Args:
-        logits: (n, V) of the reference, divided by the temperature.
-        labels: (n,) int64 tokens.
-        k: number of tokens to keep.
-        draws: number of tokens to draw; None or 0 for none.
-        generator: of the draws, see :func:`generator_of`.
-
-    Returns:
-        (n, k) ids; the draws; and (n, k + m) what :func:`kl_plugins.top_k.log_odds` gives for both, nats.
-    """
-    if not draws:
-        ids = top_tokens(logits, k)
-        return ids, None, log_odds(logits, labels, ids)
-    ids, drawn = top_and_drawn_tokens(logits, labels, k, draws, generator=generator)
-    return ids, drawn, log_odds(logits, labels, torch.cat([ids, drawn.ids], -1))
 
 
 def packed(reference: RefTopK) -> Tensor:

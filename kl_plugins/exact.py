@@ -278,7 +278,7 @@ def linear_kl(
         ref_weight: (V, D') weight of the reference's head; None if ``reference`` is given.
         labels: (...) int64 tokens; -100 leaves a position out, and its products are not computed.
         reference, ref_logp: as in :func:`exact_kl`, instead of the reference's head. They cannot be combined with
-            weights of a loss.
+            weights of a loss. Draws add a second gradient of the weight, if it is trained, to the temporaries.
         bias, ref_bias: (V,) biases of the heads, None for no bias.
         mask: (...) True for positions to use.
         temperature, softcap, ref_softcap, backend: as in :func:`exact_kl`.

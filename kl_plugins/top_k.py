@@ -7,6 +7,8 @@ token follows from two logits, and its gradient goes through the trainer's own b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,21 @@ from kl_plugins.kernels.exact.kept_log_probs import (
 )
 from kl_plugins.kernels.exact.reference import RefDraws, RefTopK
 from kl_plugins.kernels.exact.statistics import IGNORE_INDEX, scaled
-from kl_plugins.kernels.exact.tail_draws import Draws, tail_draws
+from kl_plugins.kernels.exact.tail_draws import Draws, Runs, tail_draws
 from kl_plugins.kernels.exact.tiled_search import TiledSearch
 from kl_plugins.kernels.exact.top_tokens import group_maxima, largest_of
 from kl_plugins.kernels.exact.top_tokens import top_tokens as rows_top_tokens
 
-__all__ = ["Draws", "TiledSearch", "log_odds", "reference_of", "top_and_drawn_tokens", "top_k_kl", "top_tokens"]
+__all__ = [
+    "Draws",
+    "TiledSearch",
+    "log_odds",
+    "reference_of",
+    "tokens_in_runs",
+    "top_and_drawn_tokens",
+    "top_k_kl",
+    "top_tokens",
+]
 
 
 @torch.no_grad()
@@ -80,6 +91,50 @@ def top_and_drawn_tokens(
     drawn = found.draws(torch.promote_types(logits.dtype, torch.float32))
     drawn_ids, log_rate = (part.view(*shape, draws) for part in drawn[:2])
     return ids.view(*shape, ids.shape[-1]), Draws(drawn_ids, log_rate, drawn.label_log_rate.view(shape))
+
+
+@torch.no_grad()
+def tokens_in_runs(
+    logits: Tensor,
+    runs: Sequence[slice],
+    labels: Tensor,
+    k: int,
+    draws: int = 0,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Draws | None, Tensor]:
+    """Return the k most probable tokens of some runs of neighbouring rows, draws from all others, and their log-odds.
+
+    A trainer's logits hold rows of prompts and of padding between those of responses, and a selection of rows would
+    copy their logits. Here all runs are searched at once where they are.
+
+    Args:
+        logits: (M, V) of the reference, any float dtype, divided by the temperature.
+        runs: rows to search, n together, each with a start and a stop.
+        labels: (n,) int64 tokens; a negative label stands for token 0.
+        k: number of tokens; the whole vocabulary if it has fewer.
+        draws: number m of draws; 0 for none.
+        generator: source of their random numbers, as in :func:`top_and_drawn_tokens`.
+
+    Returns:
+        (n, k) int64, the largest first; the draws, or None; and (n, k + m) what :func:`log_odds` gives for both, nats,
+        without a graph.
+
+    Raises:
+        ValueError: if k is below 1, or there are not as many labels as rows.
+    """
+    size = sum(run.stop - run.start for run in runs)
+    if k < 1 or size != len(labels):
+        raise ValueError(f"k={k}: must be at least 1; {len(labels)} labels for {size} rows")
+    # Each run is searched alone, because its numbers fit into the processor's caches. The draws are made together.
+    by_run = [group_maxima(logits.detach()[run], k) for run in runs or [slice(0, 0)]]
+    ids = torch.cat([largest_of(levels, k) for levels in by_run])
+    every = [Runs(parts) for parts in zip(*by_run, strict=True)]
+    labels, dtype = labels.clamp_min(0), torch.promote_types(logits.dtype, torch.float32)
+    drawn = tail_draws(every, ids, labels, draws, generator).draws(dtype) if draws else None
+    tokens = ids if drawn is None else torch.cat([ids, drawn.ids], -1)
+    values = every[0].gather(-1, torch.cat([tokens, labels[:, None]], -1)).to(dtype)
+    return ids, drawn, values[:, :-1] - values[:, -1:]
 
 
 def log_odds(

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from kl_plugins.adapters.openrlhf.shared_sequences import held
-from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs, tokens_and_odds
+from kl_plugins.adapters.top_k import KEY, generator_of, packed, runs
 from kl_plugins.spec import KLSpec
-from kl_plugins.spec.grammar import numbers_per_token
-from kl_plugins.top_k import Draws, reference_of
+from kl_plugins.top_k import reference_of, tokens_in_runs
 
 Numbers = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 """(n, 2 k + 1) of n response tokens, as :func:`reference_numbers` computes them."""
@@ -55,21 +54,10 @@ def reference_numbers(
     mask = action_mask.bool()
     here = held(mask, attention_mask, logits.shape[:-1])
     labels, own = sequences[:, -mask.shape[1] :][mask][here.tokens], logp[mask][here.tokens]
-    flat, first = logits.flatten(0, -2), 0
-    ids, odds, drawn = [], [], list[Draws]()
     generator = generator_of(labels) if draws else None
-    for run in runs(here.rows):
-        tokens = slice(first, first := first + run.stop - run.start)
-        best, more, odd = tokens_and_odds(flat[run], labels[tokens], k, draws, generator)
-        ids.append(best)
-        odds.append(odd)
-        if more is not None:
-            drawn.append(more)
-    if not ids:
-        return own.new_zeros(0, numbers_per_token(min(k, flat.shape[-1]), draws), dtype=torch.float32)
-    of_draws = Draws(*map(torch.cat, zip(*drawn, strict=True))) if drawn else None
-    log_probs = torch.cat(odds) + own[:, None]
-    return packed(reference_of(torch.cat(ids), log_probs, flat.shape[-1], draws=of_draws))
+    given = logits.flatten(0, -2), runs(here.rows), labels, k, draws or 0
+    ids, drawn, odds = tokens_in_runs(*given, generator=generator)
+    return packed(reference_of(ids, odds + own[:, None], logits.shape[-1], draws=drawn))
 
 
 def of_batches(answers: Sequence[Sequence[Numbers]], ring: int, tensor: int) -> list[Numbers]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kl_plugins.adapters.top_k import KEY, generator_of, packed, tokens_and_odds
+from kl_plugins.adapters.top_k import KEY, generator_of, packed
 from kl_plugins.adapters.verl.batch import response_spans
 from kl_plugins.adapters.verl.shared_sequences import of_all, own_range, shared
 from kl_plugins.reference import reference_top_k
 from kl_plugins.spec import KLSpec
 from kl_plugins.spec.grammar import numbers_per_token
-from kl_plugins.top_k import reference_of
+from kl_plugins.top_k import reference_of, tokens_in_runs
 
 LOGITS = "student_logits"
 """Argument under which veRL's engine hands (1, N, V) temperature-scaled logits to a loss function."""
@@ -98,20 +98,17 @@ def recorded(logits: Tensor, data: Any, k: int, with_log_probs: bool, draws: int
     if not with_log_probs:
         numbers = [_numbers(logits[0, a:b], own, k, draws) for (a, b), own in zip(spans, labels, strict=True)]
         return lambda output: _nested(numbers)
-    found = [
-        tokens_and_odds(logits[0, a:b], own, k, draws, generator_of(own) if draws else None)
-        for (a, b), own in zip(spans, labels, strict=True)
-    ]
+    drawn_from = torch.cat(labels)
+    generator = generator_of(drawn_from) if draws else None
+    states = [slice(start, stop) for start, stop in spans]
+    ids, drawn, odds = tokens_in_runs(logits[0], states, drawn_from, k, draws, generator=generator)
     vocabulary = logits.shape[-1]
 
     def finish(output: Any) -> Tensor:
-        own = output[LOG_PROBS].values().detach()
-        return _nested(
-            [
-                packed(reference_of(ids, odds + own[start:stop, None], vocabulary, draws=drawn))
-                for (ids, drawn, odds), (start, stop) in zip(found, spans, strict=True)
-            ]
-        )
+        every = output[LOG_PROBS].values().detach()
+        own = torch.cat([every[start:stop] for start, stop in spans])
+        numbers = packed(reference_of(ids, odds + own[:, None], vocabulary, draws=drawn))
+        return _nested(list(torch.split(numbers, [stop - start for start, stop in spans])))
 
     return finish
 

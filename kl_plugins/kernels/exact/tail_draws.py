@@ -14,7 +14,8 @@ the k-th largest logit takes its place. A draw that ends where all tokens are am
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,8 +78,42 @@ class TailDraws(NamedTuple):
         )
 
 
+class Runs:
+    """Several tensors (n_i, V) that stand for one (n, V) of all their rows, which would be a copy.
+
+    Attributes:
+        shape, dtype, device: those of the tensor that they stand for.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        """Note where the rows are.
+
+        Args:
+            parts: at least one tensor, all with the same V.
+        """
+        ends = [0, *accumulate(len(part) for part in parts)]
+        self._parts = [(part, slice(*rows)) for part, rows in zip(parts, pairwise(ends), strict=True)]
+        self.shape = torch.Size([ends[-1], parts[0].shape[-1]])
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def gather(self, dim: int, ids: Tensor) -> Tensor:
+        """Do what ``torch.gather`` does."""
+        found = torch.empty(ids.shape, dtype=self.dtype, device=self.device)
+        for part, rows in self._parts:
+            torch.gather(part, dim, ids[rows], out=found[rows])
+        return found
+
+    def joined(self) -> Tensor:
+        """Return the tensor that they stand for."""
+        return torch.cat([part for part, _ in self._parts])
+
+
+Level = Tensor | Runs
+"""A level of the search for the k tokens."""
+
+
 def tail_draws(
-    levels: list[Tensor],
+    levels: Sequence[Level],
     top: Tensor,
     labels: Tensor,
     count: int,
@@ -96,7 +131,8 @@ def tail_draws(
         transform: makes final logits, in nats, of those in ``levels``, and keeps their order; by default none is made.
     """
     levels = levels[: DEEPEST + 1]
-    logits, depth = levels[0], len(levels) - 1
+    logits, last, depth = levels[0], levels[-1], len(levels) - 1
+    last = last.joined() if isinstance(last, Runs) else last
     dtype = torch.promote_types(logits.dtype, torch.float32)
     limit = logits.gather(-1, top[:, -1:])
 
@@ -110,7 +146,7 @@ def tail_draws(
         below = (final(values) - bound).clamp_max(0.0).exp().nan_to_num(0.0)
         return below if level else below.masked_fill(values >= limit, 0.0)
 
-    first = weights(levels[-1], depth)
+    first = weights(last, depth)
     own, covered = _places(labels, levels)
     places = torch.cat([own[-1][:, None], choices(first, count, generator)], -1)
     rate = first.gather(-1, places)
@@ -142,7 +178,7 @@ def choices(chances: Tensor, count: int, generator: torch.Generator | None) -> T
     return (edges <= (random * edges[..., -1])[..., None]).sum(-1).clamp_max(chances.shape[-1] - 1)
 
 
-def _places(tokens: Tensor, levels: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _places(tokens: Tensor, levels: Sequence[Level]) -> tuple[list[Tensor], Tensor]:
     """Return the place (n,) of each token (n,) on each level, and (n,) whether it has one on all of them."""
     places, covered = [tokens.clamp_min(0)], tokens >= 0
     for level in levels[1:]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kl_plugins import linear_reference_top_k, reference_top_k
 from kl_plugins.kernels.exact.tail_draws import NOTHING
-from kl_plugins.top_k import Draws, top_and_drawn_tokens
+from kl_plugins.top_k import Draws, log_odds, tokens_in_runs, top_and_drawn_tokens
 
 INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [12, 37, 300, 1029]
@@ -107,6 +107,38 @@ def test_numbers_that_are_invalid() -> None:
     for k, count in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             drawn(torch.randn(2, 9), count, k=k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_runs_of_rows_have_the_tokens_of_a_copy(vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    logits = torch.randn(30, vocabulary).to(dtype)
+    runs = [slice(2, 9), slice(9, 10), slice(20, 30)]
+    rows = torch.cat([logits[run] for run in runs])
+    labels = torch.randint(-1, vocabulary, (len(rows),))
+    ids, draws = top_and_drawn_tokens(rows, labels, K, 5, generator=torch.Generator().manual_seed(3))
+    given = logits, runs, labels, K
+    found, drawn, odds = tokens_in_runs(*given, 5, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(found, ids)
+    assert drawn is not None
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(drawn, draws, strict=True))
+    torch.testing.assert_close(odds, log_odds(rows, labels, torch.cat([ids, draws.ids], -1)))
+    found, drawn, odds = tokens_in_runs(*given)
+    assert torch.equal(found, ids)
+    assert drawn is None
+    torch.testing.assert_close(odds, log_odds(rows, labels, ids))
+
+
+def test_no_run_of_rows() -> None:
+    ids, draws, odds = tokens_in_runs(torch.randn(4, 300), [], torch.zeros(0).long(), K, 2)
+    assert ids.shape == (0, K)
+    assert odds.shape == (0, K + 2)
+    assert draws is not None
+    assert draws.log_rate.shape == (0, 2)
+    for labels, k in ((torch.zeros(2).long(), K), (torch.zeros(3).long(), 0)):
+        with pytest.raises(ValueError, match="labels for 3 rows"):
+            tokens_in_runs(torch.randn(4, 300), [slice(1, 4)], labels, k)
 
 
 @pytest.mark.parametrize("tile", [None, 4_000])
