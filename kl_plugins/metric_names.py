@@ -35,8 +35,8 @@ micro-batches. ``kl/exact`` exists only if exact values are given.
 """
 
 MEANINGS: dict[str, str] = {
-    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats; never negative; under top: the "
-    "same number as kl/exact",
+    "kl/value": "mean of k3, an estimate of the reverse KL of each token, nats, which is never negative; under "
+    "top: the same number as kl/exact",
     "kl/exact": "mean of the full-vocabulary KL, nats; under top: mean of the KL over set and bucket, which is a lower "
     "bound; with draws: plus what the draws add, which is an estimate of any sign; only under a spec with exact terms",
     "kl/reverse_k1": "mean of k1, which is u = log policy - log reference, nats; may be negative",

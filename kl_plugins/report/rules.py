@@ -75,9 +75,10 @@ RULES: tuple[Rule, ...] = (
         f"{FAQ}, the KL is 0 all the time",
     ),
     Rule(
-        "negative-kl", ("kl/value", "kl/exact"), "error", facts.ever_below, -1e-6,
-        "kl/value or kl/exact below 0",
-        "{when}, {key} is negative ({value}), which a mean of k3 and an exact KL cannot be.",
+        "negative-kl", ("kl/value", "kl/exact"), "error", facts.ever_below, -0.001,
+        "kl/value or kl/exact below -0.001 nats",
+        "{when}, {key} is negative ({value}). A mean of k3 and an exact KL cannot be; an estimate with draws can, but "
+        "hardly by so much.",
         "If the spec has top: and the log is of kl-plugins 0.2 or older, kl/exact held a signed remainder. Otherwise "
         "policy and reference do not hold probabilities of the same tokens: check mask and vocabulary.",
         f"{FAQ}, the KL is negative; verl#7856",

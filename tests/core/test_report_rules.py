@@ -21,7 +21,7 @@ MOVED = [0.1 * i for i in range(1, 11)]
 CASES: dict[str, tuple[str, list[float], list[float], str]] = {
     "not-finite": ("loss", [1.0, NAN, 1.0], [1.0, 1.0, 1.0], "In step 2, loss is not a finite number."),
     "inactive": ("kl/active", [1.0, 0.5, 1.0], [1.0, 1.0, 1.0], "In step 2, a part of the micro-batches was computed"),
-    "negative-kl": ("kl/value", [0.0, -0.01, 0.0], [0.0, -1e-9, 0.0], "In step 2, kl/value is negative (-0.01)"),
+    "negative-kl": ("kl/value", [0.0, -0.01, 0.0], [0.0, -5e-4, 0.0], "In step 2, kl/value is negative (-0.01)"),
     "negative-k1": ("kl/reverse_k1", [-0.1] * 5, [-0.1, 0.1, 0.1, 0.1], "In every logged step, the mean of k1 is neg"),
     "kl-at-start": ("kl/value", [0.5, 0.5], [0.001, 0.5], "In step 1, kl/value is 0.5 already."),
     "kl-rising": ("kl/value", RISE, [0.1] * 100, "kl/value rises after step 6"),
