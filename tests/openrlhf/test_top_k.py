@@ -35,7 +35,7 @@ MOVED = "after the policy has moved"
 
 
 LORA = ("--ds.lora.rank", "4")
-SPEC = "exact@loss/top/is:token"
+SPEC = "exact@loss/top:16/draws:8/is:token"
 EACH = ("--train.batch_size", "8", "--train.micro_batch_size", "2")
 
 
