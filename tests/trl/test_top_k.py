@@ -211,6 +211,19 @@ def test_many_draws_are_exact(lora: bool, model: str, tmp_path: Path) -> None:
     assert (ours - expected).norm() / expected.norm() < 0.1
 
 
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)])
+def test_many_draws_of_an_advantage_are_exact(trainer: type, config: type, model: str, tmp_path: Path) -> None:
+    spec = f"exact@advantage/top:{K}/draws:4000"
+    built = trainers.build(trainer, config, model, tmp_path, kl=spec, temperature=TEMPERATURE)
+    trainers.shift(built, 0.05)
+    inputs, _, _ = trainers.rollout_and_gradient(built)
+    with torch.no_grad():
+        kl, logp, ref_logp, _ = by_hand(built, inputs)
+    mask = inputs["completion_mask"].bool()
+    expected = kl_penalty(KLSpec.parse("exact@advantage"), logp, ref_logp, mask, exact=kl).float()
+    assert (inputs["kl_plugins_penalty"] - expected)[mask].norm() / expected[mask].norm() < 0.1
+
+
 def test_draws_leave_the_random_numbers_of_the_host_alone(model: str, tmp_path: Path) -> None:
     states = []
     for spec in (f"exact@loss/top:{K}", f"exact@loss/top:{K}/draws:4"):
