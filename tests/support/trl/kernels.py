@@ -8,8 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trl.kernels import chunked_logprob
-from trl.trainer import utils
 
 
 class Kernel:
@@ -23,7 +21,10 @@ class Kernel:
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make TRL believe that Triton can be used."""
+    """Make TRL believe that Triton can be used; TRL before 1.16 has no such kernels."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
     for name in ("forward", "backward"):
         kernel = Kernel(getattr(chunked_logprob, f"_{name}_tile"))
         monkeypatch.setattr(chunked_logprob, f"_{name}_kernel", kernel)
