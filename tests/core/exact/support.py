@@ -1,4 +1,4 @@
-"""Rows of logits with a known distance, the textbook formulas in float64, and the peak of what a call allocates."""
+"""Rows of logits with a known distance, textbook formulas in float64, and what a call allocates or draws."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kl_plugins.kernels.exact.tail_draws import NOTHING, Draws
 
 
 class Rows(NamedTuple):
@@ -76,3 +78,22 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def check_rates(draws: Draws, chance: Tensor, top: Tensor) -> None:
+    """Check that many draws of one row come as often as they say, and never from the most probable tokens.
+
+    Args:
+        draws: of one row (1, m).
+        chance: (V,) probability of each token to be drawn.
+        top: the most probable tokens.
+    """
+    many, found = draws.ids.shape[-1], draws.log_rate < NOTHING
+    assert not torch.isin(draws.ids[found], top).any()
+    often = torch.bincount(draws.ids[found], minlength=len(chance)).double() / many
+    # Six standard errors of a share, and one token for those that are hardly ever drawn.
+    assert ((often - chance).abs() <= 6 * (chance / many).sqrt() + 1 / many).all()
+    assert (draws.log_rate[found].double() - (many * chance[draws.ids[found]]).log()).abs().max() < 1e-5
+    assert chance[top].sum() < 1e-6
+    nothing = 1 - float(found.double().mean())
+    assert abs(float(chance.sum()) + nothing - 1) < 6 * (max(nothing, 1 / many) / many) ** 0.5 + 1e-5

@@ -7,6 +7,7 @@ from torch import Tensor
 from kl_plugins import linear_reference_top_k, reference_top_k
 from kl_plugins.kernels.exact.tail_draws import NOTHING
 from kl_plugins.top_k import Draws, log_odds, tokens_in_runs, top_and_drawn_tokens
+from tests.core.exact.support import check_rates
 
 INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [12, 37, 300, 1029]
@@ -36,15 +37,7 @@ def test_tokens_are_drawn_as_often_as_they_say(vocabulary: int, dtype: torch.dty
     logits = row(vocabulary, dtype)
     chance = rates(logits)
     ids, draws = drawn(logits, MANY)
-    found = draws.log_rate < NOTHING
-    assert not torch.isin(draws.ids[found], ids).any()
-    often = torch.bincount(draws.ids[found], minlength=vocabulary).double() / MANY
-    # Six standard errors of a share, and one token for those that are hardly ever drawn.
-    assert ((often - chance).abs() <= 6 * (chance / MANY).sqrt() + 1 / MANY).all()
-    assert (draws.log_rate[found].double() - (MANY * chance[draws.ids[found]]).log()).abs().max() < 1e-5
-    assert chance[ids].sum() < 1e-6
-    nothing = 1 - float(found.double().mean())
-    assert abs(float(chance.sum()) + nothing - 1) < 6 * (max(nothing, 1 / MANY) / MANY) ** 0.5 + 1e-5
+    check_rates(draws, chance, ids)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kl_plugins.kernels.exact.tail_draws import NOTHING
 from kl_plugins.top_k import Draws, TiledSearch, top_and_drawn_tokens, top_tokens
+from tests.core.exact.support import check_rates
 
 INF, NAN = float("inf"), float("nan")
 VOCABULARY, K, MANY = 300, 4, 40_000
@@ -67,14 +68,7 @@ def test_tokens_are_drawn_as_often_as_they_say(width: int, dtype: torch.dtype) -
     top, logit = search.tokens[0, :K], search.logits[0, K:]
     assert torch.equal(search.tokens[:, K:][found], draws.ids[found])
     assert torch.equal(logit[found[0]], logits[draws.ids[found]])
-    assert not torch.isin(draws.ids[found], top).any()
-    often = torch.bincount(draws.ids[found], minlength=VOCABULARY).double() / MANY
-    # Six standard errors of a share, and one token for those that are hardly ever drawn.
-    assert ((often - chance).abs() <= 6 * (chance / MANY).sqrt() + 1 / MANY).all()
-    assert (draws.log_rate[found].double() - (MANY * chance[draws.ids[found]]).log()).abs().max() < 1e-5
-    assert chance[top].sum() < 1e-6
-    nothing = 1 - float(found.double().mean())
-    assert abs(float(chance.sum()) + nothing - 1) < 6 * (max(nothing, 1 / MANY) / MANY) ** 0.5 + 1e-5
+    check_rates(draws, chance, top)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
