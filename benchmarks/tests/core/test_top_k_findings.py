@@ -49,7 +49,7 @@ def test_what_each_limit_allows_is_reported_where_no_k_is_within_both():
     for words in (
         "is 128, with 1028 bytes",
         "within 600 bytes is 64, with a noise of up to 0.150",
-        "No k without",
+        "No k without draws is within both limits",
     ):
         assert words in found["verdict"]
 
