@@ -15,12 +15,13 @@ from torch import Tensor
 from kl_plugins.adapters.top_k import KEY, generator_of, label_log_probs, packed, unpacked
 from kl_plugins.adapters.trl.exact import OutputHead, ProbedKL, scaled, states_before
 from kl_plugins.exact import TopKKL, linear_kl
+from kl_plugins.kernels.exact.selected_products import selected_products
 from kl_plugins.probe import cells_of
 from kl_plugins.reference import RefTopK, linear_reference_top_k
 from kl_plugins.top_k import log_odds, top_k_kl
 
-ROWS_OF_THE_HEAD = 2**24
-"""How many numbers of the head's rows are gathered at once in a probe."""
+GATHERED_BYTES = 2**27
+"""Limit of the temporary memory in a probe, in bytes: rows of the head are gathered, and copied once."""
 
 
 class ScoredRows(NamedTuple):
@@ -226,13 +227,8 @@ def log_odds_of_states(states: Tensor, head: OutputHead, labels: Tensor, referen
         (b, T, k + m) nats, float32.
     """
     tokens = torch.cat([reference.tokens, labels[..., None]], -1).flatten(0, 1)
-    size = max(1, ROWS_OF_THE_HEAD // (tokens.shape[-1] * states.shape[-1]))
-    parts = []
-    for rows, ids in zip(torch.split(states.flatten(0, 1), size), torch.split(tokens, size), strict=True):
-        with torch.autocast(states.device.type, enabled=False):
-            logits = (head.weight[ids].float() @ rows.float().unsqueeze(-1)).squeeze(-1)
-            parts.append(logits if head.bias is None else logits + head.bias[ids].float())
-    logits = torch.cat(parts).view(*labels.shape, -1)
+    given = states.flatten(0, 1), head.weight, head.bias, tokens, torch.float32, GATHERED_BYTES
+    logits = selected_products(*given).view(*labels.shape, -1)
     places = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
-    given = logits, places[..., -1], places[..., :-1]
-    return log_odds(*given, temperature=reference.temperature, softcap=head.softcap)
+    sides = logits, places[..., -1], places[..., :-1]
+    return log_odds(*sides, temperature=reference.temperature, softcap=head.softcap)

@@ -175,7 +175,7 @@ def test_a_probe_of_top_by_hand(case, model, tmp_path):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_rows_of_a_head_with_a_bias(softcap, monkeypatch):
-    monkeypatch.setattr(top_k, "ROWS_OF_THE_HEAD", 100)  # two states at a time
+    monkeypatch.setattr(top_k, "GATHERED_BYTES", 640)  # two states at a time
     head = OutputHead(torch.randn(20, 8), torch.randn(20), 1.0, softcap)
     hidden, labels, ids = torch.randn(2, 3, 8), torch.randint(0, 20, (2, 3)), torch.randint(0, 20, (2, 3, 4))
     reference = RefTopK(ids, torch.zeros(2, 3, 4), torch.zeros(2, 3), 0.7)
